@@ -61,6 +61,7 @@ class DistRLConfig(AlgorithmConfig):
         self.aggregation = "token_mean"
         # The quantile critic.
         self.critic = "separate"
+        self.critic_checkpoint: str | None = None
         self.critic_lr: float | None = None
         self.critic_warmup_iterations = 0
         self.n_quantiles = 16
@@ -107,6 +108,7 @@ class DistRLConfig(AlgorithmConfig):
         micro_batch_tokens: int = NotProvided,
         aggregation: str = NotProvided,
         critic: str = NotProvided,
+        critic_checkpoint: str | None = NotProvided,
         critic_lr: float | None = NotProvided,
         critic_warmup_iterations: int = NotProvided,
         n_quantiles: int = NotProvided,
@@ -145,6 +147,8 @@ class DistRLConfig(AlgorithmConfig):
             micro_batch_tokens: tokens, padding included, in one forward and backward pass.
             aggregation: ``token_mean``, ``sequence_mean`` or ``constant``.
             critic: ``separate``, ``shared`` or ``detached``.
+            critic_checkpoint: folder written by ``distrl export --critic`` to start a separate
+                critic from; None: a copy of the policy's trunk.
             critic_lr: learning rate of the critic's own parameters; None: ``lr``.
             critic_warmup_iterations: iterations in which only the critic learns.
             n_quantiles: N; 1 is a scalar critic with RLlib's own value loss.
@@ -204,6 +208,7 @@ class DistRLConfig(AlgorithmConfig):
         rollout = self.rollout_settings
         return {
             "critic": self.critic,
+            "critic_checkpoint": self.critic_checkpoint,
             "n_quantiles": self.n_quantiles,
             "head_center": self.head_center,
             "init_spread": self.init_spread,

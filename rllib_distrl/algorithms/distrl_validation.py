@@ -8,6 +8,7 @@ from rllib_distrl.maths.optimism import BONUS_PLACES, BONUS_SCHEDULES, BONUS_STA
 from rllib_distrl.maths.quantiles import HEAD_CENTERS, PAIRINGS
 from rllib_distrl.maths.read_outs import check_read_out
 from rllib_distrl.maths.targets import TARGETS
+from rllib_distrl.modules.critic_folder import check_critic
 from rllib_distrl.stages.registry import resolve
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     _check_model(config)
     _check_choices(config)
     _check_numbers(config)
+    _check_critic_checkpoint(config)
     _check_method(config)
     _check_batches(config)
     _check_stages(config)
@@ -87,6 +89,21 @@ def _check_numbers(config: "DistRLConfig") -> None:
     for name in ("n_quantiles", "num_epochs", "micro_batch_tokens"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be >= 1.")
+
+
+def _check_critic_checkpoint(config: "DistRLConfig") -> None:
+    if config.critic_checkpoint is None:
+        return
+    if config.critic != "separate":
+        raise ValueError(
+            f"critic_checkpoint brings a trunk of its own, but critic is {config.critic!r}. "
+            "Set critic = 'separate', or leave critic_checkpoint out."
+        )
+    check_critic(
+        config.critic_checkpoint,
+        n_quantiles=config.n_quantiles,
+        head_center=config.head_center,
+    )
 
 
 def _check_method(config: "DistRLConfig") -> None:

@@ -19,6 +19,7 @@ from rllib_distrl.models.loading import (
     resolve,
 )
 from rllib_distrl.modules.causal_lm_module import CausalLMModule
+from rllib_distrl.modules.critic_folder import HEAD, TRUNK, save_critic
 
 BUILTIN_PREFIX = "builtin:"
 POLICY_PREFIX = "policy."
@@ -135,3 +136,37 @@ def export_policy(algo: Any, path: str | Path) -> None:
     model.load_state_dict(policy_state(algo))
     model.save_pretrained(path)
     load_tokenizer(name).save_pretrained(path)
+
+
+def export_critic(algo: Any, path: str | Path) -> None:
+    """Writes the critic alone, trunk and head; see `rllib_distrl.modules.critic_folder`.
+
+    The trunk of a critic that shares the policy's states is the policy's.
+
+    Args:
+        algo: a built `Algorithm`, ours or stock, wired by `wire_language_model`.
+        path: folder to write.
+
+    Raises:
+        ValueError: If the algorithm has no critic.
+    """
+    component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
+    state = algo.learner_group.get_state(components=component)[COMPONENT_LEARNER]
+    tensors: Any = convert_to_torch_tensor(state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
+    critic = {name: t for name, t in tensors.items() if name.startswith((TRUNK, HEAD))}
+    if not critic:
+        raise ValueError(f"{type(algo).__name__} has no critic to export.")
+    settings = algo.config.model_config
+    if settings.get("critic", "separate") != "separate":
+        trunk = f"{POLICY_PREFIX}{load_model(settings['model']).base_model_prefix}."
+        critic |= {
+            TRUNK + name.removeprefix(trunk): t
+            for name, t in tensors.items()
+            if name.startswith(trunk)
+        }
+    save_critic(
+        path,
+        critic,
+        head_center=settings.get("head_center", "mean"),
+        trunk_config=load_config(settings["model"]).to_dict(),
+    )

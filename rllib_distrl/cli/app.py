@@ -128,11 +128,14 @@ def export(
         Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder or a checkpoint in it.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the model to.")],
+    critic: Annotated[
+        bool, typer.Option("--critic", help="Write the critic (for training.critic_checkpoint).")
+    ] = False,
 ) -> None:
-    """Write the policy as a plain Hugging Face folder."""
+    """Write the policy as a plain Hugging Face folder, or the critic alone."""
     from rllib_distrl.cli.export import run_export
 
-    run_export(source, out)
+    run_export(source, out, critic=critic)
 
 
 @app.command()

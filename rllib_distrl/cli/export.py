@@ -1,4 +1,4 @@
-"""`distrl export`: the policy of a run or checkpoint as a Hugging Face folder."""
+"""`distrl export`: the policy of a run or checkpoint as a Hugging Face folder, or its critic."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from rllib_distrl.cli.quiet import hide_loading_bars, silence_libraries
 from rllib_distrl.run_folder import RunFolder, is_run_folder
 
 
-def run_export(source: Path, out: Path) -> None:
+def run_export(source: Path, out: Path, *, critic: bool = False) -> None:
     """Writes the model.
 
     Args:
         source: A run folder or one of its checkpoints.
         out: A folder that does not exist or is empty.
+        critic: Write the critic in place of the policy.
 
     Raises:
         ValueError: If `source` is neither, or `out` holds files.
@@ -26,12 +27,15 @@ def run_export(source: Path, out: Path) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder. Name another place.")
     console = Console()
-    run, checkpoint = find_policy(source, console)
+    if critic:
+        run, checkpoint = _find_checkpoint(source, console)
+    else:
+        run, checkpoint = find_policy(source, console)
     out.parent.mkdir(parents=True, exist_ok=True)
     if checkpoint is None:
         shutil.copytree(run.model, out, dirs_exist_ok=True)
     else:
-        export_checkpoint(run, checkpoint, out)
+        export_checkpoint(run, checkpoint, out, critic=critic)
     console.print(f"Wrote {out}", highlight=False)
 
 
@@ -43,13 +47,18 @@ def find_policy(source: Path, console: Console) -> tuple[RunFolder, Path | None]
     Raises:
         ValueError: If `source` is neither a run nor a checkpoint, holds no policy or is damaged.
     """
+    if is_run_folder(source) and RunFolder(source).model.is_dir():
+        return RunFolder(source), None
+    return _find_checkpoint(source, console)
+
+
+def _find_checkpoint(source: Path, console: Console) -> tuple[RunFolder, Path]:
+    """Returns the run that `source` belongs to, and its newest good checkpoint or `source`."""
     if is_run_folder(source):
         run = RunFolder(source)
-        if run.model.is_dir():
-            return run, None
         checkpoint = latest_checkpoint(run.checkpoints, lambda text: console.print(text))
         if checkpoint is None:
-            raise ValueError(f"{source} holds neither a model nor a good checkpoint yet.")
+            raise ValueError(f"{source} holds no good checkpoint yet.")
         return run, checkpoint
     run_path = source.resolve().parent.parent
     if (
@@ -62,9 +71,9 @@ def find_policy(source: Path, console: Console) -> tuple[RunFolder, Path | None]
     raise ValueError(f"{source} is neither a run folder nor a checkpoint in one.")
 
 
-def export_checkpoint(run: RunFolder, checkpoint: Path, out: Path) -> None:
-    """Restores a checkpoint into the run's algorithm and writes its policy."""
-    from rllib_distrl.algorithms.language_model import export_policy
+def export_checkpoint(run: RunFolder, checkpoint: Path, out: Path, *, critic: bool = False) -> None:
+    """Restores a checkpoint into the run's algorithm and writes its policy or its critic."""
+    from rllib_distrl.algorithms.language_model import export_critic, export_policy
     from rllib_distrl.cli.ray_session import ray_session
 
     hide_loading_bars()
@@ -77,6 +86,6 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, out: Path) -> None:
         algo = config.build_algo()
         try:
             algo.restore_from_path(str(checkpoint.resolve()))
-            export_policy(algo, str(out))
+            (export_critic if critic else export_policy)(algo, out)
         finally:
             algo.stop()

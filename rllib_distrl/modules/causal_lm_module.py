@@ -14,6 +14,7 @@ from torch import nn
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.models.loading import load_model
+from rllib_distrl.modules.critic_folder import load_critic
 from rllib_distrl.modules.distributions import SampledTokenDistribution
 from rllib_distrl.modules.sequences import (
     INPUT_IDS,
@@ -31,7 +32,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     ``model_config`` keys: ``model`` (path, hub id or ``builtin:...``), ``critic``
     (``separate``: own trunk, a copy of the policy's; ``shared``: the policy's states;
     ``detached``: those without their gradient; ``none``), ``temperature`` of the sampling
-    distribution, ``micro_batch_tokens``, and ``max_seq_len`` for RLlib's own connectors.
+    distribution, ``micro_batch_tokens``, ``critic_checkpoint`` (a folder of `critic_folder` to
+    start the separate critic from), and ``max_seq_len`` for RLlib's own connectors.
 
     Serves both worlds: sequence batches of `SequencesFromEpisodes`, and the (B, T, ...)
     batches of RLlib's own learners with ``obs_mode="incremental"``.
@@ -56,6 +58,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.value_head = nn.Linear(hidden_size, self.n_value_outputs)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if checkpoint := self.model_config.get("critic_checkpoint"):
+            load_critic(self, checkpoint)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: dropout would make another policy than the sampler's."""

@@ -19,9 +19,11 @@ class DistRLModule(CausalLMModule):
         """Loads the model, makes the critic, and starts its quantiles close together."""
         super().setup()
         if self.has_critic:
-            self.register_buffer("value_initialised", torch.tensor(False))
-            self.initialise_values(0.0)
-            self.value_initialised.fill_(False)
+            loaded = bool(self.model_config.get("critic_checkpoint"))
+            self.register_buffer("value_initialised", torch.tensor(loaded))
+            if not loaded:
+                self.initialise_values(0.0)
+                self.value_initialised.fill_(False)
 
     @property
     def n_value_outputs(self) -> int:

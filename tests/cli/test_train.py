@@ -219,6 +219,9 @@ def test_eval_and_export_of_run_and_checkpoint(
     for source, name in ((run, "a"), (checkpoint, "b")):
         result = CliRunner().invoke(app, ["export", str(source), str(tmp_path / name)])
         assert result.exit_code == 0, result.stderr
+    critic = CliRunner().invoke(app, ["export", str(run), str(tmp_path / "c"), "--critic"])
+    assert critic.exit_code == 0, critic.stderr
+    assert load_file(tmp_path / "c" / "critic.safetensors")["value_head.bias"].shape == (16,)
     weights = [load_file(tmp_path / n / "model.safetensors") for n in ("a", "b")]
     assert weights[0].keys() == weights[1].keys()
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
