@@ -15,7 +15,10 @@ class RunSettings:
         algorithm: A registered algorithm ("DistRL") or one of RLlib's own ("PPO").
         model: A Hugging Face id, a folder, or "builtin:countdown".
         name: Names the default output folder; the recipe's file name without ending if empty.
-        iterations: Training iterations.
+        iterations: Training iterations, where there is no budget of tokens.
+        budget_tokens: Training ends with the first iteration by which so many completion tokens
+            have been generated, those that were dropped or only trained the critic included and
+            evaluations not; 0 means that `iterations` ends it.
         seed: Seeds sampling, initialisation and shuffling.
         checkpoint_interval: Iterations between checkpoints; 0 means only at the end.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
@@ -26,6 +29,7 @@ class RunSettings:
     model: str = "builtin:countdown"
     name: str = ""
     iterations: int = 200
+    budget_tokens: int = 0
     seed: int = 0
     checkpoint_interval: int = 50
     keep_checkpoints: int = 2
@@ -34,7 +38,7 @@ class RunSettings:
     def validate(self) -> None:
         """Raises ValueError for numbers outside their bounds."""
         _at_least("run", self, 1, "iterations", "keep_checkpoints", "log_interval")
-        _at_least("run", self, 0, "seed", "checkpoint_interval")
+        _at_least("run", self, 0, "seed", "budget_tokens", "checkpoint_interval")
         for key in ("algorithm", "model"):
             if not getattr(self, key).strip():
                 raise ValueError(f"run.{key} is empty. Name one.")
@@ -52,6 +56,7 @@ class EvalSettings:
         problems: Distinct problems of the evaluation before and after training.
         n: Completions per problem.
         k: The k of pass@k; each at most n.
+        before: Whether the model is evaluated before training too.
         split: Which problems the evaluation before and after training uses.
         temperature: Sampling temperature of evaluation.
         top_p: Nucleus of evaluation.
@@ -64,6 +69,7 @@ class EvalSettings:
     problems: int = 200
     n: int = 64
     k: tuple[int, ...] = (1, 8)
+    before: bool = True
     split: Literal["train", "validation", "test"] = "test"
     temperature: float = 1.0
     top_p: float = 1.0

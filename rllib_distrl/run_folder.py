@@ -31,7 +31,7 @@ from rllib_distrl.run_log import write_atomic
 from rllib_distrl.run_meta import commit, session, versions
 
 _FORMAT = "distrl-run-1"
-_MAY_GROW = "run.iterations"
+_MAY_GROW = ("run.iterations", "run.budget_tokens")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,11 @@ class RunFolder:
     def progress_file(self) -> Path:
         """One JSON line per iteration."""
         return self.path / "progress.jsonl"
+
+    @property
+    def has_progress(self) -> bool:
+        """Whether an iteration is recorded."""
+        return self.progress_file.is_file() and self.progress_file.stat().st_size > 0
 
     @property
     def tensorboard(self) -> Path:
@@ -183,7 +188,7 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
 
     Args:
         path: The run folder.
-        recipe: What to continue with; `run.iterations` may be more than before.
+        recipe: What to continue with; its iterations or tokens may be more than before.
         command: The command line, for `meta.json`.
 
     Raises:
@@ -202,14 +207,15 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
     """Checks that a run may be continued with `new`.
 
     Raises:
-        ValueError: If anything but a raised `run.iterations` differs.
+        ValueError: If anything but raised iterations or a raised budget of tokens differs.
     """
     before, after = _dotted(old.to_dict()), _dotted(new.to_dict())
     missing = "(not set)"
+    grown = {key for key in _MAY_GROW if before.get(key) and after.get(key)}
     lines = [
         f"  {key}: {before.get(key, missing)!r} in the run, {after.get(key, missing)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if key != _MAY_GROW and before.get(key, missing) != after.get(key, missing)
+        if key not in grown and before.get(key, missing) != after.get(key, missing)
     ]
     if lines:
         raise ValueError(
@@ -217,11 +223,11 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
             + "\n".join(lines)
             + "\nResume with the same settings, or start another run with --out."
         )
-    if new.run.iterations < old.run.iterations:
-        raise ValueError(
-            f"{_MAY_GROW} can only be raised on resume: {old.run.iterations} in the run, "
-            f"{new.run.iterations} now."
-        )
+    for key in sorted(grown):
+        if after[key] < before[key]:
+            raise ValueError(
+                f"{key} can only be raised on resume: {before[key]} in the run, {after[key]} now."
+            )
 
 
 @contextmanager

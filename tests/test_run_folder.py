@@ -127,6 +127,15 @@ def test_resume_refuses_fewer_iterations_and_folders_without_a_run(
         open_run(tmp_path)
 
 
+def test_a_budget_of_tokens_can_be_raised_but_not_introduced(file: Path, tmp_path: Path) -> None:
+    run = create_run(tmp_path / "a", load_recipe(file, ["run.budget_tokens=100"]), [])
+    assert resume_run(run.path, load_recipe(file, ["run.budget_tokens=200"]), []).path == run.path
+    with pytest.raises(ValueError, match="only be raised on resume: 200 in the run, 150 now"):
+        resume_run(run.path, load_recipe(file, ["run.budget_tokens=150"]), [])
+    with pytest.raises(ValueError, match="budget_tokens: 200 in the run, 0 now"):
+        resume_run(run.path, load_recipe(file), [])
+
+
 def test_eval_json(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.read_eval() == {}

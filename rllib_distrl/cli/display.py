@@ -15,8 +15,10 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rllib_distrl.cli.goal import Goal
+from rllib_distrl.run_log import tokens_generated
+
 # Where RLlib and our learners report what a person wants to see; the first key found counts.
-_TOKENS = ("num_env_steps_sampled_lifetime", "env_runners/num_env_steps_sampled_lifetime")
 _RETURN = ("env_runners/episode_return_mean",)
 _VALIDATION = ("evaluation/env_runners/episode_return_mean",)
 _ENTROPY = ("learners/default_policy/entropy",)
@@ -30,7 +32,8 @@ class Snapshot:
     """What is shown of one iteration; None where a number is not known."""
 
     iteration: int
-    iterations: int
+    goal: Goal
+    last: bool
     tokens: float | None
     episode_return: float | None
     validation: float | None
@@ -43,10 +46,18 @@ class Snapshot:
         """Returns {label: text} of the numbers that are known."""
         return {label: text for label, text in self._all_cells() if text}
 
+    @property
+    def share_done(self) -> float:
+        """How much of the run is done, in [0, 1]."""
+        return self.goal.share_done(self.iteration, self.tokens or 0.0)
+
     def _all_cells(self) -> list[tuple[str, str]]:
+        budget = self.goal.budget_tokens
+        iterations = "" if budget else f"/{self.goal.iterations}"
+        tokens = _formatted(self.tokens, ",.0f")
         return [
-            ("iteration", f"{self.iteration}/{self.iterations}"),
-            ("tokens", _formatted(self.tokens, ",.0f")),
+            ("iteration", f"{self.iteration}{iterations}"),
+            ("tokens", f"{tokens}/{budget:,}" if tokens and budget else tokens),
             ("return", _formatted(self.episode_return, ".3f")),
             ("validation pass@1", _formatted(self.validation, ".3f")),
             ("entropy", _formatted(self.entropy, ".3f")),
@@ -59,14 +70,14 @@ class Snapshot:
 class Progress:
     """Turns the rows of a run's log into snapshots."""
 
-    def __init__(self, iterations: int, clock: Any = time.monotonic) -> None:
+    def __init__(self, goal: Goal, clock: Any = time.monotonic) -> None:
         """Starts the clock.
 
         Args:
-            iterations: Where training ends.
+            goal: Where training ends.
             clock: Returns seconds.
         """
-        self._iterations = iterations
+        self._goal = goal
         self._clock = clock
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW + 1)
         self._start = clock()
@@ -74,7 +85,7 @@ class Progress:
 
     def snapshot(self, row: Mapping[str, Any]) -> Snapshot:
         """Returns what to show after the iteration that `row` records."""
-        iteration, tokens = row["iteration"], _first(row, _TOKENS)
+        iteration, tokens = row["iteration"], tokens_generated(row)
         if (validation := _first(row, _VALIDATION)) is not None:
             self._validation = validation
         if not self._marks:
@@ -84,17 +95,19 @@ class Progress:
         self._marks.append((self._clock(), iteration, tokens or 0.0))
         (t0, first, tokens0), (t1, _, tokens1) = self._marks[0], self._marks[-1]
         seconds = max(t1 - t0, 1e-9)
-        per_iteration = seconds / max(iteration - first, 1)
+        done = self._goal.share_done(iteration, tokens1)
+        pace = (done - self._goal.share_done(first, tokens0)) / seconds
         return Snapshot(
             iteration=iteration,
-            iterations=self._iterations,
+            goal=self._goal,
+            last=self._goal.reached(row),
             tokens=tokens,
             episode_return=_first(row, _RETURN),
             validation=self._validation,
             entropy=_first(row, _ENTROPY),
             quantile_spread=_first(row, _SPREAD),
             tokens_per_s=None if tokens is None else (tokens1 - tokens0) / seconds,
-            seconds_left=per_iteration * (self._iterations - iteration),
+            seconds_left=(1.0 - done) / pace if pace > 0 else None,
         )
 
 
@@ -141,7 +154,7 @@ class LiveDisplay:
         for label in cells:
             table.add_column(label, justify="right")
         table.add_row(*cells.values())
-        bar = ProgressBar(total=snapshot.iterations, completed=snapshot.iteration, width=60)
+        bar = ProgressBar(total=1.0, completed=snapshot.share_done, width=60)
         self._live.update(Group(table, bar))
 
 
@@ -165,7 +178,7 @@ class PlainDisplay:
 
     def show(self, snapshot: Snapshot) -> None:
         """Prints the line if it is due."""
-        if snapshot.iteration % self._interval and snapshot.iteration != snapshot.iterations:
+        if snapshot.iteration % self._interval and not snapshot.last:
             return
         cells = snapshot.cells()
         line = "  ".join(f"{label} {text}" for label, text in cells.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,17 +97,27 @@ def _iteration_table(recipe: Recipe, updates: Updates, prompts: PromptLengths) -
             "optimiser steps": f"about {updates.steps} = {updates.epochs} x "
             f"{updates.steps // updates.epochs} minibatches per learner",
         }
-    iterations = recipe.run.iterations
-    rows["whole run"] = (
-        f"{iterations} iterations, {iterations * updates.steps:,} optimiser steps, "
-        f"at most {iterations * updates.timesteps:,} tokens"
-    )
+    rows["whole run"] = _whole_run(recipe, updates)
     table = Table(title=f"One iteration of {recipe.run.algorithm}", title_justify="left")
     table.add_column("per iteration")
     table.add_column("")
     for name, text in rows.items():
         table.add_row(name, text)
     return table
+
+
+def _whole_run(recipe: Recipe, updates: Updates) -> str:
+    budget, iterations = recipe.run.budget_tokens, recipe.run.iterations
+    if budget:
+        least = math.ceil(budget / updates.timesteps)
+        return (
+            f"ends with the iteration that reaches {budget:,} tokens: {least:,} iterations, "
+            f"{least * updates.steps:,} optimiser steps, or more where completions are shorter"
+        )
+    return (
+        f"{iterations} iterations, {iterations * updates.steps:,} optimiser steps, "
+        f"at most {iterations * updates.timesteps:,} tokens"
+    )
 
 
 def _memory_table(

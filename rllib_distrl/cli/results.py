@@ -17,6 +17,9 @@ def print_before_after(console: Console, results: Mapping[str, Any]) -> None:
         results: The contents of `eval.json`; shares in [0, 1], shown as percentages.
     """
     before, after = results["before"], results["after"]
+    if before is None:
+        print_summary(console, after, results["problems"], results["samples"])
+        return
     table = Table()
     table.add_column("metric")
     for column in ("before", "after", "change"):

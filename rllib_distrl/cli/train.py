@@ -14,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from rllib_distrl.cli.errors import Interrupted
+from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
@@ -64,7 +65,7 @@ def run_train(
             _print(console, f"Stopped. Resume with: {again}")
             raise
         except Exception as error:
-            if isinstance(error, ValueError) and not run.read_eval():
+            if isinstance(error, ValueError) and not (run.read_eval() or run.has_progress):
                 discard_run(run)  # bad input that only the loading of the model has shown
             else:
                 run.error_file.write_text(traceback.format_exc(), encoding="utf-8")
@@ -111,9 +112,9 @@ def _run_to_resume(path: Path) -> RunFolder:
 def _train(recipe: Recipe, run: RunFolder, console: Console, interrupts: Interrupts) -> None:
     results = run.read_eval()
     _print_header(recipe, run, console)
-    if not results:
+    if not results and recipe.eval.before:
         results = _measured(recipe, run, "before", {}, console)
-    if train_and_export(recipe, run, console, interrupts) or results["after"] is None:
+    if train_and_export(recipe, run, console, interrupts) or not results.get("after"):
         results = _measured(recipe, run, "after", results, console)
     print_before_after(console, results)
     _print(console, f"Model: {run.model}")
@@ -145,7 +146,7 @@ def _print_header(recipe: Recipe, run: RunFolder, console: Console) -> None:
     _print(
         console,
         f"{recipe.run.algorithm} on {recipe.env_id} with {recipe.run.model}: "
-        f"{recipe.run.iterations} iterations of {rollout['prompts_per_iteration']} prompts x "
+        f"{Goal.of(recipe.run)} of {rollout['prompts_per_iteration']} prompts x "
         f"{rollout['num_generations']} completions, seed {recipe.run.seed}",
     )
     _print(console, f"Run folder: {run.path}")

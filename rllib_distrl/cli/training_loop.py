@@ -11,12 +11,13 @@ from rich.console import Console
 
 from rllib_distrl.checkpoints import checkpoint_iteration, latest_checkpoint, save_checkpoint
 from rllib_distrl.cli.display import Progress, make_display
+from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.cli.ray_session import ray_session
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_folder import RunFolder
-from rllib_distrl.run_log import RunLog
+from rllib_distrl.run_log import RunLog, read_progress
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 def train_and_export(
     recipe: Recipe, run: RunFolder, console: Console, interrupts: Interrupts
 ) -> bool:
-    """Trains from the newest good checkpoint to the last iteration and writes `model/`.
+    """Trains from the newest good checkpoint to the run's goal and writes `model/`.
 
     Returns:
         False if there was nothing left to do.
@@ -35,10 +36,9 @@ def train_and_export(
     """
     checkpoint = latest_checkpoint(run.checkpoints, lambda text: _warn(console, text))
     start = checkpoint_iteration(checkpoint) if checkpoint else 0
-    if start >= recipe.run.iterations and run.model.is_dir():
-        console.print(
-            f"All {start} iterations of this run are done. Raise run.iterations to train on."
-        )
+    if start and Goal.of(recipe.run).reached(_row(run, start)) and run.model.is_dir():
+        setting = "run.budget_tokens" if recipe.run.budget_tokens else "run.iterations"
+        console.print(f"All {start} iterations of this run are done. Raise {setting} to train on.")
         return False
     if start:
         console.print(f"Resuming after iteration {start}.", highlight=False)
@@ -58,6 +58,13 @@ def train_and_export(
     return True
 
 
+def _row(run: RunFolder, iteration: int) -> dict[str, Any]:
+    """What the run's log says of an iteration; only its number where the log lacks it."""
+    rows = read_progress(run.progress_file)
+    found = (row for row in rows if row["iteration"] == iteration)
+    return next(found, {"iteration": iteration})
+
+
 def _iterate(
     algo: Algorithm,
     recipe: Recipe,
@@ -66,17 +73,19 @@ def _iterate(
     interrupts: Interrupts,
     start: int,
 ) -> None:
-    last, interval = recipe.run.iterations, recipe.run.checkpoint_interval
-    progress = Progress(last)
+    goal, interval = Goal.of(recipe.run), recipe.run.checkpoint_interval
+    progress = Progress(goal)
     with (
         RunLog(run.progress_file, run.tensorboard, last_iteration=start) as log,
         make_display(console, recipe.run.log_interval) as display,
         interrupts.deferred(),
     ):
-        for iteration in range(start + 1, last + 1):
+        row = _row(run, start)
+        while not goal.reached(row):
+            iteration = row["iteration"] + 1
             row = log.write(iteration, algo.train())
             display.show(progress.snapshot(row))
-            due = iteration == last or (interval and iteration % interval == 0)
+            due = goal.reached(row) or (interval and iteration % interval == 0)
             if due or interrupts.pending:
                 _checkpoint(algo, recipe, run, iteration)
             interrupts.raise_pending()

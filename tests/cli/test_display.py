@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from rllib_distrl.cli.display import LiveDisplay, PlainDisplay, Progress, duration, make_display
+from rllib_distrl.cli.goal import Goal
 
 
 def row(iteration: int, tokens: int, **more: float) -> dict[str, float]:
@@ -30,7 +31,7 @@ class Clock:
 
 def test_speed_and_time_left() -> None:
     clock = Clock()
-    progress = Progress(10, clock)
+    progress = Progress(Goal(10), clock)
     clock.now = 2.0
     snapshot = progress.snapshot(row(1, 100))
     assert snapshot.tokens_per_s == pytest.approx(50.0)
@@ -43,7 +44,7 @@ def test_speed_and_time_left() -> None:
 
 def test_speed_after_a_resume_leaves_earlier_tokens_out() -> None:
     clock = Clock()
-    progress = Progress(10, clock)
+    progress = Progress(Goal(10), clock)
     clock.now = 2.0
     snapshot = progress.snapshot(row(6, 600))
     assert snapshot.tokens_per_s == pytest.approx(50.0)
@@ -51,7 +52,7 @@ def test_speed_after_a_resume_leaves_earlier_tokens_out() -> None:
 
 
 def test_the_last_validation_stays_even_if_zero() -> None:
-    progress = Progress(3, Clock())
+    progress = Progress(Goal(3), Clock())
     key = "evaluation/env_runners/episode_return_mean"
     assert progress.snapshot(row(1, 1)).validation is None
     assert progress.snapshot(row(2, 2, **{key: 0.5})).validation == 0.5
@@ -64,7 +65,7 @@ def test_plain_lines_come_at_the_interval_and_at_the_end() -> None:
     console = Console(file=stream, width=200)
     display = make_display(console, interval=2)
     assert isinstance(display, PlainDisplay)
-    progress = Progress(5, Clock())
+    progress = Progress(Goal(5), Clock())
     with display:
         for iteration in range(1, 6):
             display.show(progress.snapshot(row(iteration, 1_000 * iteration)))
@@ -76,13 +77,27 @@ def test_plain_lines_come_at_the_interval_and_at_the_end() -> None:
     assert "quantile spread" not in lines[0]
 
 
+def test_a_budget_of_tokens_shows_how_much_of_it_is_left() -> None:
+    clock = Clock()
+    progress = Progress(Goal(5, budget_tokens=1_000), clock)
+    clock.now = 2.0
+    first = progress.snapshot(row(1, 100))
+    assert first.cells()["iteration"] == "1"
+    assert first.cells()["tokens"] == "100/1,000"
+    assert first.share_done == pytest.approx(0.1)
+    assert first.seconds_left == pytest.approx(18.0)
+    assert not first.last
+    assert not progress.snapshot(row(9, 999)).last
+    assert progress.snapshot(row(10, 1_000)).last
+
+
 def test_a_terminal_gets_a_live_table() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120)
     display = make_display(console, interval=100)
     assert isinstance(display, LiveDisplay)
     with display:
-        display.show(Progress(5, Clock()).snapshot(row(1, 1_000)))
+        display.show(Progress(Goal(5), Clock()).snapshot(row(1, 1_000)))
     assert "1/5" in stream.getvalue()
     assert "1,000" in stream.getvalue()
 

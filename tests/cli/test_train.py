@@ -183,6 +183,23 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
     assert json.loads((run / "eval.json").read_text()) == expected
 
 
+def test_a_budget_of_tokens_ends_a_run_and_is_continued_when_raised(folder: Path) -> None:
+    settings = ("run.budget_tokens=900", "eval.before=false", "eval.interval=0")
+    process = start("train", "tiny.toml", *settings, "--out", "budget", cwd=folder)
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 0, out + err
+    tokens = [
+        row["num_env_steps_sampled_lifetime"]
+        for row in read_progress(folder / "budget" / "progress.jsonl")
+    ]
+    assert tokens[-2] < 900 <= tokens[-1]
+    results = json.loads((folder / "budget" / "eval.json").read_text())
+    assert results["before"] is None
+    assert results["after"].keys() == {"avg@8", "pass@1", "pass@4"}
+    again = CliRunner().invoke(app, ["train", str(folder / "budget"), "--resume"])
+    assert f"All {len(tokens)} iterations of this run are done" in again.stdout, again.stderr
+
+
 def test_a_finished_run_is_refused_kept_and_extended(
     finished: tuple[Path, str, str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
