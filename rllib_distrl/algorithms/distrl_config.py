@@ -87,6 +87,8 @@ class DistRLConfig(AlgorithmConfig):
         self.advantage: dict[str, Any] = {"name": "gae"}
         self.shapers: list[dict[str, Any]] = []
         self.policy_loss: dict[str, Any] = {"name": "clip"}
+        self.regularisers: list[dict[str, Any]] = []
+        self.controllers: list[dict[str, Any]] = []
 
     def _set_runner_defaults(self) -> None:
         self.env_runner_cls = CompletionEnvRunner
@@ -132,6 +134,8 @@ class DistRLConfig(AlgorithmConfig):
         advantage: dict[str, Any] = NotProvided,
         shapers: list[dict[str, Any]] = NotProvided,
         policy_loss: dict[str, Any] = NotProvided,
+        regularisers: list[dict[str, Any]] = NotProvided,
+        controllers: list[dict[str, Any]] = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets the method; what is not named here goes to RLlib's own ``training``.
@@ -173,6 +177,8 @@ class DistRLConfig(AlgorithmConfig):
             advantage: ``{name, ...}`` of the advantage estimator.
             shapers: stages applied to the advantages, in order, before whitening.
             policy_loss: ``{name, ...}`` of the token loss.
+            regularisers: stages added to the token loss, such as ``kl`` to the reference.
+            controllers: stages that move a coefficient between iterations.
             **kwargs: RLlib's: ``lr``, ``gamma``, ``grad_clip``, ``num_epochs``,
                 ``minibatch_size`` (counts sequences here) and so on.
 

@@ -154,3 +154,19 @@ def _check_stages(config: "DistRLConfig") -> None:
     for spec in config.shapers:
         resolve("shaper", spec)
     resolve("policy_loss", config.policy_loss)
+    for spec in config.regularisers:
+        resolve("regulariser", spec)
+    _check_controllers(config)
+
+
+def _check_controllers(config: "DistRLConfig") -> None:
+    controllers = [resolve("controller", spec)() for spec in config.controllers]
+    moved = [controller.setting for controller in controllers]
+    for setting in moved:
+        if moved.count(setting) > 1:
+            raise ValueError(f"Two controllers move {setting}. Keep one of them.")
+        if getattr(config, setting):
+            raise ValueError(
+                f"{setting} is {getattr(config, setting)}, but a controller moves it. "
+                f"Remove {setting}; the controller's own settings say where it starts."
+            )

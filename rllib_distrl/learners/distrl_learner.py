@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_distrl.connectors.sequences_from_episodes import GROUPS
+from rllib_distrl.learners.before_update import MODEL_COLUMNS, model_columns, reference_metrics
+from rllib_distrl.learners.controllers import Controllers
 from rllib_distrl.learners.finite import check_finite_gradients, check_finite_rollouts
 from rllib_distrl.learners.losses import Losses, distrl_losses
 from rllib_distrl.learners.method import Method
@@ -30,6 +33,7 @@ from rllib_distrl.learners.minibatches import (
     minibatch,
 )
 from rllib_distrl.learners.read_critic import critic_metrics
+from rllib_distrl.learners.reference import Reference
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.statistics import identity, logp_mismatch
 from rllib_distrl.modules.sequences import from_columns
@@ -37,6 +41,8 @@ from rllib_distrl.stages.batch import SequenceBatch
 
 TRAINING_ITERATION = "training_iteration"
 CRITIC_OPTIMIZER = "critic"
+CONTROLLERS = "controllers"
+REFERENCE = "reference"
 
 
 class DistRLLearner(TorchLearner):
@@ -57,6 +63,11 @@ class DistRLLearner(TorchLearner):
         torch.set_num_threads(self.config.rollout_settings.torch_threads)
         super().build()
         self._method = Method.from_config(self.config)
+        self._controllers = Controllers(self.config.controllers)
+        self._coefficients = {"entropy_coeff": self.config.entropy_coeff}
+        self._reference: Reference | None = None
+        if "ref_logp" in self._method.needs:
+            self._reference = Reference(self._policy_module)
 
     @property
     def _policy_module(self) -> Any:
@@ -90,6 +101,20 @@ class DistRLLearner(TorchLearner):
         """
         self._weights_seq_no = 0
         super().set_state(state)
+        self._controllers.set_state(state.get(CONTROLLERS, {}))
+        if self._reference is not None and REFERENCE in state:
+            self._reference.set_state(state[REFERENCE])
+
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """RLlib's state, that of the controllers, and the identity of the reference."""
+        state = super().get_state(components, not_components=not_components, **kwargs)
+        if components is None:
+            state[CONTROLLERS] = self._controllers.get_state()
+            if self._reference is not None:
+                state[REFERENCE] = self._reference.get_state()
+        return state
 
     def update(
         self,
@@ -131,6 +156,7 @@ class DistRLLearner(TorchLearner):
         rollouts = self._prepare(columns, timesteps.get(TRAINING_ITERATION, 1))
         self._weights_seq_no += 1
         self._warming_up = rollouts.k <= self.config.critic_warmup_iterations
+        self._coefficients.update(self._controllers.update(rollouts))
         steps = []
         for part in self._minibatches(
             columns, rollouts, num_epochs, minibatch_size, shuffle_batch_per_epoch
@@ -165,10 +191,13 @@ class DistRLLearner(TorchLearner):
             all_reduce=self._all_reduce if self.config.num_learners > 1 else identity,
         )
         module = self._policy_module
-        if module.has_critic:
-            if not bool(module.value_initialised):
-                self._initialise_values(module, rollouts)
-            rollouts.quantiles = module.compute_quantiles(columns)
+        needs = self._method.needs & MODEL_COLUMNS
+        if not module.has_critic:
+            needs -= {"quantiles"}
+        elif not bool(module.value_initialised):
+            self._initialise_values(module, rollouts)
+        found = model_columns(module, self._reference, columns, needs)
+        rollouts = replace(rollouts, **found)
         self._method.prepare(rollouts, self.config)
         return rollouts
 
@@ -263,9 +292,16 @@ class DistRLLearner(TorchLearner):
         if module.has_critic:
             quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
         rollouts: SequenceBatch = batch[ROLLOUTS]
-        policy_loss = self._method.policy_loss(logp, rollouts)
         losses = distrl_losses(
-            policy_loss, entropy, quantiles, rollouts, batch[WEIGHTS], batch[CRITIC_WEIGHTS], config
+            self._method.policy_loss(logp, rollouts),
+            self._method.regularisation(logp, rollouts),
+            entropy,
+            quantiles,
+            rollouts,
+            batch[WEIGHTS],
+            batch[CRITIC_WEIGHTS],
+            config,
+            self._coefficients["entropy_coeff"],
         )
         self._step_losses.add(losses)
         if self._first_step:
@@ -279,6 +315,8 @@ class DistRLLearner(TorchLearner):
             **Losses.mean(steps),
             **self._mismatch,
             **rollouts.metrics,
+            **self._coefficients,
+            **reference_metrics(rollouts),
             **critic_metrics(rollouts, self.config.gamma),
             "advantages_std": float(
                 rollouts.column("advantages")[rollouts.loss_mask].std(correction=0)

@@ -22,6 +22,7 @@ class Losses:
     policy_loss: torch.Tensor | float = 0.0
     vf_loss: torch.Tensor | float = 0.0
     entropy: torch.Tensor | float = 0.0
+    regularisation: torch.Tensor | float = 0.0
 
     @property
     def total(self) -> torch.Tensor:
@@ -47,35 +48,42 @@ class Losses:
 
 def distrl_losses(
     policy_loss: torch.Tensor,
+    regularisation: torch.Tensor | float,
     entropy: torch.Tensor,
     quantiles: torch.Tensor | None,
     rollouts: SequenceBatch,
     weights: torch.Tensor,
     critic_weights: torch.Tensor,
     config: "DistRLConfig",
+    entropy_coeff: float,
 ) -> Losses:
-    """The loss: surrogate + vf_loss_coeff x critic - entropy_coeff x entropy.
+    """The loss: surrogate + regularisers + vf_loss_coeff x critic - entropy_coeff x entropy.
 
     Args:
         policy_loss: (B, T) per token.
+        regularisation: (B, T) per token, its coefficients included; 0 without any.
         entropy: (B, T) in nats.
         quantiles: (B, T, N) with gradient, or None without a critic.
         rollouts: with ``target_quantiles``.
         weights: (B, T) of the policy's terms.
         critic_weights: (B, T) of the critic's: a mean over tokens.
         config: coefficients.
+        entropy_coeff: of the entropy bonus in this iteration.
 
     Returns:
-        Scalars; metrics other than the total are unweighted by their coefficients.
+        Scalars; policy_loss, vf_loss and entropy are without their coefficients.
     """
     policy = weighted_sum(policy_loss, weights)
     # Without a bonus there is no need to differentiate through the whole vocabulary.
-    mean_entropy = weighted_sum(entropy if config.entropy_coeff > 0 else entropy.detach(), weights)
+    mean_entropy = weighted_sum(entropy if entropy_coeff > 0 else entropy.detach(), weights)
     vf_loss: torch.Tensor | float = 0.0
     if quantiles is not None:
         vf_loss = weighted_sum(critic_loss(quantiles, rollouts, config), critic_weights)
-    total = policy + config.vf_loss_coeff * vf_loss - config.entropy_coeff * mean_entropy
-    return Losses(total, policy, vf_loss, mean_entropy)
+    regular: torch.Tensor | float = 0.0
+    if isinstance(regularisation, torch.Tensor):
+        regular = weighted_sum(regularisation, weights)
+    total = policy + config.vf_loss_coeff * vf_loss - entropy_coeff * mean_entropy + regular
+    return Losses(total, policy, vf_loss, mean_entropy, regular)
 
 
 def critic_loss(

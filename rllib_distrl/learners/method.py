@@ -33,23 +33,34 @@ OPTIMISM = {"name": "dltv"}
 
 @dataclass(frozen=True)
 class Method:
-    """The stages of one algorithm, in the order in which they run."""
+    """The stages of one algorithm, in the order in which they run.
+
+    Attributes:
+        needs: Columns that the stages and the critic's targets read, see `stages.registry`.
+    """
 
     reward_transforms: tuple[Stage, ...]
     advantage: Stage
     shapers: tuple[Stage, ...]
     policy_loss: Stage
+    regularisers: tuple[Stage, ...]
+    needs: frozenset[str]
 
     @classmethod
     def from_config(cls, config: "DistRLConfig") -> "Method":
         """Resolves the stages that ``config`` names; the optimism bonus comes last."""
         shapers = [*config.shapers, *([OPTIMISM] if config.bonus_coeff > 0 else [])]
-        return cls(
-            tuple(_stage("reward", spec, config) for spec in config.reward_transforms),
-            _stage("advantage", config.advantage, config),
-            tuple(_stage("shaper", spec, config) for spec in shapers),
-            _stage("policy_loss", config.policy_loss, config),
-        )
+        rewards = tuple(_stage("reward", spec, config) for spec in config.reward_transforms)
+        advantage = _stage("advantage", config.advantage, config)
+        shaped = tuple(_stage("shaper", spec, config) for spec in shapers)
+        policy_loss = _stage("policy_loss", config.policy_loss, config)
+        regularisers = tuple(_stage("regulariser", spec, config) for spec in config.regularisers)
+        stages = (*rewards, advantage, *shaped, policy_loss, *regularisers)
+        needs = {need for stage in stages for need in stage.needs}
+        needs.update(*(resolve("controller", spec).needs for spec in config.controllers))
+        # The critic's targets are made of its quantiles, where there is a critic.
+        needs.add("quantiles")
+        return cls(rewards, advantage, shaped, policy_loss, regularisers, frozenset(needs))
 
     def prepare(self, batch: SequenceBatch, config: "DistRLConfig") -> None:
         """Fills ``values``, ``target_quantiles`` and ``advantages`` of a whole batch.
@@ -72,6 +83,10 @@ class Method:
             )
         batch.advantages = self._shaped_advantages(batch, config.whiten_advantages)
         self.policy_loss.prepare(batch)
+
+    def regularisation(self, logp: torch.Tensor, batch: SequenceBatch) -> torch.Tensor | float:
+        """(B, T): the sum of all regularisers; 0 without any."""
+        return sum(regulariser(logp, batch) for regulariser in self.regularisers)
 
     def _shaped_advantages(self, batch: SequenceBatch, whitened: bool) -> torch.Tensor:
         advantages = self.advantage(batch)

@@ -37,3 +37,19 @@ def kl_estimate(
     if estimator == "k3":
         return log_ratio.expm1() - log_ratio
     raise ValueError(f"kl_estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")
+
+
+def check_kl(coeff: float, estimator: str) -> None:
+    """Refuses the settings of a KL term that are out of bounds.
+
+    Args:
+        coeff: Its coefficient β.
+        estimator: One of `KL_ESTIMATORS`.
+
+    Raises:
+        ValueError: With what was got and what is allowed.
+    """
+    if coeff < 0.0:
+        raise ValueError(f"the KL's coeff must be >= 0 (1e-3 is usual), got {coeff}")
+    if estimator not in KL_ESTIMATORS:
+        raise ValueError(f"the KL's estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")

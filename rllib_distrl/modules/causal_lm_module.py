@@ -101,24 +101,30 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """The token rows of a batch of either world."""
         return from_columns(batch) if INPUT_IDS in batch else from_incremental_obs(batch)
 
+    def hidden(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
+        """Last hidden states (B, S, H) of ``trunk`` at every position of the rows."""
+        return trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+
     def _states(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
-        hidden = trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-        return sequences.states(hidden)
+        return sequences.states(self.hidden(trunk, sequences))
+
+    def token_logps(
+        self, policy: Any, states: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logps and entropies (M,) of ``tokens`` (M,) after ``states`` (M, H) under a policy."""
+        head = policy.get_output_embeddings()
+        return token_logps(
+            states, head.weight, tokens, bias=head.bias, temperature=self.temperature
+        )
 
     def _sampled_tokens(
         self, policy: Any, states: torch.Tensor, sequences: Sequences
     ) -> torch.Tensor:
         """(B, T, 2): logp of each completion token and entropy, zeros where masked."""
-        head = policy.get_output_embeddings()
-        logp, entropy = token_logps(
-            states[sequences.mask],
-            head.weight,
-            sequences.actions[sequences.mask],
-            bias=head.bias,
-            temperature=self.temperature,
-        )
-        outputs = logp.new_zeros(*sequences.mask.shape, 2)
-        outputs[sequences.mask] = torch.stack([logp, entropy], dim=-1)
+        mask = sequences.mask
+        logp, entropy = self.token_logps(policy, states[mask], sequences.actions[mask])
+        outputs = logp.new_zeros(*mask.shape, 2)
+        outputs[mask] = torch.stack([logp, entropy], dim=-1)
         return outputs
 
     def _critic_states(

@@ -7,8 +7,13 @@ from rllib_distrl.stages.registry import register
 class AdaptiveEntropy:
     """Keeps the entropy near a target by the entropy bonus's coefficient (Skywork-OR1).
 
-    After each iteration c moves by ± `step`, up where H < `target`; the bonus acts only there.
+    Before each update c moves by ± `step`, up where H < `target`; the bonus acts only there.
+
+    Attributes:
+        setting: What it moves.
     """
+
+    setting = "entropy_coeff"
 
     def __init__(
         self, *, target: float = 0.2, step: float = 1e-4, maximum: float = 5e-3, start: float = 0.0
@@ -22,10 +27,10 @@ class AdaptiveEntropy:
         self._coeff = start
 
     def update(self, entropy: float) -> float:
-        """Takes an iteration's mean entropy and gives the coefficient to use next.
+        """Takes the entropy before an update and gives the coefficient to use in it.
 
         Args:
-            entropy: Mean token entropy, in nats.
+            entropy: Mean token entropy of the iteration's batch, in nats.
 
         Returns:
             `entropy_coeff` ≥ 0.

@@ -16,9 +16,7 @@ KINDS = (
     "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser",
     "controller", "prompt_sampler", "allocator", "read_out",
 )  # fmt: skip
-NEEDS = frozenset(
-    {"entropy", "logits", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups"}
-)
+NEEDS = frozenset({"entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups"})
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What a method needs, or a function of its settings that says so.
 Needs = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
@@ -33,6 +31,7 @@ class Method:
     function: Callable[..., Any]
     needs: Needs
     prepare: Callable[..., None] | None
+    check: Callable[..., None] | None
 
     def settings(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters, which are what a recipe may set."""
@@ -57,10 +56,13 @@ class Stage:
     def needs(self) -> frozenset[str]:
         """Columns beyond the basic ones that the method reads, a subset of `NEEDS`."""
         needs = self.method.needs
-        if callable(needs):
-            defaults = {key: p.default for key, p in self.method.settings().items()}
-            needs = needs({**defaults, **self.params})
-        return frozenset(needs)
+        return frozenset(needs(self.settings) if callable(needs) else needs)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings, with the defaults of those that the recipe leaves out."""
+        defaults = {key: p.default for key, p in self.method.settings().items()}
+        return {**defaults, **self.params}
 
     def __call__(self, *data: Any) -> Any:
         """Runs the method (or builds it, where it is a class)."""
@@ -81,6 +83,7 @@ def register(
     name: str,
     needs: Needs = (),
     prepare: Callable[..., None] | None = None,
+    check: Callable[..., None] | None = None,
 ) -> Callable[[_F], _F]:
     """Decorator that makes a function or class available by name.
 
@@ -89,6 +92,7 @@ def register(
         name: Descriptive and unique within its kind.
         needs: A subset of `NEEDS`, or a function from the settings to one.
         prepare: Called with (whole batch, settings) before minibatches are cut.
+        check: Called with all settings by `resolve`; raises ValueError for one out of bounds.
 
     Returns:
         The decorator, which returns what it is given.
@@ -105,7 +109,7 @@ def register(
         taken = _METHODS.get((kind, name))
         if taken is not None and taken.function.__qualname__ != function.__qualname__:
             raise ValueError(f"{kind} {name!r} is already {taken.function.__qualname__}")
-        _METHODS[kind, name] = Method(kind, name, function, needs, prepare)
+        _METHODS[kind, name] = Method(kind, name, function, needs, prepare, check)
         return function
 
     return decorate
@@ -136,7 +140,7 @@ def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
 
     Raises:
         ValueError: For an unknown name or setting (with the nearest known one), a table without
-            a name, or a setting that is missing.
+            a name, a setting that is missing, or one that the method's own check refuses.
     """
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in settings:
@@ -153,7 +157,10 @@ def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
     required = [key for key, p in allowed.items() if p.default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in settings]:
         raise ValueError(f"{kind} {name!r} needs the setting {', '.join(missing)}")
-    return Stage(method, settings)
+    stage = Stage(method, settings)
+    if method.check is not None:
+        method.check(**stage.settings)
+    return stage
 
 
 def _nearest(word: Any, known: Any) -> str:

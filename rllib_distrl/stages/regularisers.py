@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from rllib_distrl.maths.kl import kl_estimate
+from rllib_distrl.maths.kl import check_kl, kl_estimate
 from rllib_distrl.stages.batch import SequenceBatch
 from rllib_distrl.stages.registry import register
 
 
-@register("regulariser", "kl", needs=("ref_logp",))
+@register("regulariser", "kl", needs=("ref_logp",), check=check_kl)
 def kl(logp: Tensor, batch: SequenceBatch, *, coeff: float = 1e-3, estimator: str = "k3") -> Tensor:
     """Coefficient times the estimated KL to the reference policy.
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths.kl import kl_estimate
+from rllib_distrl.maths.kl import check_kl, kl_estimate
 from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.stages.batch import SequenceBatch
 from rllib_distrl.stages.registry import register
@@ -42,7 +42,7 @@ def overlong(
     return _add_at_end(batch, -penalty * share)
 
 
-@register("reward", "kl_penalty", needs=("ref_logp",))
+@register("reward", "kl_penalty", needs=("ref_logp",), check=check_kl)
 def kl_penalty(batch: SequenceBatch, *, coeff: float = 1e-3, estimator: str = "k1") -> Tensor:
     """r_t − β KL_t to the reference, of the policy that sampled.
 

@@ -73,7 +73,14 @@ def test_remote_runners_sample_what_the_local_one_does(build):
 
 
 def test_resuming_is_bit_exact(build, tmp_path):
-    config = distrl_config(prompts=4, generations=4, target="sample_replacement")
+    config = distrl_config(
+        prompts=4,
+        generations=4,
+        target="sample_replacement",
+        reward_transforms=[{"name": "kl_penalty", "coeff": 0.01}],
+        regularisers=[{"name": "kl", "coeff": 0.1}],
+        controllers=[{"name": "adaptive_entropy", "target": 9.0, "step": 1e-3}],
+    )
     straight = build(config.copy(copy_frozen=False))
     straight.train()
     straight.train()

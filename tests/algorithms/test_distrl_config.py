@@ -24,6 +24,16 @@ REFUSED = [
     ({"advantage": {"name": "gea"}}, "did you mean 'gae'"),
     ({"policy_loss": {"name": "clip", "clip_parm": 0.1}}, "clip_param"),
     ({"dual_clip": 0.5}, "dual_clip is 0.5"),
+    ({"regularisers": [{"name": "lk"}]}, "did you mean 'kl'"),
+    ({"regularisers": [{"name": "kl", "coeff": -1.0}]}, "coeff must be >= 0"),
+    ({"regularisers": [{"name": "kl", "estimator": "k4"}]}, "must be one of"),
+    ({"reward_transforms": [{"name": "kl_penalty", "estimator": "k"}]}, "must be one of"),
+    ({"controllers": [{"name": "adaptive_entropy", "step": 0.0}]}, "step > 0"),
+    ({"controllers": [{"name": "adaptive_entropy"}] * 2}, "Two controllers move entropy_coeff"),
+    (
+        {"controllers": [{"name": "adaptive_entropy"}], "entropy_coeff": 0.01},
+        "a controller moves it",
+    ),
 ]
 
 

@@ -1,0 +1,93 @@
+"""The one pass before the update: what the stages read of the models, without gradients."""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rllib_distrl.learners.reference import Reference
+from rllib_distrl.maths.kl import kl_estimate
+from rllib_distrl.maths.micro_batches import split_by_token_budget
+from rllib_distrl.maths.statistics import masked_mean
+from rllib_distrl.modules.sequences import Sequences, from_columns
+from rllib_distrl.stages.batch import SequenceBatch
+
+# What needs the policy's own hidden states.
+_OF_POLICY = {"entropy", "hidden", "prompt_logp"}
+MODEL_COLUMNS = frozenset({*_OF_POLICY, "quantiles", "ref_logp"})
+
+
+def model_columns(
+    module: Any,
+    reference: Reference | None,
+    columns: dict[str, Tensor],
+    needs: Collection[str],
+) -> dict[str, Tensor]:
+    """Runs policy, critic and reference once over a batch, each only if something needs it.
+
+    Args:
+        module: `DistRLModule`.
+        reference: of ``ref_logp``, else None.
+        columns: of `SequencesFromEpisodes`.
+        needs: which of `MODEL_COLUMNS`.
+
+    Returns:
+        The columns by the names and shapes of `SequenceBatch`, zeros in the padding.
+    """
+    if not needs:
+        return {}
+    sequences = from_columns(columns)
+    rows, steps = sequences.actions.shape
+    widths = {"prompt_logp": int(sequences.prompt_lens.max())}
+    found: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for index in split_by_token_budget(sequences.lengths, module.micro_batch_tokens):
+            for name, part in _read(module, reference, sequences.rows(index), needs).items():
+                if name not in found:
+                    width = widths.get(name, steps)
+                    found[name] = part.new_zeros(rows, width, *part.shape[2:])
+                found[name][index, : part.shape[1]] = part
+    return found
+
+
+def _read(
+    module: Any, reference: Reference | None, rows: Sequences, needs: Collection[str]
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    states = None
+    if not _OF_POLICY.isdisjoint(needs):
+        hidden = module.hidden(module.policy.base_model, rows)
+        states = rows.states(hidden)
+        if "prompt_logp" in needs:
+            found["prompt_logp"] = _prompt_logp(module, rows, hidden)
+        if "hidden" in needs:
+            found["hidden"] = states
+        if "entropy" in needs:
+            found["entropy"] = module._sampled_tokens(module.policy, states, rows)[..., 1]
+    if "quantiles" in needs:
+        found["quantiles"] = module.compute_quantiles({}, module._critic_states(rows, states))
+    if reference is not None and "ref_logp" in needs:
+        found["ref_logp"] = reference.logp(rows)
+    return found
+
+
+def _prompt_logp(module: Any, rows: Sequences, hidden: Tensor) -> Tensor:
+    """(B, P) logps of the prompts' tokens after the first; 0 there and in the padding."""
+    width = int(rows.prompt_lens.max())
+    position = torch.arange(1, width, device=hidden.device)
+    inside = position < rows.prompt_lens.unsqueeze(1)
+    logp, _ = module.token_logps(
+        module.policy, hidden[:, : width - 1][inside], rows.input_ids[:, 1:width][inside]
+    )
+    found = logp.new_zeros(len(hidden), width)
+    found[:, 1:][inside] = logp
+    return found
+
+
+def reference_metrics(rollouts: SequenceBatch) -> dict[str, float]:
+    """``ref_kl``: the k3 estimate in nats per token, of what sampled; nothing without reference."""
+    if rollouts.ref_logp is None:
+        return {}
+    kl = kl_estimate(rollouts.action_logp, rollouts.ref_logp, "k3", rollouts.loss_mask)
+    return {"ref_kl": float(masked_mean(kl, rollouts.loss_mask))}

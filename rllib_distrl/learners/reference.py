@@ -1,0 +1,52 @@
+"""The reference policy of KL terms: the policy as it was before training."""
+
+from typing import Any
+
+import torch
+
+from rllib_distrl.engines.weights import content_hash
+from rllib_distrl.models.loading import load_model
+from rllib_distrl.modules.sequences import Sequences
+
+
+class Reference:
+    """A frozen copy of the initial policy, made from the model's source.
+
+    It is not part of a checkpoint: on resuming it is made again, and its content hash, which
+    is, must be the same (our choice: checkpoints stay small, and resuming stays bit-exact).
+    """
+
+    def __init__(self, module: Any):
+        """Loads the copy beside ``module``.
+
+        Args:
+            module: `CausalLMModule`, on its device.
+        """
+        self._module = module
+        device = next(module.parameters()).device
+        self._policy: Any = load_model(module.model_config["model"], device=device)
+        self._policy.requires_grad_(False)
+        self._hash = content_hash(self._policy.state_dict())
+
+    def logp(self, sequences: Sequences) -> torch.Tensor:
+        """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
+        states = self._module._states(self._policy.base_model, sequences)
+        return self._module._sampled_tokens(self._policy, states, sequences)[..., 0]
+
+    def get_state(self) -> dict[str, str]:
+        """What a checkpoint must hold: the content hash."""
+        return {"hash": self._hash}
+
+    def set_state(self, state: dict[str, str]) -> None:
+        """Checks that the run goes on with the reference it began with.
+
+        Raises:
+            ValueError: if the model's source has changed since the checkpoint was written.
+        """
+        if state["hash"] != self._hash:
+            name = self._module.model_config["model"]
+            raise ValueError(
+                f"The reference policy is the model that training began with, and {name!r} is "
+                f"another one now: content hash {self._hash[:12]}, in the checkpoint "
+                f"{state['hash'][:12]}. Restore the model's folder, or start a new run."
+            )
