@@ -103,15 +103,16 @@ class Recipe:
         return tomli_w.dumps(self.to_dict())
 
     def _validation_settings(self) -> dict[str, Any]:
-        """RLlib's evaluation on the validation split, sampled as in training (pass@1)."""
+        """RLlib's evaluation on the validation split, sampled as in training."""
+        episodes = self.eval.validation_problems * self.rollout.evaluation_generations
         return {
             "evaluation_interval": self.eval.interval,
-            "evaluation_duration": self.eval.validation_problems,
+            "evaluation_duration": episodes,
             "evaluation_duration_unit": "episodes",
             "evaluation_config": {
                 "env_config": {"split": "validation"},
                 "explore": True,
-                "metrics_num_episodes_for_smoothing": self.eval.validation_problems,
+                "metrics_num_episodes_for_smoothing": episodes,
             },
         }
 

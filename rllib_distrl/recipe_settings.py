@@ -61,7 +61,8 @@ class EvalSettings:
         temperature: Sampling temperature of evaluation.
         top_p: Nucleus of evaluation.
         interval: Iterations between validations while training (RLlib's evaluation); 0 means none.
-        validation_problems: Episodes of one validation.
+        validation_problems: Problems of one validation, the same every time, each completed
+            `rollout.evaluation_generations` times.
         token_problems: Validation problems whose completions, one group each, are stored with what
             the critic thought at every token once training ends (`distrl view`); 0 means none.
     """

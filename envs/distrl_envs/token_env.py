@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from operator import index
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, SupportsIndex
 
 import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from distrl_envs.task import Problem, Task
+from distrl_envs.task import Grade, Problem, Task
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import decode_completion, is_small, load_tokenizer, render_prompt
 
@@ -23,6 +23,13 @@ FOREIGN_TOKENIZER_LIMIT = 512
 
 Observation = int | np.ndarray
 Info = dict[str, Any]
+
+
+class Verdict(NamedTuple):
+    """A graded completion: its text and its grade."""
+
+    text: str
+    grade: Grade
 
 
 class TokenEnv(gymnasium.Env[Observation, int]):
@@ -113,6 +120,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._prompt_ids: list[int] = []
         self._completion: list[int] = []
         self._problem: Problem | None = None  # None unless an episode is under way
+        self._verdict: Verdict | None = None  # of a completion that was graded beforehand
         self._last: tuple[Problem, list[int]] | None = None
 
     def reset(
@@ -120,13 +128,18 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     ) -> tuple[Observation, Info]:
         """Starts an episode on `options["row"]`, or on a row that the own generator draws.
 
+        Where the completion is known beforehand, `options["verdict"]` is what `grade_many` made of
+        it: the last step then reports that verdict instead of grading again.
+
         Raises:
             ValueError: If the row does not exist, its prompt is too long, or an option is unknown.
         """
         super().reset(seed=seed)
-        row = self._row(options or {})
+        options = options or {}
+        row = self._row(options)
         problem, self._prompt_ids = self._served(row)
         self._completion = []
+        self._verdict = options.get("verdict")
         self._problem = problem
         info = {"prompt_ids": list(self._prompt_ids), "row": row, "problem": problem}
         return self._observe(self._prompt_ids), info
@@ -169,6 +182,26 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             )
         return ids
 
+    def grade_many(
+        self, rows: Sequence[int], completions: Sequence[Sequence[int]]
+    ) -> list[Verdict]:
+        """Grades completions of whole rows at once, as the last step of each would.
+
+        Tasks with worker processes grade them in parallel.
+
+        Args:
+            rows: The row of each completion.
+            completions: Token ids, up to the EOS or the length limit.
+
+        Raises:
+            ValueError: If a row does not exist.
+        """
+        problems = {row: self.task.problem(row) for row in set(rows)}
+        texts = [self._text(completion) for completion in completions]
+        truncated = [completion[-1] not in self.eos_token_ids for completion in completions]
+        grades = self.task.grade_many([problems[row] for row in rows], texts, truncated)
+        return [Verdict(text, grade) for text, grade in zip(texts, grades, strict=True)]
+
     def _served(self, row: int) -> tuple[Problem, list[int]]:
         """Problem and prompt of a row; completions of one prompt come one after another."""
         if self._last is None or self._last[0].row != row:
@@ -177,24 +210,31 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         return self._last
 
     def _row(self, options: dict[str, Any]) -> int:
-        unknown = set(options) - {"row"}
+        unknown = set(options) - {"row", "verdict"}
         if unknown:
-            raise ValueError(f"Got the reset options {sorted(unknown)}; the only one is 'row'.")
+            raise ValueError(
+                f"Got the reset options {sorted(unknown)}; there are 'row' and 'verdict'."
+            )
         if "row" in options:
             return int(options["row"])
         return int(self.np_random.integers(len(self.task)))
 
     def _finish(self, stopped: bool) -> tuple[float, Info]:
         assert self._problem is not None
-        text = decode_completion(self.tokenizer, self._completion, self.eos_token_ids)
-        grade = self.task.grade(self._problem, text, truncated=not stopped)
+        if self._verdict is None:
+            text = self._text(self._completion)
+            grade = self.task.grade(self._problem, text, truncated=not stopped)
+            self._verdict = Verdict(text, grade)
         self._problem = None
         info = {
             "finish_reason": "stop" if stopped else "length",
-            "grade": grade,
-            "completion": text,
+            "grade": self._verdict.grade,
+            "completion": self._verdict.text,
         }
-        return grade.score, info
+        return self._verdict.grade.score, info
+
+    def _text(self, completion: Sequence[int]) -> str:
+        return decode_completion(self.tokenizer, completion, self.eos_token_ids)
 
     def _observe(self, new: list[int]) -> Observation:
         if self.obs_mode == "token":

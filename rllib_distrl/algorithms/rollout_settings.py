@@ -14,6 +14,8 @@ class RolloutSettings:
         engine: what generates: ``"torch"``.
         prompts_per_iteration: prompts that one training iteration serves.
         num_generations: completions per prompt (a group).
+        evaluation_generations: completions per problem in RLlib's evaluation while training: a
+            pool for pass@k and maj@k.
         max_completion_tokens: length limit; part of the task, see `TokenEnv`.
         temperature: of the sampling distribution; the learner uses the same.
         top_p: nucleus mass kept, 1 keeps all.
@@ -25,6 +27,7 @@ class RolloutSettings:
     engine: str = "torch"
     prompts_per_iteration: int = 32
     num_generations: int = 8
+    evaluation_generations: int = 1
     max_completion_tokens: int = 64
     temperature: float = 1.0
     top_p: float = 1.0
@@ -54,6 +57,7 @@ class RolloutSettings:
         counts = (
             "prompts_per_iteration",
             "num_generations",
+            "evaluation_generations",
             "max_completion_tokens",
             "max_batch_size",
             "torch_threads",

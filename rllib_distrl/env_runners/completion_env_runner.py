@@ -11,16 +11,22 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from distrl_envs.tasks.data_task import DataTask
+from distrl_envs.token_env import Verdict
 from rllib_distrl.engines.engine import Completion, Request, SamplingParams
 from rllib_distrl.engines.torch_engine import TorchEngine
 from rllib_distrl.env_runners.episodes import build_episode
+from rllib_distrl.env_runners.pools import pool_metrics
 
 GENERATION_TIMER = "generation_timer"
+GRADING_TIMER = "grading_timer"
 REPLAY_TIMER = "replay_timer"
 STATUS_METRIC = "grade_status"
 TRUNCATED_METRIC = "truncated_share"
 # Keeps the random numbers of evaluation apart from those of training.
 _EVALUATION_SEED_OFFSET = 1_000_003
+# Visits of one runner that draws its own prompts; the next runner's begin there.
+_VISITS_PER_RUNNER = 1 << 32
 
 
 class PromptRequest(NamedTuple):
@@ -63,7 +69,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         # The local runner beside remote ones has no env, and nothing to sample.
         self.engine = None if self.env is None else self._make_engine()
         self._load_engine()
-        self._drawn = 0
+        self._drawn = 0  # prompts that this runner chose by itself
 
     @property
     def token_env(self) -> Any:
@@ -131,20 +137,24 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         random_actions: bool = False,
         force_reset: bool = False,
     ) -> list[SingleAgentEpisode]:
-        """RLlib's entry: about ``num_timesteps`` steps, or exactly ``num_episodes`` episodes."""
+        """RLlib's entry: about ``num_timesteps`` steps, or ``num_episodes`` episodes at least."""
         if random_actions:
             raise ValueError("CompletionEnvRunner samples from the model: random_actions=False.")
+        if self.config.in_evaluation and (force_reset or num_episodes is not None):
+            self._drawn = 0  # every evaluation begins with the first problem again
         episodes: list[SingleAgentEpisode] = []
         steps, wanted = 0, num_timesteps or 0
-        generations = 1 if num_episodes is not None else self.rollout["num_generations"]
+        generations = self._generations(num_episodes is not None)
         while len(episodes) < num_episodes if num_episodes is not None else steps < wanted:
             if num_episodes is not None:
-                n_prompts = num_episodes - len(episodes)
+                n_prompts = -(-(num_episodes - len(episodes)) // generations)
             else:
                 length = steps / len(episodes) if episodes else self._longest
                 n_prompts = max(1, round((wanted - steps) / length / generations))
             prompts = self._draw_prompts(n_prompts)
             new = self._complete(prompts, generations, explore)
+            if self.config.in_evaluation:
+                self._log_pools(new, generations)
             episodes += new
             steps += sum(map(len, new))
         self._count(episodes)
@@ -154,16 +164,44 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     def _longest(self) -> int:
         return self.token_env.unwrapped.max_completion_tokens
 
+    def _generations(self, by_episodes: bool) -> int:
+        """Completions per prompt where RLlib asks for samples."""
+        if self.config.in_evaluation:
+            return self.rollout["evaluation_generations"]
+        return 1 if by_episodes else self.rollout["num_generations"]
+
+    def _log_pools(self, episodes: Sequence[SingleAgentEpisode], generations: int) -> None:
+        """Metrics of each problem's pool of completions."""
+        task = self.token_env.unwrapped.task
+        equivalent = task.same_answer if isinstance(task, DataTask) else None
+        grades = [episode.infos[-1]["grade"] for episode in episodes]
+        for start in range(0, len(grades), generations):
+            pool = pool_metrics(grades[start : start + generations], equivalent)
+            for name, value in pool.items():
+                self.metrics.log_value(name, value, reduce="mean")
+
     def _draw_prompts(self, n: int) -> list[PromptRequest]:
-        """Rows drawn by the env itself, the first time seeded as RLlib seeds it."""
+        choose = self._validation_prompt if self.config.in_evaluation else self._drawn_prompt
         prompts = []
         for _ in range(n):
-            seed = self._seed if self._needs_initial_reset else None
-            self._needs_initial_reset = False
-            _, info = self.token_env.reset(seed=seed)
-            prompts.append(PromptRequest(info["row"], self._drawn))
+            prompts.append(choose())
             self._drawn += 1
         return prompts
+
+    def _validation_prompt(self) -> PromptRequest:
+        """The next row in order, the rows being dealt out among the runners."""
+        first, runners = max(self.worker_index or 0, 1) - 1, max(self.num_workers or 0, 1)
+        position = first + runners * self._drawn
+        visit, row = divmod(position, len(self.token_env.unwrapped.task))
+        return PromptRequest(row, visit)
+
+    def _drawn_prompt(self) -> PromptRequest:
+        """A row drawn by the env itself, the first time seeded as RLlib seeds it."""
+        seed = self._seed if self._needs_initial_reset else None
+        self._needs_initial_reset = False
+        _, info = self.token_env.reset(seed=seed)
+        visit = self._drawn + _VISITS_PER_RUNNER * (self.worker_index or 0)
+        return PromptRequest(info["row"], visit)
 
     def _complete(
         self, prompts: Sequence[PromptRequest], num_generations: int, explore: bool
@@ -172,12 +210,14 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         requests = self._requests(prompts, num_generations)
         completions = self.engine.generate(requests, self.sampling_params(explore))
         generated = time.perf_counter()
+        verdicts = self._grade(requests, completions)
+        graded = time.perf_counter()
         episodes = [
-            self._replay(request, completion)
-            for request, completion in zip(requests, completions, strict=True)
+            self._replay(*played) for played in zip(requests, completions, verdicts, strict=True)
         ]
         self.metrics.log_value(GENERATION_TIMER, generated - started, reduce="sum")
-        self.metrics.log_value(REPLAY_TIMER, time.perf_counter() - generated, reduce="sum")
+        self.metrics.log_value(GRADING_TIMER, graded - generated, reduce="sum")
+        self.metrics.log_value(REPLAY_TIMER, time.perf_counter() - graded, reduce="sum")
         return episodes
 
     def _requests(self, prompts: Sequence[PromptRequest], num_generations: int) -> list[Request]:
@@ -193,10 +233,21 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             ]
         return requests
 
-    def _replay(self, request: Request, completion: Completion) -> SingleAgentEpisode:
+    def _grade(
+        self, requests: Sequence[Request], completions: Sequence[Completion]
+    ) -> list[Verdict]:
+        """The env's verdicts on a batch, which tasks with worker processes grade in parallel."""
+        tokens = [np.asarray(completion.tokens).tolist() for completion in completions]
+        rows = [request.key[1] for request in requests]
+        return self.token_env.unwrapped.grade_many(rows, tokens)
+
+    def _replay(
+        self, request: Request, completion: Completion, verdict: Verdict
+    ) -> SingleAgentEpisode:
         """Plays the completion through the env, which alone decides rewards and the end."""
         env = self.token_env
-        observation, first_info = env.reset(options={"row": request.key[1]})
+        options = {"row": request.key[1], "verdict": verdict}
+        observation, first_info = env.reset(options=options)
         observations, rewards, terminated = [observation], [], False
         for token in np.asarray(completion.tokens).tolist():
             observation, reward, terminated, _, info = env.step(token)

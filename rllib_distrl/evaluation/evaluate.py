@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distrl_envs.task import Grade, Problem, Task, distinct_rows
+from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.tokenizers import decode_completion
 from rllib_distrl.engines.engine import Completion, Request, RolloutEngine
 from rllib_distrl.engines.torch_engine import TorchEngine
@@ -66,7 +67,7 @@ def evaluate_model(
         out: folder for `evaluation.json` and `samples/part-*.parquet`; in memory when None.
         engine: "torch", or an engine for this model, which gets the model's weights.
         on_progress: called at the start and after every chunk.
-        equivalent: compares normalised answers in votes; equality when None.
+        equivalent: compares normalised answers in votes; as the task does when None.
         overwrite: forget samples of another evaluation in ``out`` instead of refusing; those of
             this one are continued all the same.
 
@@ -94,6 +95,8 @@ def evaluate_model(
             frame = _sample_to_disk(
                 run, SampleStore(folder, info, overwrite=overwrite), on_progress
             )
+        if equivalent is None and isinstance(run.task, DataTask):
+            equivalent = run.task.same_answer
         return EvalResult(frame, settings, folder, info, equivalent)
     finally:
         env.close()

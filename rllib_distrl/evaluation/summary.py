@@ -1,14 +1,14 @@
 """From a table of graded samples to the numbers of an evaluation."""
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from rllib_distrl.evaluation.majority import group_answers, majority_at_k
-from rllib_distrl.evaluation.pass_k import (
+from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
+from rllib_distrl.maths.pass_k import (
     FloatArray,
     average,
     best_at_k,
@@ -20,8 +20,6 @@ from rllib_distrl.evaluation.pass_k import (
 
 NO_ANSWER = "no_answer"
 TRUNCATED = "length"
-
-Equivalence = Callable[[Hashable, Hashable], bool]
 
 
 class SampleTable:

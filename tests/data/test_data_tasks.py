@@ -52,6 +52,13 @@ def test_math_grades_and_asks_for_what_it_grades(math_file):
     assert [grade.status for grade in grades] == ["correct", "wrong", "no_answer", "too_long"]
 
 
+def test_answers_that_mean_the_same_vote_together(math_file):
+    task = make_task("math", data=str(math_file), timeout=1.0)
+    assert task.same_answer(r"\sqrt{8}", r"2\sqrt{2}")
+    assert not task.same_answer(r"\sqrt{8}", r"3\sqrt{2}")
+    assert not task.same_answer("9^{9^{9^{9}}}", "1")  # Undecided is not the same.
+
+
 def test_prompt_and_pattern_cannot_disagree(math_file):
     with pytest.raises(ValueError, match="instruction"):
         make_task("math", data=str(math_file), answer_pattern="Answer: (.*)")

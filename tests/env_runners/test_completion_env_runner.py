@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.core.columns import Columns
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from distrl_envs.tokenizers import small_tokenizer
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
 from tests.helpers import distrl_config
@@ -12,10 +15,21 @@ from tests.helpers import distrl_config
 PROMPTS = [PromptRequest(row, 0) for row in range(4)]
 
 
-def make_runner(**rollout):
-    config = distrl_config().rollout(**rollout)
+def make_runner(env=None, workers=0, index=0, in_evaluation=False, **rollout):
+    config = distrl_config().rollout(**rollout).env_runners(num_env_runners=workers)
+    if env is not None:
+        config.environment(env[0], env_config=env[1])
     config.validate()
-    return CompletionEnvRunner(config=config)
+    config.in_evaluation = in_evaluation
+    return CompletionEnvRunner(config=config, worker_index=index, num_workers=workers)
+
+
+def data_env(kind, rows, folder, **task_config):
+    """An environment over rows that the tiny model's own tokenizer can read."""
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"task_config": {"data": str(path), **task_config}, "tokenizer": small_tokenizer()}
+    return f"distrl_envs:distrl/{kind}-v0", config
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +124,80 @@ def test_errors_travel_as_data(runner):
     report = runner.sample_prompts([PromptRequest(-5, 0)], 1)
     assert report.episodes == []
     assert "row -5" in report.error
+
+
+def visited(episodes):
+    return [(episode.infos[0]["row"], episode.infos[0]["visit"]) for episode in episodes]
+
+
+def test_every_validation_sees_the_same_problems():
+    runner = make_runner(in_evaluation=True)
+    first = runner.sample(num_episodes=5)
+    runner.sample(num_timesteps=40)
+    second = runner.sample(num_episodes=5)
+    assert visited(first) == visited(second) == [(row, 0) for row in range(5)]
+    assert tokens(first) == tokens(second)
+
+
+def test_a_validation_in_rounds_goes_on_until_it_is_forced_to_begin_again():
+    runner = make_runner(in_evaluation=True)
+    seen = visited(runner.sample(num_timesteps=60)) + visited(runner.sample(num_timesteps=60))
+    assert seen == [(row, 0) for row in range(len(seen))]
+    assert visited(runner.sample(num_timesteps=1, force_reset=True))[0] == (0, 0)
+
+
+def test_validation_runners_share_the_problems_of_a_small_data_set(tmp_path):
+    rows = [{"problem": f"{n} + {n} =", "answer": str(2 * n)} for n in range(5)]
+    env = data_env("Math", rows, tmp_path)
+    seen = [
+        visited(make_runner(env, 2, index, in_evaluation=True).sample(num_episodes=3))
+        for index in (1, 2)
+    ]
+    assert seen == [[(0, 0), (2, 0), (4, 0)], [(1, 0), (3, 0), (0, 1)]]
+
+
+def test_runners_that_draw_prompts_by_themselves_never_share_a_random_number():
+    runners = [make_runner(workers=2, index=index) for index in (1, 2)]
+    visits = [
+        {episode.infos[0]["visit"] for episode in runner.sample(num_timesteps=80)}
+        for runner in runners
+    ]
+    assert all(visits)
+    assert not visits[0] & visits[1]
+
+
+def test_a_batch_is_graded_by_all_workers_of_the_grader_at_once(tmp_path):
+    rows = [{"problem": f"{n} {n + 1} -> {n + 2}", "answer": "x"} for n in range(8)]
+    pattern = {"answer_pattern": "(.+)", "instruction": "{problem}", "workers": 2}
+    runner = make_runner(data_env("Math", rows, tmp_path, **pattern), temperature=2.0)
+    task = runner.token_env.unwrapped.task
+    with task.grader:
+        report = runner.sample_prompts([PromptRequest(row, 0) for row in range(8)], 2)
+        assert report.error is None
+        assert all(worker.jobs for worker in task.grader.pool._workers)
+    for episode in report.episodes:
+        first, last = episode.infos[0], episode.infos[-1]
+        alone = task.grade(task.problem(first["row"]), last["completion"],
+                           truncated=last["finish_reason"] == "length")  # fmt: skip
+        assert last["grade"] == alone
+        assert episode.rewards.data[-1] == alone.score
+    statuses = report.metrics["grade_status"]
+    assert sum(status.peek() for status in statuses.values()) == 16
+
+
+SCORES = """
+def broken(prompt, completion, row):
+    return 1 / row["count"]
+"""
+
+
+def test_a_scorer_that_fails_names_its_row(tmp_path, monkeypatch):
+    (tmp_path / "failing_scores.py").write_text(SCORES)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = [{"problem": "1 2", "count": 4}, {"problem": "2 3", "count": 0}]
+    runner = make_runner(data_env("Custom", rows, tmp_path, score="failing_scores:broken"))
+    assert runner.sample_prompts([PromptRequest(0, 0)], 2).episodes[0].rewards.data[-1] == 0.25
+    report = runner.sample_prompts([PromptRequest(0, 0), PromptRequest(1, 0)], 2)
+    assert report.episodes == []
+    assert "row 1" in report.error and "rows.jsonl:2" in report.error
+    assert "ZeroDivisionError" in report.error

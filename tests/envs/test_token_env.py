@@ -118,6 +118,24 @@ def test_any_of_several_eos_tokens_ends():
     assert terminated and info["finish_reason"] == "stop" and info["completion"] == "3"
 
 
+def test_grading_beforehand_changes_nothing():
+    texts = [SOLVED, "3 + 4 = 7", "= 24 ="]
+    completions = [[*SMALL.encode(texts[0]), EOS], [*SMALL.encode(texts[1]), EOS],
+                   (SMALL.encode(texts[2]) * 10)[:20]]  # fmt: skip
+    env = TokenEnv(OneProblem(step_reward=0.25))
+    verdicts = env.grade_many([0, 0, 0], completions)
+    assert [verdict.grade.status for verdict in verdicts] == ["correct", "wrong", "too_long"]
+    for completion, verdict in zip(completions, verdicts, strict=True):
+        played = []
+        for options in ({"row": 0}, {"row": 0, "verdict": verdict}):
+            env.reset(options=options)
+            played.append([env.step(token) for token in completion])
+        assert played[0] == played[1]
+        assert played[1][-1][-1]["grade"] is verdict.grade
+    env.reset(options={"row": 0})
+    assert env.step(EOS)[-1]["completion"] == ""  # A verdict is for one episode.
+
+
 def test_step_rewards_are_added_to_the_score():
     env = TokenEnv(OneProblem(step_reward=0.5))
     rewards = [step[1] for step in play(env, "3 4")]

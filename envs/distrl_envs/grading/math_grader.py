@@ -148,6 +148,15 @@ class MathGrader:
         grade, pair = self._quick_grade(gold_form(gold), answer)
         return grade or self._compare(pair)
 
+    def same_answer(self, one: str, other: str) -> bool:
+        """Whether two answers in normal form are the same; what cannot be decided is not.
+
+        Raises:
+            RuntimeError: If no worker can be started.
+        """
+        grade, pair = self._quick_grade(one, other)
+        return (grade or self._compare(pair)).score == 1.0
+
     def _quick_grade(self, gold: str, found: str | None) -> tuple[Grade | None, tuple[str, str]]:
         """The verdict, where it needs no worker, and the two normalised sides."""
         answer = normalise(found) if found is not None else ""

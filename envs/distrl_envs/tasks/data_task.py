@@ -107,6 +107,10 @@ class DataTask(Task):
         """The prompt: the problem within the task's instruction."""
         return self._instruction.replace("{problem}", problem.prompt)
 
+    def same_answer(self, one: str, other: str) -> bool:
+        """Whether two answers, as they stand in grades, are the same one in a vote."""
+        return one == other
+
     def step_reward(self, problem: Problem, completion_ids: Sequence[int]) -> float:
         """Minus the length penalty, for each token."""
         return -self.length_penalty

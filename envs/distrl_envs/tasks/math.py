@@ -109,6 +109,10 @@ class MathTask(DataTask):
             for grade, cut in zip(grades, truncated, strict=True)
         ]
 
+    def same_answer(self, one: str, other: str) -> bool:
+        """Whether two answers are the same mathematical object."""
+        return self.grader.same_answer(one, other)
+
 
 @lru_cache(maxsize=16)
 def shared_grader(timeout: float, workers: int | None, answer_pattern: str | None) -> MathGrader:

@@ -2,26 +2,31 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
+Equivalence = Callable[[Any, Any], bool]
 
 NO_VOTE = -1
 # A vote count this many standard deviations off its mean has probability below 1e-16.
 _TAIL_SIGMAS = 10.0
+# Comparisons may be slow: an answer is compared with so many others that came before it.
+_MOST_COMPARED = 64
 
 
 def group_answers(
     answers: Sequence[Hashable | None],
-    equivalent: Callable[[Hashable, Hashable], bool] | None = None,
+    equivalent: Equivalence | None = None,
 ) -> npt.NDArray[np.int64]:
     """Label equivalent answers alike.
 
     Args:
         answers: (n,) normalised answers; None is a sample without an answer and has no vote.
-        equivalent: compares an answer with the first one of a group; equality when None.
+        equivalent: compares an answer with the first one of each of the first 64 groups; equality
+            when None.
 
     Returns:
         (n,) labels 0, 1, … in order of appearance, `NO_VOTE` (-1) where there is no answer.
@@ -33,7 +38,8 @@ def group_answers(
         if answer is None:
             continue
         if answer not in known:
-            same = (g for g, head in enumerate(heads) if equivalent and equivalent(head, answer))
+            compared = enumerate(heads[:_MOST_COMPARED] if equivalent else ())
+            same = (g for g, head in compared if equivalent and equivalent(head, answer))
             group = next(same, len(heads))
             if group == len(heads):
                 heads.append(answer)

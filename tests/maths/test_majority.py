@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rllib_distrl.evaluation.majority import group_answers, majority_at_k
+from rllib_distrl.maths.majority import group_answers, majority_at_k
 
 
 def enumerated_majority(labels, scores, k):
@@ -93,3 +93,12 @@ def test_answers_are_grouped_by_equality_unless_told_otherwise():
 
     answers = ["1/2", None, "0.5", "3", "1/2", "3.0"]
     assert group_answers(answers, same_number).tolist() == [0, -1, 0, 1, 0, 1]
+
+
+def test_groups_are_compared_with_the_first_of_each():
+    def same(one, other):
+        return abs(one - other) <= 1
+
+    assert group_answers([1, 2, None, 3, 2, 4], same).tolist() == [0, 0, -1, 1, 0, 1]
+    # What comes after 64 groups is compared with those only.
+    assert group_answers([*range(0, 132, 2), 130, 131, 1], same).tolist()[-4:] == [65, 65, 66, 0]

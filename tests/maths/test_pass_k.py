@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rllib_distrl.evaluation.pass_k import (
+from rllib_distrl.maths.pass_k import (
     average,
     best_at_k,
     bootstrap_interval,

@@ -1,0 +1,35 @@
+import pytest
+
+from distrl_envs.task import Grade
+from rllib_distrl.env_runners.pools import pool_metrics
+
+RIGHT, OTHER_RIGHT = Grade(1.0, "correct", "2/4"), Grade(1.0, "correct", "1/2")
+WRONG, SILENT = Grade(0.0, "wrong", "3"), Grade(0.0, "no_answer", None)
+
+
+def test_a_pool_of_four_by_hand():
+    # One of four is right. Pairs: 3 of 6 hold it, and then it stands against "3" (a tie, 1/2),
+    # another "3" (1/2), or nothing (1).
+    metrics = pool_metrics([RIGHT, WRONG, WRONG, SILENT])
+    assert metrics == pytest.approx(
+        {
+            "avg@4": 0.25,
+            "pass@1": 0.25,
+            "pass@2": 0.5,
+            "pass@4": 1.0,
+            "maj@1": 0.25,
+            "maj@2": (0.5 + 0.5 + 1.0) / 6,
+            "maj@4": 0.0,
+            "distinct_correct": 1.0,
+            "unparsable": 0.25,
+        }
+    )
+
+
+def test_equivalent_answers_vote_together():
+    grades = [RIGHT, OTHER_RIGHT, WRONG]
+    assert pool_metrics(grades)["maj@2"] == pytest.approx((1.0 + 0.5 + 0.5) / 3)
+    assert pool_metrics([*grades, WRONG])["maj@4"] == 0.0
+    together = pool_metrics([*grades, WRONG], lambda one, other: "/" in one and "/" in other)
+    assert together["maj@4"] == pytest.approx(0.5)  # Two votes each.
+    assert together["distinct_correct"] == 2.0
