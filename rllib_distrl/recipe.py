@@ -94,6 +94,7 @@ class Recipe:
         """Returns the recipe with our tables' defaults filled in, ready for TOML."""
         own = {name: dataclasses.asdict(getattr(self, name)) for name in OWN_TABLES}
         own["eval"]["k"] = list(self.eval.k)
+        own["run"]["trackers"] = [dict(tracker) for tracker in self.run.trackers]
         return own | {name: _plain(values) for name, values in self.tables.items()}
 
     def to_toml(self) -> str:

@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rllib_distrl.trackers import check_trackers
+
 
 @dataclass(frozen=True)
 class RunSettings:
@@ -23,6 +25,8 @@ class RunSettings:
         checkpoint_interval: Iterations between checkpoints; 0 means only at the end.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
         log_interval: Iterations between printed lines where there is no terminal.
+        trackers: Experiment trackers, `{name = "wandb" | "mlflow", ...}` each; what follows the
+            name goes to Ray's callback (`project`, `group`; `tracking_uri`, `experiment_name`).
     """
 
     algorithm: str = "DistRL"
@@ -34,11 +38,13 @@ class RunSettings:
     checkpoint_interval: int = 50
     keep_checkpoints: int = 2
     log_interval: int = 10
+    trackers: tuple[dict[str, Any], ...] = ()
 
     def validate(self) -> None:
         """Raises ValueError for numbers outside their bounds."""
         _at_least("run", self, 1, "iterations", "keep_checkpoints", "log_interval")
         _at_least("run", self, 0, "seed", "budget_tokens", "checkpoint_interval")
+        check_trackers(self.trackers)
         for key in ("algorithm", "model"):
             if not getattr(self, key).strip():
                 raise ValueError(f"run.{key} is empty. Name one.")

@@ -99,6 +99,11 @@ class RunFolder:
         """Returns the recipe that this run was made with."""
         return load_recipe(self.recipe_file)
 
+    def started(self) -> str:
+        """Returns when the run first started, ISO 8601 in UTC."""
+        meta = json.loads(self.meta_file.read_text(encoding="utf-8"))
+        return meta["sessions"][0]["started"]
+
     def read_eval(self) -> dict[str, Any]:
         """Returns `eval.json`, or {} before the first evaluation."""
         if not self.eval_file.is_file():

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
 LAYERS = [
-    {"maths", "token_table"},
+    {"maths", "token_table", "trackers"},
     {"stages"},
     {"engines", "models"},
     {"modules"},

@@ -32,6 +32,7 @@ from rllib_distrl.run_folder import (
     open_run,
     resume_run,
 )
+from rllib_distrl.trackers import connect_trackers
 
 
 def run_train(
@@ -85,6 +86,7 @@ def _check(
     else:
         check_free(path, overwrite=overwrite)
     recipe.build_config()
+    connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
     return recipe, path
 

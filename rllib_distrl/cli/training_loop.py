@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +20,7 @@ from rllib_distrl.cli.ray_session import ray_session
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_folder import RunFolder
 from rllib_distrl.run_log import RunLog, read_progress
+from rllib_distrl.trackers import Trackers, tracked_run
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
@@ -50,7 +53,8 @@ def train_and_export(
         try:
             if checkpoint is not None:
                 algo.restore_from_path(str(checkpoint.resolve()))
-            _iterate(algo, recipe, run, console, interrupts, start)
+            with _trackers(recipe, run, console) as trackers:
+                _iterate(algo, recipe, run, console, interrupts, start, trackers)
             _export(algo, run.model)
             _write_tokens(algo, recipe, run, console)
         finally:
@@ -72,6 +76,7 @@ def _iterate(
     console: Console,
     interrupts: Interrupts,
     start: int,
+    trackers: Trackers,
 ) -> None:
     goal, interval = Goal.of(recipe.run), recipe.run.checkpoint_interval
     progress = Progress(goal)
@@ -84,11 +89,26 @@ def _iterate(
         while not goal.reached(row):
             iteration = row["iteration"] + 1
             row = log.write(iteration, algo.train())
+            trackers.write(row)
             display.show(progress.snapshot(row))
             due = goal.reached(row) or (interval and iteration % interval == 0)
             if due or interrupts.pending:
                 _checkpoint(algo, recipe, run, iteration)
             interrupts.raise_pending()
+
+
+@contextmanager
+def _trackers(recipe: Recipe, run: RunFolder, console: Console) -> Iterator[Trackers]:
+    """Opens the trackers and ends the run in them; a failed upload does not fail the run."""
+    described = tracked_run(run.path, run.started(), recipe.to_dict())
+    trackers = Trackers(recipe.run.trackers, described)
+    failed = True
+    try:
+        yield trackers
+        failed = False
+    finally:
+        for problem in trackers.close(failed=failed):
+            _warn(console, f"Not everything was logged. {problem}")
 
 
 def _checkpoint(algo: Algorithm, recipe: Recipe, run: RunFolder, iteration: int) -> None:

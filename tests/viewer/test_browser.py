@@ -290,6 +290,37 @@ def test_narrow_windows_and_dark_colours(driver, show):
     assert driver.find_element("id", "tokens").is_displayed()
 
 
+def test_two_hundred_percent_zoom(driver, show):
+    """Browser zoom: half of the window's pixels to lay out in, twice the pixels to draw with."""
+    from selenium.webdriver.common.keys import Keys
+
+    zoomed = {"width": 640, "height": 400, "deviceScaleFactor": 2, "mobile": False}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", zoomed)
+    try:
+        show(make_table())
+        assert driver.execute_script("return [innerWidth, devicePixelRatio]") == [640, 2]
+        wide = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+        assert driver.execute_script(f"return {wide}")
+        for panel in ("tokens", "strip", "dots", "numbers"):
+            element = driver.find_element("id", panel)
+            driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+            box = "const r = arguments[0].getBoundingClientRect(); return [r.left, r.right]"
+            left, right = driver.execute_script(box, element)
+            assert 0 <= left < right <= 640, panel
+        sharp = "const c = document.getElementById('strip'); return c.width / c.clientWidth"
+        assert driver.execute_script(sharp) == pytest.approx(2, abs=0.02)
+        press(driver, Keys.ARROW_RIGHT)
+        assert text(driver, "position") == "token 2 of 5 · id 1"
+        cut = driver.execute_script(
+            "return [...document.querySelectorAll('button, dt, dd, h1, h2, label')].filter(e =>"
+            " e.offsetParent && e.scrollWidth > e.clientWidth + 1 && e.clientWidth)"
+            ".map(e => e.textContent)"
+        )
+        assert cut == []
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_completions_without_tokens(driver, show, tmp_path):
     names = ["problem", "sample", "prompt", "completion", "score", "status", "finish_reason"]
     make_table().completions[names].to_parquet(tmp_path / "after.parquet")
