@@ -1,11 +1,11 @@
 """DistRL: PPO on a language model with a critic that knows the return distribution."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import (
@@ -16,18 +16,20 @@ from ray.rllib.utils.metrics import (
     NUM_ENV_STEPS_SAMPLED_LIFETIME,
     SYNCH_WORKER_WEIGHTS_TIMER,
     TIMERS,
-    WEIGHTS_SEQ_NO,
 )
 
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
-from rllib_distrl.algorithms.language_model import export_policy, hugging_face_names
+from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
+from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.prompt_sampler import PromptSampler
-from rllib_distrl.algorithms.sampling import sample_groups
-from rllib_distrl.engines.weights import content_hash
+from rllib_distrl.algorithms.sampling import SampledGroups, sample_locally, sample_remotely
+from rllib_distrl.algorithms.scaling import check_scale
 from rllib_distrl.learners.distrl_learner import TRAINING_ITERATION
 from rllib_distrl.models.loading import resolve
 
 PROMPT_SAMPLER = "prompt_sampler"
+# How many runners have contributed to the batch.
+NUM_ENV_RUNNERS = "num_env_runners"
 # Tasks with more rows than this generate them: their rows are served in order.
 _LARGEST_SHUFFLED_TASK = 10_000_000
 
@@ -54,25 +56,72 @@ class DistRL(Algorithm):
         self.prompt_sampler = PromptSampler(
             n_rows, self.config.seed or 0, shuffle=n_rows <= _LARGEST_SHUFFLED_TASK
         )
+        self.fleet = EnvRunnerFleet(self.env_runner_group, self.config)
+        # Another thread that scales waits for the end of the iteration.
+        self._scaling = threading.RLock()
         self._sync_weights()
 
     def training_step(self) -> None:
         """Samples, learns and syncs once."""
+        with self._scaling:
+            with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+                batch = self._sample()
+                self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
+                self._log_runners(batch)
+            with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+                learner_results = self._update_learners(batch.groups)
+                self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
+            with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+                self._sync_weights()
+
+    def _sample(self) -> SampledGroups:
         rollout = self.config.rollout_settings
-        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-            groups, runner_results = sample_groups(
-                self.env_runner_group,
-                self.prompt_sampler.next(rollout.prompts_per_iteration),
+        before = self.prompt_sampler.get_state()
+        prompts = self.prompt_sampler.next(rollout.prompts_per_iteration)
+        try:
+            if not self.fleet.wanted:
+                return sample_locally(
+                    self.env_runner, prompts, rollout.num_generations, self.fleet.weights
+                )
+            return sample_remotely(
+                self.fleet,
+                prompts,
                 rollout.num_generations,
-                weights=self._weights,
-                timeout_s=self.config.sample_timeout_s,
+                max_failures=self.config.num_consecutive_env_runner_failures_tolerance,
+                wait_s=self.config.env_runner_health_probe_timeout_s,
             )
-            self.metrics.aggregate(runner_results, key=ENV_RUNNER_RESULTS)
-        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-            learner_results = self._update_learners(groups)
-            self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
-        with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-            self._sync_weights()
+        except Exception:
+            # A checkpoint that is written now continues with these prompts.
+            self.prompt_sampler.set_state(before)
+            raise
+
+    def _log_runners(self, batch: SampledGroups) -> None:
+        counts = {NUM_ENV_RUNNERS: len(batch.episodes_per_runner), **self.fleet.take_counts()}
+        for name, count in counts.items():
+            self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
+
+    def restore_env_runners(self, env_runner_group: Any) -> list[int]:
+        """Lets runners that have come up into service; training does not wait for the others."""
+        if env_runner_group is not self.env_runner_group:
+            return super().restore_env_runners(env_runner_group)
+        with self._scaling:
+            return self.fleet.admit()
+
+    def scale_env_runners(self, n: int) -> None:
+        """Asks Ray for env runners, or stops some, so that there are ``n`` remote ones.
+
+        Returns at once. New runners sample as soon as they are up and have confirmed version
+        and hash of the present weights; runners are only stopped between iterations.
+
+        Args:
+            n: remote runners; 0 samples in this process, where it was built for that.
+
+        Raises:
+            ValueError: more than [rollout] max_env_runners, or than the cluster can hold.
+        """
+        check_scale(self.config, n)
+        with self._scaling:
+            self.fleet.scale(n)
 
     def _update_learners(self, groups: list[list[SingleAgentEpisode]]) -> list[Any]:
         steps = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
@@ -98,31 +147,21 @@ class DistRL(Algorithm):
         return self.learner_group.update(episodes_refs=shards, **settings)
 
     def _sync_weights(self) -> None:
-        """Sends the policy to all runners and remembers its version and hash.
-
-        Runners answer with both along with their episodes; see `sample_groups`.
-        """
-        component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
-        state = self.learner_group.get_state(components=component, inference_only=True)
-        state = state[COMPONENT_LEARNER]
-        module_state = state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-        self._weights = (state[WEIGHTS_SEQ_NO], content_hash(hugging_face_names(module_state)))
-        update = {COMPONENT_RL_MODULE: module_state, WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO]}
+        """Sends the policy to all runners, which confirm its version and hash."""
+        update, weights = runner_weights(self.learner_group)
         local_runner: Any = self.env_runner
         if local_runner is not None:
             local_runner.set_state(update)
-        if self.env_runner_group.num_remote_env_runners():
-            reference = ray.put(update)
-            self.env_runner_group.foreach_env_runner(
-                "set_state",
-                kwargs={"state": reference},
-                local_env_runner=False,
-                timeout_seconds=self.config.sample_timeout_s,
-            )
+        self.fleet.sync(update, weights)
 
     def export_model(self, path: str | Path) -> None:
         """Writes the policy as a plain Hugging Face folder."""
         export_policy(self, path)
+
+    def cleanup(self) -> None:
+        """Stops everything, also runners that do not answer."""
+        self.fleet.stop()
+        super().cleanup()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, and the cursor of the prompt sampler."""

@@ -18,6 +18,10 @@ from rllib_distrl.modules.distrl_module import DistRLModule
 NotProvided: Any = from_config.NotProvided
 # Long generations take their time; RLlib's 60 s would drop them silently.
 SAMPLE_TIMEOUT_S = 1_800.0
+# Tries in a row to complete a batch, each of which waits for a runner if there is none.
+FAILURES_TOLERANCE = 10
+# RLlib would skip an evaluation whose runner is just being restarted.
+EVALUATION_WAIT_S = 120.0
 
 
 class DistRLConfig(AlgorithmConfig):
@@ -94,6 +98,8 @@ class DistRLConfig(AlgorithmConfig):
         self.env_runner_cls = CompletionEnvRunner
         self.num_env_runners = 0
         self.sample_timeout_s = SAMPLE_TIMEOUT_S
+        self.num_consecutive_env_runner_failures_tolerance = FAILURES_TOLERANCE
+        self.evaluation_unhealthy_workers_timeout_s = EVALUATION_WAIT_S
         self.add_default_connectors_to_learner_pipeline = False
         self._learner_connector = _sequences_from_episodes
 

@@ -30,6 +30,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     _check_critic_checkpoint(config)
     _check_method(config)
     _check_batches(config)
+    _check_runners(config)
     _check_stages(config)
 
 
@@ -144,6 +145,21 @@ def _check_batches(config: "DistRLConfig") -> None:
         raise ValueError(
             f"micro_batch_tokens={config.micro_batch_tokens} cannot hold one sequence: a "
             f"completion alone may have {rollout.max_completion_tokens} tokens. Raise it."
+        )
+
+
+def _check_runners(config: "DistRLConfig") -> None:
+    limit = config.rollout_settings.max_env_runners
+    if limit and config.num_env_runners > limit:
+        raise ValueError(
+            f"num_env_runners={config.num_env_runners} exceeds [rollout] max_env_runners={limit}. "
+            "Raise the limit or lower the number."
+        )
+    if config.num_consecutive_env_runner_failures_tolerance < 1:
+        raise ValueError(
+            "num_consecutive_env_runner_failures_tolerance is "
+            f"{config.num_consecutive_env_runner_failures_tolerance}; it must be >= 1: the tries "
+            "in a row that may complete nothing of a batch."
         )
 
 

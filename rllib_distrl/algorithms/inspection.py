@@ -6,12 +6,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import ray
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.task import distinct_rows
-from rllib_distrl.algorithms.language_model import hugging_face_names
-from rllib_distrl.engines.weights import content_hash
+from rllib_distrl.algorithms.language_model import runner_weights
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
 from rllib_distrl.learners.token_table import read_tokens
 from rllib_distrl.models.token_texts import single_texts, token_texts
@@ -86,15 +83,12 @@ def _sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[l
     learners = max(algo.config.num_learners, 1)
     if len(rows) < learners:
         raise ValueError(f"got {len(rows)} problems; {learners} learners need one each")
-    component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
-    state = algo.learner_group.get_state(components=component, inference_only=True)
-    state = state[COMPONENT_LEARNER]
-    weights = state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-    runner.set_state({COMPONENT_RL_MODULE: weights, WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO]})
+    update, (_, weights_hash) = runner_weights(algo.learner_group)
+    runner.set_state(update)
     report = runner.sample_prompts([PromptRequest(row, 0) for row in rows], generations)
     if report.error is not None:
         raise RuntimeError(f"Sampling failed: {report.error}")
-    if report.weights_hash != content_hash(hugging_face_names(weights)):
+    if report.weights_hash != weights_hash:
         raise RuntimeError("The runner sampled with other weights than the learner's.")
     episodes = report.episodes
     return [episodes[i : i + generations] for i in range(0, len(episodes), generations)]

@@ -6,10 +6,12 @@ from typing import Any
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from transformers import GenerationConfig
 
 from rllib_distrl.algorithms.rollout_settings import RolloutSettings
+from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.models.loading import (
     eos_token_ids,
@@ -109,9 +111,22 @@ def policy_state(algo: Any) -> dict[str, Any]:
 
     The learner is asked because ``algo.get_module()`` may lag behind it (Ray 2.60).
     """
+    update, _ = runner_weights(algo.learner_group)
+    return hugging_face_names(update[COMPONENT_RL_MODULE])
+
+
+def runner_weights(learner_group: Any) -> tuple[dict[str, Any], tuple[int, str]]:
+    """The learner's present weights for env runners.
+
+    Returns:
+        What an env runner's ``set_state`` takes, and the version and content hash that its
+        engine must then report.
+    """
     component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
-    state = algo.learner_group.get_state(components=component, inference_only=True)
-    return hugging_face_names(state[COMPONENT_LEARNER][COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
+    state = learner_group.get_state(components=component, inference_only=True)[COMPONENT_LEARNER]
+    module_state = state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
+    update = {COMPONENT_RL_MODULE: module_state, WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO]}
+    return update, (state[WEIGHTS_SEQ_NO], content_hash(hugging_face_names(module_state)))
 
 
 def hugging_face_names(module_state: dict[str, Any]) -> dict[str, Any]:

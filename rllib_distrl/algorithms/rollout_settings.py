@@ -22,6 +22,8 @@ class RolloutSettings:
         top_k: tokens kept, 0 keeps all.
         max_batch_size: rows that the engine decodes at once.
         torch_threads: torch threads of each process that samples or learns.
+        max_env_runners: most env runners that scaling may ask Ray for; 0: as many as fit into the
+            nodes that the cluster has at that time.
     """
 
     engine: str = "torch"
@@ -34,6 +36,7 @@ class RolloutSettings:
     top_k: int = 0
     max_batch_size: int = 256
     torch_threads: int = 1
+    max_env_runners: int = 0
 
     @property
     def episodes_per_iteration(self) -> int:
@@ -65,6 +68,11 @@ class RolloutSettings:
         for name in counts:
             if getattr(self, name) < 1:
                 raise ValueError(f"[rollout] {name} is {getattr(self, name)}; it must be >= 1.")
+        if self.max_env_runners < 0:
+            raise ValueError(
+                f"[rollout] max_env_runners is {self.max_env_runners}; it must be >= 0 "
+                "(0: what the cluster can hold)."
+            )
         if self.temperature <= 0:
             raise ValueError(
                 f"[rollout] temperature is {self.temperature}; it must be above 0. "

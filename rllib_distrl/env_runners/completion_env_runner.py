@@ -1,5 +1,7 @@
 """An env runner that generates whole completions, then replays them through the env."""
 
+import os
+import socket
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,6 +38,14 @@ class PromptRequest(NamedTuple):
     visit: int
 
 
+class LoadedWeights(NamedTuple):
+    """A runner's receipt for new weights, and the process that holds them."""
+
+    version: int
+    hash: str
+    process: str
+
+
 class RunnerReport(NamedTuple):
     """What a runner hands to the driver: episodes, or the error that stopped it.
 
@@ -46,7 +56,13 @@ class RunnerReport(NamedTuple):
     metrics: dict[str, Any] | None
     weights_version: int
     weights_hash: str
+    process: str
     error: str | None
+
+
+def process_name() -> str:
+    """This process, for people and for telling a restarted runner from the one before."""
+    return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
 class CompletionEnvRunner(SingleAgentEnvRunner):
@@ -104,6 +120,11 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         if COMPONENT_RL_MODULE in state:
             self._load_engine()
 
+    def load_weights(self, state: dict[str, Any]) -> LoadedWeights:
+        """Takes over ``state`` and says what the engine then holds, by version and hash."""
+        self.set_state(state)
+        return LoadedWeights(self.engine.version, self._weights_hash, process_name())
+
     def sampling_params(self, explore: bool) -> SamplingParams:
         """How to sample: as the recipe says, or greedily with ``explore=False``."""
         return SamplingParams(
@@ -115,18 +136,32 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         )
 
     def sample_prompts(
-        self, prompts: Sequence[PromptRequest], num_generations: int
+        self,
+        prompts: Sequence[PromptRequest],
+        num_generations: int,
+        weights: tuple[int, str] | None = None,
     ) -> RunnerReport:
-        """Completes each prompt ``num_generations`` times; whole groups, in order."""
+        """Completes each prompt ``num_generations`` times; whole groups, in order.
+
+        Args:
+            prompts: what to complete.
+            num_generations: completions per prompt.
+            weights: version and hash to sample with; with others nothing is sampled.
+
+        Returns:
+            The episodes, and the weights that the engine holds.
+        """
         try:
+            if weights not in (None, (self.engine.version, self._weights_hash)):
+                prompts = []
             episodes = self._complete(prompts, num_generations, explore=self.config.explore)
             self._count(episodes)
-            return RunnerReport(
-                episodes, self.get_metrics(), self.engine.version, self._weights_hash, None
-            )
+            metrics, text = self.get_metrics(), None
         except Exception as error:
-            text = f"{type(error).__name__}: {error}"
-            return RunnerReport([], None, self.engine.version, "", text)
+            episodes, metrics, text = [], None, f"{type(error).__name__}: {error}"
+        return RunnerReport(
+            episodes, metrics, self.engine.version, self._weights_hash, process_name(), text
+        )
 
     def _sample(
         self,
