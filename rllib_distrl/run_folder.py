@@ -9,6 +9,7 @@ model/             the trained policy as a plain Hugging Face folder
 samples/           before.parquet, after.parquet: every graded completion of the evaluations;
                    tokens.parquet: completions with what the critic thought at every token
 eval.json          avg@n and pass@k before and after training
+scale.json         the newest request of `distrl scale`, and its answer
 error.txt          the traceback, if the run failed
 """
 
@@ -89,6 +90,11 @@ class RunFolder:
     def eval_file(self) -> Path:
         """avg@n and pass@k before and after training."""
         return self.path / "eval.json"
+
+    @property
+    def scale_file(self) -> Path:
+        """The newest request of `distrl scale`, see `rllib_distrl.run_requests`."""
+        return self.path / "scale.json"
 
     @property
     def error_file(self) -> Path:
@@ -201,6 +207,7 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
     """
     run = open_run(path)
     check_same_recipe(run.recipe(), recipe)
+    run.scale_file.unlink(missing_ok=True)  # asked of a process that has ended
     write_atomic(run.recipe_file, recipe.to_toml())
     meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
     meta["sessions"].append(session(command))
@@ -253,13 +260,22 @@ def locked(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def is_locked(path: Path) -> bool:
+    """Says whether another process holds a folder, that is, trains in it."""
+    try:
+        with locked(path):
+            return False
+    except ValueError:
+        return True
+
+
 def _delete_run(run: RunFolder) -> None:
     """Deletes the parts of a run, the marker last; files that are not ours stay."""
     for folder in (run.checkpoints, run.tensorboard, run.model, run.samples):
         if folder.is_dir() and not folder.is_symlink():
             shutil.rmtree(folder)
-    files = (run.error_file, run.progress_file, run.eval_file, run.recipe_file, run.meta_file)
-    for file in files:
+    files = (run.scale_file, run.error_file, run.progress_file, run.eval_file, run.recipe_file)
+    for file in (*files, run.meta_file):
         file.unlink(missing_ok=True)
 
 

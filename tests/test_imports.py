@@ -13,7 +13,7 @@ LAYERS = [
     {"connectors", "env_runners", "learners"},
     {"algorithms"},
     {"recipe", "recipe_schema", "recipe_settings", "evaluation"},
-    {"checkpoints", "run_folder", "run_log", "run_meta"},
+    {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests"},
     {"runs"},
     {"viewer"},
     {"cli"},

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rllib_distrl.cli.errors import exit_code_of
+from rllib_distrl.cli.errors import TrainingStopped, exit_code_of
 
 
 class _ErrorGroup(TyperGroup):
@@ -21,7 +21,7 @@ class _ErrorGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except (ValueError, OSError, KeyboardInterrupt) as error:
+        except (ValueError, OSError, KeyboardInterrupt, TrainingStopped) as error:
             raise typer.Exit(exit_code_of(error)) from error
 
 
@@ -112,6 +112,17 @@ def evaluate(
     sampling = Sampling(n, k, problems, max_tokens, temperature, top_p, seed)
     options = DataOptions(data, data_dir, compare or (), overwrite, sampling)
     run_eval(target, overrides or [], model=model, out=out, options=options)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder of a job that trains.")],
+    n: Annotated[int, typer.Argument(metavar="N", help="How many remote env runners.")],
+) -> None:
+    """Change the number of env runners of a running job."""
+    from rllib_distrl.cli.scale import run_scale
+
+    run_scale(run, n)
 
 
 @app.command()

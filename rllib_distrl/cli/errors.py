@@ -8,6 +8,7 @@ import signal
 from rich.console import Console
 from rich.text import Text
 
+FAILURE = 1
 USAGE_ERROR = 2
 TRACEBACK_VARIABLE = "DISTRL_TRACEBACK"
 
@@ -26,11 +27,15 @@ class Interrupted(KeyboardInterrupt):
         self.signum = signum
 
 
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the last good state is in a checkpoint."""
+
+
 def exit_code_of(error: BaseException) -> int:
     """Prints an expected error and returns the exit code.
 
     Returns:
-        2 for bad input, 130 after Ctrl-C, 128 + N after signal N.
+        2 for bad input, 1 if training had to stop, 130 after Ctrl-C, 128 + N after signal N.
 
     Raises:
         BaseException: `error` itself, if DISTRL_TRACEBACK=1.
@@ -40,7 +45,7 @@ def exit_code_of(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 128 + getattr(error, "signum", signal.SIGINT)
     print_error(message_of(error))
-    return USAGE_ERROR
+    return FAILURE if isinstance(error, TrainingStopped) else USAGE_ERROR
 
 
 def message_of(error: BaseException) -> str:

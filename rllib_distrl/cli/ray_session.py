@@ -12,8 +12,9 @@ from typing import Any
 
 
 def cpus_needed(config: Any) -> int:
-    """Returns how many CPUs the actors of an `AlgorithmConfig` reserve."""
-    runners = config.num_env_runners * config.num_cpus_per_env_runner
+    """Returns how many CPUs the actors of an `AlgorithmConfig` reserve, at most."""
+    most = max(config.num_env_runners, config.model_config["rollout"]["max_env_runners"])
+    runners = most * config.num_cpus_per_env_runner
     evaluation = (config.evaluation_num_env_runners or 0) * config.num_cpus_per_env_runner
     per_learner = config.num_cpus_per_learner
     per_learner = 1 if isinstance(per_learner, str) else per_learner

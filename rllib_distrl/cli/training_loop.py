@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import checkpoint_iteration, latest_checkpoint, save_checkpoint
+from rllib_distrl.checkpoints import (
+    checkpoint_iteration,
+    checkpoint_name,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from rllib_distrl.cli.display import Progress, make_display
+from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.cli.ray_session import ray_session
+from rllib_distrl.cli.scale import take_scale_request
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_folder import RunFolder
 from rllib_distrl.run_log import RunLog, read_progress
@@ -87,8 +95,10 @@ def _iterate(
     ):
         row = _row(run, start)
         while not goal.reached(row):
+            if scaled := take_scale_request(run, algo):
+                console.print(scaled, highlight=False)
             iteration = row["iteration"] + 1
-            row = log.write(iteration, algo.train())
+            row = log.write(iteration, _train(algo, recipe, run, iteration))
             trackers.write(row)
             display.show(progress.snapshot(row))
             due = goal.reached(row) or (interval and iteration % interval == 0)
@@ -109,6 +119,23 @@ def _trackers(recipe: Recipe, run: RunFolder, console: Console) -> Iterator[Trac
     finally:
         for problem in trackers.close(failed=failed):
             _warn(console, f"Not everything was logged. {problem}")
+
+
+def _train(algo: Algorithm, recipe: Recipe, run: RunFolder, iteration: int) -> dict[str, Any]:
+    """Trains one iteration; if that cannot be done, keeps the state before it."""
+    from rllib_distrl.algorithms.sampling import RunnersLostError
+
+    try:
+        return algo.train()
+    except RunnersLostError as error:
+        done = iteration - 1
+        if done and not (run.checkpoints / checkpoint_name(done)).is_dir():
+            _checkpoint(algo, recipe, run, done)
+        again = f"distrl train {shlex.quote(str(run.path))} --resume"
+        raise TrainingStopped(
+            f"Training stopped in iteration {iteration}; what was learned before is in a "
+            f"checkpoint. {error} Continue with: {again}"
+        ) from error
 
 
 def _checkpoint(algo: Algorithm, recipe: Recipe, run: RunFolder, iteration: int) -> None:
