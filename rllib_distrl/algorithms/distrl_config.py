@@ -85,6 +85,8 @@ class DistRLConfig(AlgorithmConfig):
         self.bonus_schedule = "dltv"
         self.bonus_horizon: int | None = None
         self.bonus_max_ratio: float | None = 0.5
+        self.ensemble: dict[str, Any] = {}
+        self.distance: dict[str, Any] = {}
         self.whiten_advantages = True
         # Stages by name, see `rllib_distrl.stages`.
         self.reward_transforms: list[dict[str, Any]] = []
@@ -135,6 +137,8 @@ class DistRLConfig(AlgorithmConfig):
         bonus_schedule: str = NotProvided,
         bonus_horizon: int | None = NotProvided,
         bonus_max_ratio: float | None = NotProvided,
+        ensemble: dict[str, Any] = NotProvided,
+        distance: dict[str, Any] = NotProvided,
         whiten_advantages: bool = NotProvided,
         reward_transforms: list[dict[str, Any]] = NotProvided,
         advantage: dict[str, Any] = NotProvided,
@@ -172,12 +176,17 @@ class DistRLConfig(AlgorithmConfig):
             init_value: value of all states at the start; None: the first batch's mean return.
             read_out: ``{name, level}`` of the quantiles that the actor takes as the value.
             bonus_coeff: c of the optimism bonus; 0 switches it off.
-            bonus_stat: ``ltv_sqrt``, ``ltv`` or ``std``.
+            bonus_stat: ``ltv_sqrt``, ``ltv`` or ``std`` of the quantiles; ``ensemble``
+                (disagreement of small critics) or ``distance`` (of the policy's features from
+                those seen).
             bonus_at: ``next``, ``difference`` or ``current``.
             bonus_center: whether the bonus is centred per position.
             bonus_schedule: ``dltv``, ``linear`` or ``constant``.
             bonus_horizon: iterations until a linear schedule reaches zero.
             bonus_max_ratio: cap of std(bonus) / std(advantage); None: no cap.
+            ensemble: the fields of `learners.uncertainty.EnsembleSettings`, such as
+                ``{size = 8, prior_scale = 0.3}``.
+            distance: the fields of `learners.uncertainty.DistanceSettings`.
             whiten_advantages: whether advantages are standardised over the batch.
             reward_transforms: stages applied to the rewards, in order.
             advantage: ``{name, ...}`` of the advantage estimator.

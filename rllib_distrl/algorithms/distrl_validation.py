@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING
 
 from rllib_distrl.algorithms.language_model import check_window
+from rllib_distrl.learners.uncertainty import uncertainty_settings
 from rllib_distrl.maths.aggregation import AGGREGATIONS
-from rllib_distrl.maths.optimism import BONUS_PLACES, BONUS_SCHEDULES, BONUS_STATS
+from rllib_distrl.maths.optimism import BONUS_PLACES, BONUS_SCHEDULES, BONUS_STATS, LEARNED_STATS
 from rllib_distrl.maths.quantiles import HEAD_CENTERS, PAIRINGS
 from rllib_distrl.maths.read_outs import check_read_out
 from rllib_distrl.maths.targets import TARGETS
@@ -57,7 +58,7 @@ def _check_choices(config: "DistRLConfig") -> None:
         "quantile_loss": PAIRINGS,
         "target": tuple(TARGETS),
         "head_center": HEAD_CENTERS,
-        "bonus_stat": BONUS_STATS,
+        "bonus_stat": (*BONUS_STATS, *LEARNED_STATS),
         "bonus_at": BONUS_PLACES,
         "bonus_schedule": BONUS_SCHEDULES,
         "aggregation": AGGREGATIONS,
@@ -108,10 +109,13 @@ def _check_critic_checkpoint(config: "DistRLConfig") -> None:
 
 
 def _check_method(config: "DistRLConfig") -> None:
-    if config.n_quantiles == 1 and config.bonus_coeff > 0:
+    for name in LEARNED_STATS:
+        uncertainty_settings(name, getattr(config, name))
+    of_quantiles = config.bonus_stat in BONUS_STATS
+    if config.n_quantiles == 1 and config.bonus_coeff > 0 and of_quantiles:
         raise ValueError(
             f"bonus_coeff is {config.bonus_coeff}, but one quantile has no spread. "
-            "Set bonus_coeff = 0 or n_quantiles >= 2."
+            "Set bonus_coeff = 0, n_quantiles >= 2, or bonus_stat = 'ensemble' or 'distance'."
         )
     if config.quantile_loss == "matched" and config.target == "sample_replacement":
         raise ValueError(

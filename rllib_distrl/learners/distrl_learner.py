@@ -34,6 +34,7 @@ from rllib_distrl.learners.minibatches import (
 )
 from rllib_distrl.learners.read_critic import critic_metrics
 from rllib_distrl.learners.reference import Reference
+from rllib_distrl.learners.uncertainty import make_uncertainty
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.statistics import identity, logp_mismatch
 from rllib_distrl.modules.sequences import from_columns
@@ -43,6 +44,7 @@ TRAINING_ITERATION = "training_iteration"
 CRITIC_OPTIMIZER = "critic"
 CONTROLLERS = "controllers"
 REFERENCE = "reference"
+UNCERTAINTY = "uncertainty"
 
 
 class DistRLLearner(TorchLearner):
@@ -64,6 +66,7 @@ class DistRLLearner(TorchLearner):
         super().build()
         self._method = Method.from_config(self.config)
         self._controllers = Controllers(self.config.controllers)
+        self._uncertainty = make_uncertainty(self.config, self._policy_module)
         self._coefficients = {"entropy_coeff": self.config.entropy_coeff}
         self._reference: Reference | None = None
         if "ref_logp" in self._method.needs:
@@ -102,6 +105,8 @@ class DistRLLearner(TorchLearner):
         self._weights_seq_no = 0
         super().set_state(state)
         self._controllers.set_state(state.get(CONTROLLERS, {}))
+        if self._uncertainty is not None and UNCERTAINTY in state:
+            self._uncertainty.set_state(state[UNCERTAINTY])
         if self._reference is not None and REFERENCE in state:
             self._reference.set_state(state[REFERENCE])
 
@@ -112,6 +117,8 @@ class DistRLLearner(TorchLearner):
         state = super().get_state(components, not_components=not_components, **kwargs)
         if components is None:
             state[CONTROLLERS] = self._controllers.get_state()
+            if self._uncertainty is not None:
+                state[UNCERTAINTY] = self._uncertainty.get_state()
             if self._reference is not None:
                 state[REFERENCE] = self._reference.get_state()
         return state
@@ -157,6 +164,8 @@ class DistRLLearner(TorchLearner):
         self._weights_seq_no += 1
         self._warming_up = rollouts.k <= self.config.critic_warmup_iterations
         self._coefficients.update(self._controllers.update(rollouts))
+        if self._uncertainty is not None:
+            rollouts.metrics.update(self._uncertainty.learn(columns, rollouts))
         steps = []
         for part in self._minibatches(
             columns, rollouts, num_epochs, minibatch_size, shuffle_batch_per_epoch
@@ -192,12 +201,17 @@ class DistRLLearner(TorchLearner):
         )
         module = self._policy_module
         needs = self._method.needs & MODEL_COLUMNS
+        if self._uncertainty is not None:
+            needs |= self._uncertainty.needs
         if not module.has_critic:
             needs -= {"quantiles"}
         elif not bool(module.value_initialised):
             self._initialise_values(module, rollouts)
         found = model_columns(module, self._reference, columns, needs)
         rollouts = replace(rollouts, **found)
+        if self._uncertainty is not None:
+            statistic = self._uncertainty.statistic(columns, rollouts)
+            rollouts.extras[self.config.bonus_stat] = statistic
         self._method.prepare(rollouts, self.config)
         return rollouts
 
