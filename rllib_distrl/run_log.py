@@ -89,6 +89,10 @@ class RunLog:
             global_step=iteration,
         )
 
+    def sync(self) -> None:
+        """Returns when `progress.jsonl` is on disk."""
+        os.fsync(self._stream.fileno())
+
     def close(self) -> None:
         """Flushes and closes both logs."""
         self._stream.close()

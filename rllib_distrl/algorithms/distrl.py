@@ -6,6 +6,7 @@ from typing import Any
 
 import ray
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import (
@@ -22,9 +23,16 @@ from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.prompt_sampler import PromptSampler
-from rllib_distrl.algorithms.sampling import SampledGroups, sample_locally, sample_remotely
+from rllib_distrl.algorithms.sampling import (
+    SampledGroups,
+    check_finite,
+    sample_locally,
+    sample_remotely,
+)
 from rllib_distrl.algorithms.scaling import check_scale
+from rllib_distrl.env_runners.completion_env_runner import PromptRequest
 from rllib_distrl.learners.distrl_learner import TRAINING_ITERATION
+from rllib_distrl.learners.refusals import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.models.loading import resolve
 
 PROMPT_SAMPLER = "prompt_sampler"
@@ -59,41 +67,73 @@ class DistRL(Algorithm):
         self.fleet = EnvRunnerFleet(self.env_runner_group, self.config)
         # Another thread that scales waits for the end of the iteration.
         self._scaling = threading.RLock()
+        self._refused_in_a_row = 0
         self._sync_weights()
+        self.between_iterations = True
 
     def training_step(self) -> None:
-        """Samples, learns and syncs once."""
+        """Samples, learns and syncs once.
+
+        An error before the learners start leaves the state as the last iteration left it, and
+        ``between_iterations`` true: such a state may be saved and trained on.
+
+        Raises:
+            NonFiniteError: when the learners refused too many steps in a row, or rewards or
+                logps are not finite.
+            RunnersLostError: when the batch could not be completed.
+        """
         with self._scaling:
+            self._check_refusals()
             with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                 batch = self._sample()
                 self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
                 self._log_runners(batch)
+            self.between_iterations = False
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 learner_results = self._update_learners(batch.groups)
                 self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
+            self._refused_in_a_row = int(
+                self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, REFUSED_IN_A_ROW))
+            )
             with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                 self._sync_weights()
+            self.between_iterations = True
+
+    def _check_refusals(self) -> None:
+        """Stops where the state is whole: before the iteration after the one that failed."""
+        if self._refused_in_a_row < self.config.max_nonfinite_steps:
+            return
+        results = self.learner_group.foreach_learner(lambda learner: learner.last_refusal)
+        raise NonFiniteError(
+            f"{self._refused_in_a_row} optimiser steps in a row were refused, the last one "
+            f"because this is not finite: {results.result_or_errors[0].get()}. The weights are "
+            "those before the first of them. Lower lr or set grad_clip; "
+            "max_nonfinite_steps says how many are tolerated."
+        )
 
     def _sample(self) -> SampledGroups:
         rollout = self.config.rollout_settings
         before = self.prompt_sampler.get_state()
         prompts = self.prompt_sampler.next(rollout.prompts_per_iteration)
         try:
-            if not self.fleet.wanted:
-                return sample_locally(
-                    self.env_runner, prompts, rollout.num_generations, self.fleet.weights
-                )
-            return sample_remotely(
-                self.fleet,
-                prompts,
-                rollout.num_generations,
-                max_failures=self.config.num_consecutive_env_runner_failures_tolerance,
-                wait_s=self.config.env_runner_health_probe_timeout_s,
-            )
+            batch = self._complete(prompts, rollout.num_generations)
+            check_finite(batch.groups, iteration=self.iteration + 1)
+            return batch
         except Exception:
             # A checkpoint that is written now continues with these prompts.
             self.prompt_sampler.set_state(before)
             raise
+
+    def _complete(self, prompts: list[PromptRequest], num_generations: int) -> SampledGroups:
+        if not self.fleet.wanted:
+            return sample_locally(self.env_runner, prompts, num_generations, self.fleet.weights)
+        return sample_remotely(
+            self.fleet,
+            prompts,
+            num_generations,
+            max_failures=self.config.num_consecutive_env_runner_failures_tolerance,
+            wait_s=self.config.env_runner_health_probe_timeout_s,
+        )
 
     def _log_runners(self, batch: SampledGroups) -> None:
         counts = {NUM_ENV_RUNNERS: len(batch.episodes_per_runner), **self.fleet.take_counts()}
@@ -172,6 +212,7 @@ class DistRL(Algorithm):
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from ``state``."""
         super().set_state(state)
+        self._refused_in_a_row = 0
         if PROMPT_SAMPLER in state:
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
 

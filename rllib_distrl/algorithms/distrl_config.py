@@ -62,6 +62,7 @@ class DistRLConfig(AlgorithmConfig):
         self.num_epochs = 1
         self.minibatch_size = None
         self.micro_batch_tokens = DEFAULT_MICRO_BATCH_TOKENS
+        self.max_nonfinite_steps = 3
         self.aggregation = "token_mean"
         # The quantile critic.
         self.critic = "separate"
@@ -116,6 +117,7 @@ class DistRLConfig(AlgorithmConfig):
         vf_clip_param: float = NotProvided,
         entropy_coeff: float = NotProvided,
         micro_batch_tokens: int = NotProvided,
+        max_nonfinite_steps: int = NotProvided,
         aggregation: str = NotProvided,
         critic: str = NotProvided,
         critic_checkpoint: str | None = NotProvided,
@@ -159,6 +161,8 @@ class DistRLConfig(AlgorithmConfig):
             vf_clip_param: bound on the squared error of a scalar critic (one quantile).
             entropy_coeff: weight of the entropy bonus, in nats.
             micro_batch_tokens: tokens, padding included, in one forward and backward pass.
+            max_nonfinite_steps: optimiser steps in a row that may be refused because their loss
+                or gradient is not finite; then training stops.
             aggregation: ``token_mean``, ``sequence_mean`` or ``constant``.
             critic: ``separate``, ``shared`` or ``detached``.
             critic_checkpoint: folder written by ``distrl export --critic`` to start a separate

@@ -88,7 +88,7 @@ def _check_numbers(config: "DistRLConfig") -> None:
             raise ValueError(f"{name} is {value}; it must be above 0, or left out.")
     if config.dual_clip is not None and config.dual_clip <= 1:
         raise ValueError(f"dual_clip is {config.dual_clip}; it must be above 1, or left out.")
-    for name in ("n_quantiles", "num_epochs", "micro_batch_tokens"):
+    for name in ("n_quantiles", "num_epochs", "micro_batch_tokens", "max_nonfinite_steps"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be >= 1.")
 

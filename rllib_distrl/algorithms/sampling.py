@@ -5,6 +5,8 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.algorithms.env_runner_fleet import (
@@ -14,6 +16,7 @@ from rllib_distrl.algorithms.env_runner_fleet import (
     first_line,
 )
 from rllib_distrl.env_runners.completion_env_runner import PromptRequest, RunnerReport
+from rllib_distrl.learners.refusals import NonFiniteError
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +24,26 @@ logger = logging.getLogger(__name__)
 MAX_ERRORS = 3
 _SAMPLE = "sample"
 _TICK_S = 0.5  # how soon the end of a runner is noticed while others work
+
+
+def check_finite(groups: list[list[SingleAgentEpisode]], *, iteration: int) -> None:
+    """Refuses a batch before anything is learned from it.
+
+    Raises:
+        NonFiniteError: naming the column, the episode, its row and the iteration.
+    """
+    for episode in (episode for group in groups for episode in group):
+        columns = {
+            Columns.REWARDS: episode.rewards.data,
+            Columns.ACTION_LOGP: episode.extra_model_outputs[Columns.ACTION_LOGP].data,
+        }
+        for name, column in columns.items():
+            if not np.isfinite(column).all():
+                raise NonFiniteError(
+                    f"{name} of episode {episode.id_} (row {episode.infos[0]['row']}) is not "
+                    f"finite in iteration {iteration}. Nothing was learned from this batch; "
+                    "check the task's rewards and the model."
+                )
 
 
 class RunnersLostError(RuntimeError):

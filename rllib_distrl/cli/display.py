@@ -67,6 +67,11 @@ class Snapshot:
         ]
 
 
+def warn(console: Console, text: str) -> None:
+    """Prints a sentence in yellow."""
+    console.print(text, style="yellow", highlight=False)
+
+
 class Progress:
     """Turns the rows of a run's log into snapshots."""
 

@@ -12,23 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import (
-    checkpoint_iteration,
-    checkpoint_name,
-    latest_checkpoint,
-    save_checkpoint,
-)
-from rllib_distrl.cli.display import Progress, make_display
+from rllib_distrl.checkpoints import checkpoint_iteration
+from rllib_distrl.cli.display import Progress, make_display, warn
 from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.cli.ray_session import ray_session
 from rllib_distrl.cli.scale import take_scale_request
+from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_folder import RunFolder
 from rllib_distrl.run_log import RunLog, read_progress
 from rllib_distrl.trackers import Trackers, tracked_run
+
+_REFUSED_STEPS = "learners/default_policy/nonfinite_steps"
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
@@ -45,7 +43,8 @@ def train_and_export(
     Raises:
         Interrupted: After a signal; the last whole iteration is in a checkpoint.
     """
-    checkpoint = latest_checkpoint(run.checkpoints, lambda text: _warn(console, text))
+    checkpoints = TrainingCheckpoints(recipe, run, console)
+    checkpoint = checkpoints.latest()
     start = checkpoint_iteration(checkpoint) if checkpoint else 0
     if start and Goal.of(recipe.run).reached(_row(run, start)) and run.model.is_dir():
         setting = "run.budget_tokens" if recipe.run.budget_tokens else "run.iterations"
@@ -62,7 +61,7 @@ def train_and_export(
             if checkpoint is not None:
                 algo.restore_from_path(str(checkpoint.resolve()))
             with _trackers(recipe, run, console) as trackers:
-                _iterate(algo, recipe, run, console, interrupts, start, trackers)
+                _iterate(algo, checkpoints, interrupts, start, trackers)
             _export(algo, run.model)
             _write_tokens(algo, recipe, run, console)
         finally:
@@ -79,14 +78,13 @@ def _row(run: RunFolder, iteration: int) -> dict[str, Any]:
 
 def _iterate(
     algo: Algorithm,
-    recipe: Recipe,
-    run: RunFolder,
-    console: Console,
+    checkpoints: TrainingCheckpoints,
     interrupts: Interrupts,
     start: int,
     trackers: Trackers,
 ) -> None:
-    goal, interval = Goal.of(recipe.run), recipe.run.checkpoint_interval
+    recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
+    goal = Goal.of(recipe.run)
     progress = Progress(goal)
     with (
         RunLog(run.progress_file, run.tensorboard, last_iteration=start) as log,
@@ -98,12 +96,12 @@ def _iterate(
             if scaled := take_scale_request(run, algo):
                 console.print(scaled, highlight=False)
             iteration = row["iteration"] + 1
-            row = log.write(iteration, _train(algo, recipe, run, iteration))
+            row = log.write(iteration, _train(algo, checkpoints, log, row))
             trackers.write(row)
             display.show(progress.snapshot(row))
-            due = goal.reached(row) or (interval and iteration % interval == 0)
-            if due or interrupts.pending:
-                _checkpoint(algo, recipe, run, iteration)
+            _warn_of_refused_steps(console, row)
+            if goal.reached(row) or checkpoints.due(iteration) or interrupts.pending:
+                checkpoints.save(algo, log, iteration)
             interrupts.raise_pending()
 
 
@@ -118,29 +116,36 @@ def _trackers(recipe: Recipe, run: RunFolder, console: Console) -> Iterator[Trac
         failed = False
     finally:
         for problem in trackers.close(failed=failed):
-            _warn(console, f"Not everything was logged. {problem}")
+            warn(console, f"Not everything was logged. {problem}")
 
 
-def _train(algo: Algorithm, recipe: Recipe, run: RunFolder, iteration: int) -> dict[str, Any]:
-    """Trains one iteration; if that cannot be done, keeps the state before it."""
+def _train(
+    algo: Algorithm, checkpoints: TrainingCheckpoints, log: RunLog, row: dict[str, Any]
+) -> dict[str, Any]:
+    """Trains one iteration after that of `row`; if it cannot be done, keeps the state before it."""
     from rllib_distrl.algorithms.sampling import RunnersLostError
+    from rllib_distrl.learners.refusals import NonFiniteError
 
     try:
         return algo.train()
-    except RunnersLostError as error:
-        done = iteration - 1
-        if done and not (run.checkpoints / checkpoint_name(done)).is_dir():
-            _checkpoint(algo, recipe, run, done)
-        again = f"distrl train {shlex.quote(str(run.path))} --resume"
+    except Exception as error:
+        checkpoints.rescue(algo, log, row["iteration"])
+        if not isinstance(error, (RunnersLostError, NonFiniteError)):
+            raise
+        again = f"distrl train {shlex.quote(str(checkpoints.run.path))} --resume"
         raise TrainingStopped(
-            f"Training stopped in iteration {iteration}; what was learned before is in a "
-            f"checkpoint. {error} Continue with: {again}"
+            f"Training stopped in iteration {row['iteration'] + 1}; what was learned before is in "
+            f"a checkpoint. {error} Continue with: {again}"
         ) from error
 
 
-def _checkpoint(algo: Algorithm, recipe: Recipe, run: RunFolder, iteration: int) -> None:
-    keep = recipe.run.keep_checkpoints
-    save_checkpoint(run.checkpoints, iteration, algo.save_to_path, keep=keep)
+def _warn_of_refused_steps(console: Console, row: dict[str, Any]) -> None:
+    if refused := row.get(_REFUSED_STEPS):
+        warn(
+            console,
+            f"Iteration {row['iteration']}: refused {refused} optimiser step(s) whose loss or "
+            "gradient is not finite.",
+        )
 
 
 def _export(algo: Any, target: Path) -> None:
@@ -164,10 +169,6 @@ def _write_tokens(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -
     try:
         table = inspect_policy(algo, problems=recipe.eval.token_problems, split="validation")
     except (RuntimeError, ValueError) as error:
-        _warn(console, f"No token table for `distrl view`: {error}")
+        warn(console, f"No token table for `distrl view`: {error}")
         return
     table.to_parquet(run.tokens_file)
-
-
-def _warn(console: Console, text: str) -> None:
-    console.print(text, style="yellow", highlight=False)

@@ -22,7 +22,6 @@ from ray.rllib.utils.metrics import (
 from rllib_distrl.connectors.sequences_from_episodes import GROUPS
 from rllib_distrl.learners.before_update import MODEL_COLUMNS, model_columns, reference_metrics
 from rllib_distrl.learners.controllers import Controllers
-from rllib_distrl.learners.finite import check_finite_gradients, check_finite_rollouts
 from rllib_distrl.learners.losses import Losses, distrl_losses
 from rllib_distrl.learners.method import Method
 from rllib_distrl.learners.minibatches import (
@@ -34,6 +33,7 @@ from rllib_distrl.learners.minibatches import (
 )
 from rllib_distrl.learners.read_critic import critic_metrics
 from rllib_distrl.learners.reference import Reference
+from rllib_distrl.learners.refusals import EPISODE, Refusals
 from rllib_distrl.learners.uncertainty import make_uncertainty
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.statistics import identity, logp_mismatch
@@ -71,6 +71,12 @@ class DistRLLearner(TorchLearner):
         self._reference: Reference | None = None
         if "ref_logp" in self._method.needs:
             self._reference = Reference(self._policy_module)
+        self._refusals = Refusals(self.config.max_nonfinite_steps)
+
+    @property
+    def last_refusal(self) -> str:
+        """What was not finite in the optimiser step that was refused last; may be empty."""
+        return self._refusals.last
 
     @property
     def _policy_module(self) -> Any:
@@ -104,6 +110,7 @@ class DistRLLearner(TorchLearner):
         """
         self._weights_seq_no = 0
         super().set_state(state)
+        self._refusals.in_a_row = 0
         self._controllers.set_state(state.get(CONTROLLERS, {}))
         if self._uncertainty is not None and UNCERTAINTY in state:
             self._uncertainty.set_state(state[UNCERTAINTY])
@@ -146,9 +153,6 @@ class DistRLLearner(TorchLearner):
 
         Returns:
             RLlib's metrics.
-
-        Raises:
-            ValueError: for non-finite data; the weights then stay as they were.
         """
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
@@ -157,10 +161,10 @@ class DistRLLearner(TorchLearner):
         )
         data.validate()
         data.solve_refs()
-        episodes = data.episodes or []
+        episodes: list[Any] = data.episodes or []
         columns = self._columns(episodes)
-        check_finite_rollouts(columns, episodes)
         rollouts = self._prepare(columns, timesteps.get(TRAINING_ITERATION, 1))
+        self._refusals.start_iteration(episodes)
         self._weights_seq_no += 1
         self._warming_up = rollouts.k <= self.config.critic_warmup_iterations
         self._coefficients.update(self._controllers.update(rollouts))
@@ -170,10 +174,15 @@ class DistRLLearner(TorchLearner):
         for part in self._minibatches(
             columns, rollouts, num_epochs, minibatch_size, shuffle_batch_per_epoch
         ):
+            if self._refusals.exhausted:
+                break
             self._first_step = not steps
             self._update({DEFAULT_MODULE_ID: part})
-            steps.append(self._step_losses)
-        self._log_update(rollouts, steps, n_steps=int(rollouts.loss_mask.sum()))
+            if not self._refusals.in_a_row:
+                steps.append(self._step_losses)
+        self._log_update(
+            rollouts, steps or [self._step_losses], n_steps=int(rollouts.loss_mask.sum())
+        )
         self.after_gradient_based_update(timesteps=timesteps)
         return None if _no_metrics_reduce else self.metrics.reduce()
 
@@ -198,6 +207,7 @@ class DistRLLearner(TorchLearner):
             width=self.config.rollout_settings.max_completion_tokens,
             generator=self._generator(k),
             all_reduce=self._all_reduce if self.config.num_learners > 1 else identity,
+            extras={EPISODE: torch.arange(len(columns[GROUPS]), device=self._device)},
         )
         module = self._policy_module
         needs = self._method.needs & MODEL_COLUMNS
@@ -269,8 +279,11 @@ class DistRLLearner(TorchLearner):
                 loss = loss_per_module[DEFAULT_MODULE_ID] * max(self.config.num_learners, 1)
                 loss.backward()
         gradients: Any = self._gradients()
-        check_finite_gradients(gradients, self._policy_module)
-        self.apply_gradients(self.postprocess_gradients(gradients))
+        rollouts: SequenceBatch = whole[ROLLOUTS]
+        if not self._refusals.refuse(
+            self._step_losses, self._policy_module, rollouts.k, rollouts.all_reduce
+        ):
+            self.apply_gradients(self.postprocess_gradients(gradients))
         return {}, loss_per_module, {}
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -306,9 +319,11 @@ class DistRLLearner(TorchLearner):
         if module.has_critic:
             quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
         rollouts: SequenceBatch = batch[ROLLOUTS]
+        policy_loss = self._method.policy_loss(logp, rollouts)
+        penalty = self._method.regularisation(logp, rollouts)
         losses = distrl_losses(
-            self._method.policy_loss(logp, rollouts),
-            self._method.regularisation(logp, rollouts),
+            policy_loss,
+            penalty,
             entropy,
             quantiles,
             rollouts,
@@ -318,6 +333,13 @@ class DistRLLearner(TorchLearner):
             self._coefficients["entropy_coeff"],
         )
         self._step_losses.add(losses)
+        self._refusals.watch(
+            rollouts,
+            policy_loss=policy_loss,
+            regularisation=penalty,
+            entropy=entropy,
+            quantiles=quantiles,
+        )
         if self._first_step:
             self._mismatch = logp_mismatch(
                 logp, rollouts.action_logp, rollouts.loss_mask, config.clip_param
@@ -332,12 +354,14 @@ class DistRLLearner(TorchLearner):
             **self._coefficients,
             **reference_metrics(rollouts),
             **critic_metrics(rollouts, self.config.gamma),
+            **self._refusals.metrics(),
             "advantages_std": float(
                 rollouts.column("advantages")[rollouts.loss_mask].std(correction=0)
             ),
             WEIGHTS_SEQ_NO: self._weights_seq_no,
         }
         self.metrics.log_dict(values, key=DEFAULT_MODULE_ID, window=1)
+        self._log_trainable_parameters()  # Ray 2.60 logs them once, and NaN from then on
         for key in (NUM_MODULE_STEPS_TRAINED, NUM_ENV_STEPS_TRAINED):
             module_id = DEFAULT_MODULE_ID if key == NUM_MODULE_STEPS_TRAINED else ALL_MODULES
             self.metrics.log_value((module_id, key), n_steps, reduce="sum")
