@@ -131,8 +131,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     tables = read_toml(path)
-    for override in overrides:
-        _override(tables, override)
+    override_tables(tables, overrides)
     return recipe_from_tables(tables, name=path.stem)
 
 
@@ -187,8 +186,17 @@ def _similar_file(path: Path) -> str:
     return f" The nearest file is {path.parent / name}." if name else ""
 
 
+def override_tables(tables: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Applies `table.key=value` items to the tables of a recipe, in place.
+
+    Raises:
+        ValueError: For an item that cannot be read or applied.
+    """
+    for override in overrides:
+        _override(tables, override)
+
+
 def _override(tables: dict[str, Any], text: str) -> None:
-    """Applies one `table.key=value` in place."""
     match = _OVERRIDE.fullmatch(text)
     if match is None:
         raise ValueError(

@@ -16,6 +16,7 @@ LAYERS = [
     {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests"},
     {"runs"},
     {"viewer"},
+    {"comparison"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

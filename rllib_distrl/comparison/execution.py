@@ -1,0 +1,163 @@
+"""Running a plan: every run is a `distrl train` process, resumable one by one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from rllib_distrl.comparison.plan import Contender, Plan
+from rllib_distrl.comparison.record import Record, failed_record, finished_record, read_record
+from rllib_distrl.run_folder import is_run_folder
+from rllib_distrl.run_log import write_atomic
+
+_POLL_SECONDS = 0.2
+_ERROR_LINES = 12  # of a failed run's output
+
+Report = Callable[[Record], None]
+
+
+@dataclass
+class _Process:
+    """A run in progress."""
+
+    contender: Contender
+    seed: int
+    popen: subprocess.Popen[bytes]
+    log: IO[bytes]
+    started: float
+
+
+class Execution:
+    """The folder of a comparison.
+
+    Attributes:
+        plan: What is run.
+        folder: `recipes/NAME.toml`, `runs/NAME-seedS/` (a run folder each), `runs/NAME-seedS.json`
+            (its record) and `logs/NAME-seedS.log`.
+    """
+
+    def __init__(self, plan: Plan, folder: Path) -> None:
+        """Opens a folder for a plan.
+
+        Raises:
+            ValueError: If it holds runs of other settings under the same names.
+        """
+        self.plan = plan
+        self.folder = folder
+        self._check_same()
+
+    def record_file(self, contender: Contender, seed: int) -> Path:
+        """Where the record of a run is."""
+        return self.folder / "runs" / f"{contender.name}-seed{seed}.json"
+
+    def records(self) -> list[Record]:
+        """The records of the plan's runs that are there, failed ones included."""
+        files = [self.record_file(*job) for job in self.plan.jobs()]
+        return [read_record(file) for file in files if file.is_file()]
+
+    def run(self, jobs: int, report: Report) -> None:
+        """Runs what is missing or failed; a failed run does not stop the others.
+
+        Args:
+            jobs: Processes at once.
+            report: Called with every record when it is written.
+
+        Raises:
+            KeyboardInterrupt: After Ctrl-C or SIGTERM, once the runs in progress have checkpointed.
+        """
+        waiting = [job for job in self.plan.jobs() if not self._done(*job)]
+        running: list[_Process] = []
+        previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+        try:
+            while waiting or running:
+                while waiting and len(running) < jobs:
+                    running.append(self._start(*waiting.pop(0)))
+                time.sleep(_POLL_SECONDS)
+                for process in [p for p in running if p.popen.poll() is not None]:
+                    running.remove(process)
+                    report(self._finish(process))
+        except KeyboardInterrupt:
+            _stop(running)
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def _done(self, contender: Contender, seed: int) -> bool:
+        file = self.record_file(contender, seed)
+        return file.is_file() and read_record(file).finished
+
+    def _check_same(self) -> None:
+        for contender, seed in self.plan.jobs():
+            file = self.record_file(contender, seed)
+            if file.is_file():
+                found = read_record(file)
+                if found.finished and found.digest != contender.digest:
+                    raise ValueError(
+                        f"{file} was made with other settings or another budget than "
+                        f"{contender.name} has now. Name another folder with --out, or delete "
+                        "the file and its run folder."
+                    )
+
+    def _start(self, contender: Contender, seed: int) -> _Process:
+        recipe = self.folder / "recipes" / f"{contender.name}.toml"
+        run = self.record_file(contender, seed).with_suffix("")
+        log = self.folder / "logs" / f"{run.name}.log"
+        for path in (recipe, run, log):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(recipe, contender.recipe.to_toml())
+        command = [sys.executable, "-m", "rllib_distrl.cli", "train", str(recipe)]
+        command += [f"run.seed={seed}", "--out", str(run)]
+        command += ["--resume"] if is_run_folder(run) else []
+        stream = log.open("ab")
+        popen = subprocess.Popen(
+            command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+            start_new_session=True,
+        )
+        return _Process(contender, seed, popen, stream, time.monotonic())
+
+    def _finish(self, process: _Process) -> Record:
+        """Reads what became of a process and writes its record."""
+        process.log.close()
+        contender, seed = process.contender, process.seed
+        seconds = time.monotonic() - process.started
+        file = self.record_file(contender, seed)
+        try:
+            if code := process.popen.returncode:
+                raise ValueError(f"exit code {code}: {_last_lines(Path(process.log.name))}")
+            record = finished_record(contender, seed, file.with_suffix(""), wall_seconds=seconds)
+        except (ValueError, OSError) as error:
+            record = failed_record(contender, seed, str(error), wall_seconds=seconds)
+        record.write(file)
+        return record
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [number for number, line in enumerate(lines) if line.startswith("error:")]
+    start = said[-1] if said else -_ERROR_LINES
+    return "\n".join(lines[start:][:_ERROR_LINES])
+
+
+def _stop(running: list[_Process]) -> None:
+    """Asks runs to finish their iteration and checkpoint, and waits for them."""
+    for process in running:
+        if process.popen.poll() is None:
+            process.popen.send_signal(signal.SIGINT)
+    for process in running:
+        process.popen.wait()
+        process.log.close()
+
+
+def _raise_interrupt(signum: int, frame: object) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,74 @@
+"""The files that show a comparison, made from its records alone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rllib_distrl.comparison.markdown import write_up
+from rllib_distrl.comparison.record import read_records
+from rllib_distrl.comparison.results import arrange
+from rllib_distrl.run_log import write_atomic
+
+ABOUT_FILE = "comparison.json"
+
+
+@dataclass(frozen=True)
+class About:
+    """What a comparison's records do not say, kept as `comparison.json`.
+
+    Attributes:
+        title: The headline.
+        note: Stands below it; may be empty.
+        command: The command that makes the comparison.
+        names: The contenders', the baseline's first.
+        seeds: Of each contender.
+    """
+
+    title: str
+    note: str
+    command: str
+    names: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+    def write(self, folder: Path) -> None:
+        """Writes the file into the comparison's folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(folder / ABOUT_FILE, json.dumps(asdict(self), indent=1) + "\n")
+
+
+def read_about(folder: Path) -> About:
+    """Reads what `About.write` wrote.
+
+    Raises:
+        ValueError: If the folder is not a comparison's.
+    """
+    try:
+        fields = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        names, seeds = tuple(fields.pop("names")), tuple(fields.pop("seeds"))
+        return About(**fields, names=names, seeds=seeds)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} is not a comparison: {error}.") from error
+
+
+def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
+    """Writes the page of a comparison from its `comparison.json` and `runs/*.json`.
+
+    Args:
+        folder: Of the comparison.
+        page: The Markdown file; `results.md` in the folder if None.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: If there is nothing to show.
+    """
+    about = read_about(folder)
+    records = read_records(folder / "runs")
+    results = arrange(records, about.names, about.seeds)
+    page = page or folder / "results.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(page, write_up(results, about.title, about.note, about.command))
+    return [page]

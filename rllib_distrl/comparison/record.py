@@ -1,0 +1,181 @@
+"""What a comparison keeps of each run: one small JSON file, from which all tables are made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from rllib_distrl.comparison.plan import Contender
+from rllib_distrl.evaluation.summary import default_ks, per_problem
+from rllib_distrl.run_folder import open_run
+from rllib_distrl.run_log import read_progress, tokens_generated, write_atomic
+
+FINISHED, FAILED = "finished", "failed"
+DISTINCT, ENTROPY = "distinct_correct", "entropy"
+# Training metrics whose curves are kept, by the names that figures give them.
+CURVES = {
+    "return": "env_runners/episode_return_mean",
+    "entropy": "learners/default_policy/entropy",
+    "length": "env_runners/episode_len_mean",
+}
+_POINTS = 50  # of a kept curve
+_LEFT_OUT = ("truncated", "unparsable", "tokens")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One run of a comparison.
+
+    Attributes:
+        name: The contender's.
+        part: The part of the method that the contender varies.
+        seed: Of the run.
+        digest: The contender's hash, see `Contender.digest`.
+        budget_tokens: What the run was given.
+        status: "finished" or "failed".
+        error: What a failed run said last.
+        recipe: The resolved recipe.
+        commit: Of the source tree; None outside of git.
+        versions: Of the packages that decide the numbers.
+        metrics: avg@n, pass@k, distinct correct solutions and entropy (nats per token) on the
+            evaluation's problems after training; shares in [0, 1].
+        tokens: Completion tokens generated in training.
+        iterations: Training iterations.
+        seconds: Of training, without start and evaluation.
+        wall_seconds: Of the whole process.
+        curve: {metric: [[tokens, mean over the iterations since the point before], …]}.
+    """
+
+    name: str
+    part: str
+    seed: int
+    digest: str
+    budget_tokens: int
+    status: str
+    error: str = ""
+    recipe: dict[str, Any] = field(default_factory=dict)
+    commit: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    iterations: int = 0
+    seconds: float = 0.0
+    wall_seconds: float = 0.0
+    curve: dict[str, list[list[float]]] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> bool:
+        """Whether there are numbers."""
+        return self.status == FINISHED
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of training."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def write(self, path: Path) -> None:
+        """Writes the file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+
+
+def read_record(path: Path) -> Record:
+    """Reads what `Record.write` wrote.
+
+    Raises:
+        ValueError: If the file is something else.
+    """
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a run of a comparison: {error}.") from error
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a folder, in the order of their names."""
+    return [read_record(path) for path in sorted(folder.glob("*.json"))]
+
+
+def finished_record(
+    contender: Contender, seed: int, run_path: Path, *, wall_seconds: float
+) -> Record:
+    """Reads a finished run folder.
+
+    Raises:
+        ValueError: If the run is not finished, or generated less than its budget.
+    """
+    run = open_run(run_path)
+    meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
+    rows = read_progress(run.progress_file)
+    budget = contender.recipe.run.budget_tokens
+    tokens = int((tokens_generated(rows[-1]) or 0) if rows else 0)
+    if tokens < budget:
+        raise ValueError(f"{run_path} holds {tokens:,} of {budget:,} tokens.")
+    return Record(
+        name=contender.name,
+        part=contender.part,
+        seed=seed,
+        digest=contender.digest,
+        budget_tokens=budget,
+        status=FINISHED,
+        recipe=run.recipe().to_dict(),
+        commit=meta["commit"],
+        versions=meta["versions"],
+        metrics=measure_samples(pd.read_parquet(run.samples / "after.parquet")),
+        tokens=tokens,
+        iterations=int(rows[-1]["iteration"]),
+        seconds=sum(row.get("time_this_iter_s") or 0.0 for row in rows),
+        wall_seconds=wall_seconds,
+        curve={name: thinned(rows, key) for name, key in CURVES.items()},
+    )
+
+
+def failed_record(contender: Contender, seed: int, error: str, *, wall_seconds: float) -> Record:
+    """Notes that a run failed."""
+    return Record(
+        name=contender.name,
+        part=contender.part,
+        seed=seed,
+        digest=contender.digest,
+        budget_tokens=contender.recipe.run.budget_tokens,
+        status=FAILED,
+        error=error,
+        wall_seconds=wall_seconds,
+    )
+
+
+def measure_samples(frame: pd.DataFrame) -> dict[str, float]:
+    """The numbers of one evaluation.
+
+    The entropy is the sampled one: minus the mean log-probability of the sampled tokens.
+
+    Args:
+        frame: Graded samples, with the columns of `evaluation.store.SCHEMA`.
+
+    Returns:
+        {"avg@64": …, "pass@1": …, "pass@2": …, …, "best@k" as well where scores are graded,
+        "distinct_correct": …, "entropy": nats per token}.
+    """
+    n = int(frame.groupby("problem").size().iloc[0])
+    problems = per_problem(frame, default_ks(n), votes=False, distinct_by="completion")
+    means = dict(zip(problems.columns, problems.to_numpy().mean(axis=0).tolist(), strict=True))
+    kept = {name: mean for name, mean in means.items() if not name.startswith(_LEFT_OUT)}
+    logp, tokens = frame["logp_sum"].to_numpy().sum(), frame["tokens"].to_numpy().sum()
+    return {**kept, ENTROPY: -float(logp / tokens)}
+
+
+def thinned(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:
+    """A training metric over the tokens generated, as at most 50 means of neighbours."""
+    points = [
+        (float(tokens), float(row[key]))
+        for row in rows
+        if row.get(key) is not None and (tokens := tokens_generated(row)) is not None
+    ]
+    width = -(-len(points) // _POINTS) or 1
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [[group[-1][0], sum(v for _, v in group) / len(group)] for group in groups]

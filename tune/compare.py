@@ -1,0 +1,87 @@
+"""Compares recipes at an equal budget of tokens.
+
+    python tune/compare.py A.toml B.toml --seeds 8 --budget-tokens 500000 --out runs/comparison
+
+The first recipe is the baseline. A file with `recipe = "FILE.toml"` and tables `[variants.NAME]`
+stands for that many variants of one recipe (an ablation). The same command continues what was
+stopped and repeats what failed.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rllib_distrl.cli.errors import exit_code_of
+from rllib_distrl.cli.quiet import silence_libraries
+from rllib_distrl.comparison.execution import Execution
+from rllib_distrl.comparison.outputs import About, write_outputs
+from rllib_distrl.comparison.plan import make_plan
+from rllib_distrl.comparison.record import Record
+
+
+def main(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [TABLE.KEY=VALUE]...",
+            help="Recipes or files of variants, then settings that replace those of all.",
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each recipe.")],
+    budget_tokens: Annotated[int, typer.Option(help="Completion tokens of each run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the comparison.")],
+    first_seed: Annotated[int, typer.Option(help="Seeds are this one and the next ones.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at once.")] = 1,
+    title: Annotated[str, typer.Option(help="Headline of the page.")] = "Comparison",
+    note: Annotated[str, typer.Option(help="Stands below the headline.")] = "",
+) -> None:
+    """Runs what is missing, then writes results.md."""
+    silence_libraries()
+    try:
+        files = [Path(item) for item in recipes if "=" not in item]
+        overrides = [item for item in recipes if "=" in item]
+        plan = make_plan(
+            files, overrides, seeds=seeds, first_seed=first_seed, budget_tokens=budget_tokens
+        )
+        execution = Execution(plan, out)
+        about = About(
+            title=title,
+            note=note,
+            command=shlex.join(["python", *sys.argv]),
+            names=tuple(contender.name for contender in plan.contenders),
+            seeds=plan.seeds,
+        )
+        about.write(out)
+        total = len(plan.jobs())
+        print(f"{len(plan.contenders)} recipes x {seeds} seeds = {total} runs in {out}", flush=True)
+        execution.run(jobs, lambda record: _say(record, execution, total))
+        for path in write_outputs(out):
+            print(f"Wrote {path}")
+        failed = sum(not record.finished for record in execution.records())
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, KeyboardInterrupt):
+            print("Stopped. The same command continues.")
+        raise typer.Exit(exit_code_of(error)) from error
+    if failed:
+        print(f"{failed} of {total} runs failed: see {out}/logs. The same command repeats them.")
+        raise typer.Exit(1)
+
+
+def _say(record: Record, execution: Execution, total: int) -> None:
+    done = len(execution.records())
+    head = f"[{done}/{total}] {record.name} seed {record.seed}"
+    if not record.finished:
+        print(f"{head} failed: {record.error}", flush=True)
+        return
+    shares = [f"{name} {100 * v:.1f} %" for name, v in record.metrics.items() if "@" in name]
+    ends = ", ".join([shares[0], shares[-1]])
+    print(f"{head}: {ends}, {record.tokens:,} tokens, {record.wall_seconds:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
