@@ -149,7 +149,7 @@ class FastDecoder:
         ops, s, n = self._ops, self.shape, len(x)
         q_rotation, kv_rotation = rotations[:, :1], rotations[:, 1:].unsqueeze(2)
         for w, gated in zip(self.weights.layers, self._gated, strict=True):
-            qkv = ops.linear(F.rms_norm(x, (s.hidden,), w.norm_in, s.eps), w.qkv, w.qkv_bias)
+            qkv = ops.linear(ops.rms_norm(x, w.norm_in, s.eps), w.qkv, w.qkv_bias)
             if w.q_norm is not None and w.k_norm is not None:
                 self._normalise(qkv, w.q_norm, w.k_norm)
             pairs = qkv.float().view(torch.complex64).view(n, -1, s.head_dim // 2)
@@ -157,7 +157,7 @@ class FastDecoder:
             q = (q * q_rotation).view(torch.float32).to(self.dtype)
             kv = (kv.view(n, 2, s.kv_heads, -1) * kv_rotation).view(torch.float32)
             x = ops.linear_add(attend(w.index, q, kv), w.out, w.out_bias, x)
-            h = ops.gated(F.rms_norm(x, (s.hidden,), w.norm_post, s.eps), gated)
+            h = ops.gated(ops.rms_norm(x, w.norm_post, s.eps), gated)
             x = ops.linear_add(h, w.down, w.down_bias, x)
         return x
 
@@ -170,7 +170,7 @@ class FastDecoder:
         k.copy_(F.rms_norm(k, (s.head_dim,), k_norm, s.eps))
 
     def _logits(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.rms_norm(x, (self.shape.hidden,), self.weights.norm, self.shape.eps)
+        x = self._ops.rms_norm(x, self.weights.norm, self.shape.eps)
         return self._ops.linear(x, self.weights.head, None)
 
     def _prefill_next(self, prompts: Sequence[Prompt]) -> tuple[int, torch.Tensor, torch.Tensor]:

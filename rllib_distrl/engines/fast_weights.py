@@ -1,7 +1,9 @@
 """The fast decoder's own tensors: fused, and addressable under their Hugging Face names.
 
 Query and key rows are stored with the two halves of each rotary pair next to each other, so that
-the rotation is one complex multiplication; attention scores do not depend on that order.
+the rotation is one complex multiplication; attention scores do not depend on that order. In float32
+on CPU the matrices of the layers are stored transposed, inputs first: a product with few rows then
+spends no time on rearranging the weights (16 rows: 0.8 instead of 1.3 ms for a million of them).
 """
 
 from dataclasses import dataclass, field
@@ -125,6 +127,12 @@ class FastWeights:
     def _empty(self, *size: int) -> torch.Tensor:
         return torch.zeros(size, device=self.device, dtype=self.dtype)
 
+    def _matrix(self, *size: int) -> torch.Tensor:
+        """An (out, in) matrix, or an (out,) bias, in the layout that products like best."""
+        if self.device.type == "cpu" and self.dtype == torch.float32:
+            return self._empty(*reversed(size)).t()
+        return self._empty(*size)
+
     def _tensor(self, name: str, *size: int) -> torch.Tensor:
         """A tensor stored exactly as Hugging Face stores it."""
         return self._name(name, self._empty(*size))
@@ -147,9 +155,9 @@ class FastWeights:
             norm_in=self._tensor(prefix + "input_layernorm.weight", s.hidden),
             norm_post=self._tensor(prefix + "post_attention_layernorm.weight", s.hidden),
             qkv=self._fused_qkv(attn, "weight", s.hidden),
-            out=self._tensor(attn + "o_proj.weight", s.hidden, s.heads * s.head_dim),
+            out=self._name(attn + "o_proj.weight", self._matrix(s.hidden, s.heads * s.head_dim)),
             gate_up=self._fused_gate_up(mlp, "weight", s.hidden),
-            down=self._tensor(mlp + "down_proj.weight", s.hidden, s.inner),
+            down=self._name(mlp + "down_proj.weight", self._matrix(s.hidden, s.inner)),
         )
         if s.qkv_bias:
             layer.qkv_bias = self._fused_qkv(attn, "bias")
@@ -166,7 +174,7 @@ class FastWeights:
     def _fused_qkv(self, prefix: str, kind: str, *columns: int) -> torch.Tensor:
         """One tensor for the q, k and v projections' weights or biases."""
         s = self.shape
-        fused = self._empty(s.qkv, *columns)
+        fused = self._matrix(s.qkv, *columns)
         q, k, v = fused.split([n * s.head_dim for n in (s.heads, s.kv_heads, s.kv_heads)])
         self._name(f"{prefix}q_proj.{kind}", q, rotary_heads=s.heads)
         self._name(f"{prefix}k_proj.{kind}", k, rotary_heads=s.kv_heads)
@@ -175,7 +183,7 @@ class FastWeights:
 
     def _fused_gate_up(self, prefix: str, kind: str, *columns: int) -> torch.Tensor:
         """One tensor for the gate and up projections' weights or biases, gate first."""
-        fused = self._empty(2 * self.shape.inner, *columns)
+        fused = self._matrix(2 * self.shape.inner, *columns)
         gate, up = fused.chunk(2)
         self._name(f"{prefix}gate_proj.{kind}", gate)
         self._name(f"{prefix}up_proj.{kind}", up)
