@@ -1,9 +1,9 @@
 """The decoder's matrix products with what can be fused into them.
 
-On CPU in float32 with AVX-512, the BLAS behind `torch.mm` is the fastest (measured at 8 to 64 rows on
-an AMD EPYC of the fourth generation). Without, oneDNN's kernels with fused epilogues are about twice
-as fast on AMD processors (64 to 256 rows). Both read plain, unpacked weights: loading new ones needs
-no repacking. The choice depends on the processor alone, so that results can be repeated.
+On CPU in float32 with AVX-512, the BLAS behind `torch.mm` is the fastest (8 to 64 rows on an AMD
+EPYC of the fourth generation). Without, oneDNN's kernels with fused epilogues are about twice as
+fast on AMD processors (64 to 256 rows). Both read plain, unpacked weights: loading needs no
+repacking. The choice depends on the processor alone, so that results can be repeated.
 """
 
 from dataclasses import dataclass
