@@ -6,7 +6,7 @@ from torch import Tensor
 from rllib_distrl.maths import advantages as critic_maths
 from rllib_distrl.maths import group_advantages as group_maths
 from rllib_distrl.stages.batch import SequenceBatch
-from rllib_distrl.stages.registry import register
+from rllib_distrl.stages.registry import demand, register
 
 
 def _spread(per_row: Tensor, batch: SequenceBatch) -> Tensor:
@@ -106,7 +106,11 @@ def reinforce_pp(batch: SequenceBatch, *, gamma: float = 1.0) -> Tensor:
     return critic_maths.whiten(to_go, batch.loss_mask, batch.all_reduce)
 
 
-@register("advantage", "opo", needs=("groups",))
+def _opo_fits(config: Any) -> None:
+    demand(config, "advantage 'opo'", whiten_advantages=False, num_epochs=1, entropy_coeff=0.0)
+
+
+@register("advantage", "opo", needs=("groups",), fits=_opo_fits)
 def opo(batch: SequenceBatch) -> Tensor:
     """R − the group's length-weighted mean.
 
@@ -119,7 +123,15 @@ def opo(batch: SequenceBatch) -> Tensor:
     return _spread(group_maths.opo(batch.returns, batch.lengths, batch.group), batch)
 
 
-@register("advantage", "maxk", needs=("groups",))
+def _maxk_fits(config: Any, *, k: int) -> None:
+    demand(config, "advantage 'maxk'", whiten_advantages=False)
+    group = config.rollout_settings.num_generations
+    if not 1 <= k <= group:
+        raise ValueError(f"advantage 'maxk' has k = {k}, but a group has {group} completions. "
+                         "Choose 1 <= k <= num_generations.")  # fmt: skip
+
+
+@register("advantage", "maxk", needs=("groups",), fits=_maxk_fits)
 def maxk(batch: SequenceBatch, *, k: int) -> Tensor:
     """Gradient weight of the expected best of k.
 
@@ -133,7 +145,14 @@ def maxk(batch: SequenceBatch, *, k: int) -> Tensor:
     return _spread(group_maths.maxk(batch.returns, batch.group, k=k), batch)
 
 
-@register("advantage", "bnpo", needs=("groups",))
+def _bnpo_fits(config: Any, *, return_min: float, return_max: float) -> None:
+    demand(config, "advantage 'bnpo'", whiten_advantages=False)
+    if not return_min < return_max:
+        raise ValueError(f"advantage 'bnpo' needs return_min < return_max, got {return_min} and "
+                         f"{return_max}.")  # fmt: skip
+
+
+@register("advantage", "bnpo", needs=("groups",), fits=_bnpo_fits)
 def bnpo(batch: SequenceBatch, *, return_min: float = 0.0, return_max: float = 1.0) -> Tensor:
     """R − group mean over a Beta density fitted to the batch's group means.
 

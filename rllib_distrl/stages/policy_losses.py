@@ -1,10 +1,12 @@
 """Policy losses: (logp (B, T) with gradient, batch slice, settings) to per-token losses (B, T)."""
 
+from typing import Any
+
 from torch import Tensor
 
 from rllib_distrl.maths import losses
 from rllib_distrl.stages.batch import SequenceBatch
-from rllib_distrl.stages.registry import register
+from rllib_distrl.stages.registry import demand, register
 
 
 @register("policy_loss", "clip")
@@ -39,7 +41,11 @@ def clip(
     )
 
 
-@register("policy_loss", "gspo")
+def _gspo_fits(config: Any, **settings: Any) -> None:
+    demand(config, "policy_loss 'gspo'", aggregation="sequence_mean")
+
+
+@register("policy_loss", "gspo", fits=_gspo_fits)
 def gspo(
     logp: Tensor,
     batch: SequenceBatch,
@@ -68,7 +74,24 @@ def gspo(
     )
 
 
-@register("policy_loss", "lad")
+def _lad_fits(config: Any, *, ratio_level: str, **settings: Any) -> None:
+    demand(config, "policy_loss 'lad'", whiten_advantages=False, entropy_coeff=0.0)
+    if ratio_level == "sequence":
+        demand(config, "policy_loss 'lad' of sequences", aggregation="sequence_mean")
+
+
+def _check_lad(*, divergence: str, inverse_eta: float, ratio_level: str) -> None:
+    if divergence not in losses.LAD_DIVERGENCES:
+        raise ValueError(f"policy_loss 'lad' has divergence {divergence!r}; it must be one of "
+                         f"{', '.join(losses.LAD_DIVERGENCES)}.")  # fmt: skip
+    if ratio_level not in losses.RATIO_LEVELS:
+        raise ValueError(f"policy_loss 'lad' has ratio_level {ratio_level!r}; it must be one of "
+                         f"{', '.join(losses.RATIO_LEVELS)}.")  # fmt: skip
+    if inverse_eta <= 0:
+        raise ValueError(f"policy_loss 'lad' has inverse_eta {inverse_eta}; it must be above 0.")
+
+
+@register("policy_loss", "lad", check=_check_lad, fits=_lad_fits)
 def lad(
     logp: Tensor,
     batch: SequenceBatch,

@@ -32,6 +32,7 @@ class Method:
     needs: Needs
     prepare: Callable[..., None] | None
     check: Callable[..., None] | None
+    fits: Callable[..., None] | None
 
     def settings(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters, which are what a recipe may set."""
@@ -68,6 +69,15 @@ class Stage:
         """Runs the method (or builds it, where it is a class)."""
         return self.method.function(*data, **self.params)
 
+    def check_fits(self, config: Any) -> None:
+        """Refuses other settings of `[training]` with which the method makes no sense.
+
+        Raises:
+            ValueError: With the setting to change.
+        """
+        if self.method.fits is not None:
+            self.method.fits(config, **self.settings)
+
     def prepare(self, batch: Any) -> None:
         """Lets the method write columns on the whole batch, before minibatches are cut."""
         if self.method.prepare is not None:
@@ -84,6 +94,7 @@ def register(
     needs: Needs = (),
     prepare: Callable[..., None] | None = None,
     check: Callable[..., None] | None = None,
+    fits: Callable[..., None] | None = None,
 ) -> Callable[[_F], _F]:
     """Decorator that makes a function or class available by name.
 
@@ -93,6 +104,7 @@ def register(
         needs: A subset of `NEEDS`, or a function from the settings to one.
         prepare: Called with (whole batch, settings) before minibatches are cut.
         check: Called with all settings by `resolve`; raises ValueError for one out of bounds.
+        fits: Called with the algorithm's configuration and all settings; see `demand`.
 
     Returns:
         The decorator, which returns what it is given.
@@ -109,10 +121,27 @@ def register(
         taken = _METHODS.get((kind, name))
         if taken is not None and taken.function.__qualname__ != function.__qualname__:
             raise ValueError(f"{kind} {name!r} is already {taken.function.__qualname__}")
-        _METHODS[kind, name] = Method(kind, name, function, needs, prepare, check)
+        _METHODS[kind, name] = Method(kind, name, function, needs, prepare, check, fits)
         return function
 
     return decorate
+
+
+def demand(config: Any, method: str, **settings: Any) -> None:
+    """Refuses a configuration whose settings are not those that a method is defined with.
+
+    Args:
+        config: The algorithm's configuration.
+        method: What to call the method in the message.
+        **settings: The values it needs.
+
+    Raises:
+        ValueError: For the first that differs.
+    """
+    for name, value in settings.items():
+        if (got := getattr(config, name)) != value:
+            raise ValueError(f"{method} is defined with {name} = {value!r}; got {got!r}. "
+                             f"Set {name} = {value!r}.")  # fmt: skip
 
 
 def names(kind: str) -> list[str]:

@@ -1,5 +1,7 @@
 """Reward transforms: (batch, settings) to (B, T), applied in order before the advantage."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -16,28 +18,40 @@ def _add_at_end(batch: SequenceBatch, per_row: Tensor) -> Tensor:
     return zero_padding(batch.rewards, batch.loss_mask) + at_end * per_row.unsqueeze(1)
 
 
-@register("reward", "overlong")
+def _check_overlong(*, cache_tokens: int | None, penalty: float) -> None:
+    if cache_tokens is not None and cache_tokens < 1:
+        raise ValueError(f"reward 'overlong' has cache_tokens {cache_tokens}; it must be >= 1.")
+    if penalty < 0:
+        raise ValueError(f"reward 'overlong' has penalty {penalty}; it must be >= 0.")
+
+
+def _overlong_fits(config: Any, *, cache_tokens: int | None, penalty: float) -> None:
+    limit = config.rollout_settings.max_completion_tokens
+    if cache_tokens is not None and cache_tokens > limit:
+        raise ValueError(f"reward 'overlong' has cache_tokens {cache_tokens}, but a completion has "
+                         f"at most {limit} tokens. Choose cache_tokens <= {limit}.")  # fmt: skip
+
+
+@register("reward", "overlong", check=_check_overlong, fits=_overlong_fits)
 def overlong(
-    batch: SequenceBatch, *, max_completion_tokens: int, cache_tokens: int, penalty: float = 1.0
+    batch: SequenceBatch, *, cache_tokens: int | None = None, penalty: float = 1.0
 ) -> Tensor:
     """DAPO's soft penalty: from 0 to −1 over the last `cache_tokens` before the limit.
 
+    arXiv 2503.14476, eq. 13. The limit is `batch.width`.
+
     Args:
-        batch: Any.
-        max_completion_tokens: L_max.
-        cache_tokens: L_cache, in 1…L_max.
+        batch: With `width`, the length limit.
+        cache_tokens: L_cache, at most the limit; None: a fifth of the limit, as in the paper.
         penalty: Largest penalty, in units of the reward.
 
     Returns:
         (B, T).
-
-    Raises:
-        ValueError: For a cache outside 1…L_max.
     """
-    if not 1 <= cache_tokens <= max_completion_tokens:
-        raise ValueError(f"overlong needs 1 <= cache_tokens <= {max_completion_tokens}, "
-                         f"got {cache_tokens}")  # fmt: skip
-    excess = batch.lengths - (max_completion_tokens - cache_tokens)
+    assert batch.width is not None
+    limit = batch.width
+    cache_tokens = max(limit // 5, 1) if cache_tokens is None else cache_tokens
+    excess = batch.lengths - (limit - cache_tokens)
     share = (excess.to(batch.rewards.dtype) / cache_tokens).clamp(0.0, 1.0)
     return _add_at_end(batch, -penalty * share)
 
