@@ -164,7 +164,7 @@ class DistRLConfig(AlgorithmConfig):
             max_nonfinite_steps: optimiser steps in a row that may be refused because their loss
                 or gradient is not finite; then training stops.
             aggregation: ``token_mean``, ``sequence_mean`` or ``constant``.
-            critic: ``separate``, ``shared`` or ``detached``.
+            critic: ``separate``, ``shared``, ``detached`` or ``none``.
             critic_checkpoint: folder written by ``distrl export --critic`` to start a separate
                 critic from; None: a copy of the policy's trunk.
             critic_lr: learning rate of the critic's own parameters; None: ``lr``.

@@ -10,12 +10,12 @@ from rllib_distrl.maths.quantiles import HEAD_CENTERS, PAIRINGS
 from rllib_distrl.maths.read_outs import check_read_out
 from rllib_distrl.maths.targets import TARGETS
 from rllib_distrl.modules.critic_folder import check_critic
-from rllib_distrl.stages.registry import resolve
+from rllib_distrl.stages.registry import Stage, resolve
 
 if TYPE_CHECKING:
     from rllib_distrl.algorithms.distrl_config import DistRLConfig
 
-TRAINED_CRITICS = ("separate", "shared", "detached")
+CRITICS = ("separate", "shared", "detached", "none")
 
 
 def validate_distrl(config: "DistRLConfig") -> None:
@@ -54,7 +54,7 @@ def _check_model(config: "DistRLConfig") -> None:
 
 def _check_choices(config: "DistRLConfig") -> None:
     choices = {
-        "critic": TRAINED_CRITICS,
+        "critic": CRITICS,
         "quantile_loss": PAIRINGS,
         "target": tuple(TARGETS),
         "head_center": HEAD_CENTERS,
@@ -109,6 +109,16 @@ def _check_critic_checkpoint(config: "DistRLConfig") -> None:
 
 
 def _check_method(config: "DistRLConfig") -> None:
+    if config.critic == "none" and config.bonus_coeff > 0:
+        raise ValueError(
+            f"bonus_coeff is {config.bonus_coeff}, but there is no critic to give a bonus. "
+            "Set bonus_coeff = 0 or choose a critic."
+        )
+    if config.critic == "none" and config.critic_warmup_iterations > 0:
+        raise ValueError(
+            f"critic_warmup_iterations is {config.critic_warmup_iterations}, but there is no "
+            "critic. Set it to 0."
+        )
     for name in LEARNED_STATS:
         uncertainty_settings(name, getattr(config, name))
     of_quantiles = config.bonus_stat in BONUS_STATS
@@ -168,15 +178,32 @@ def _check_runners(config: "DistRLConfig") -> None:
 
 
 def _check_stages(config: "DistRLConfig") -> None:
-    for spec in config.reward_transforms:
-        resolve("reward", spec)
-    resolve("advantage", config.advantage)
-    for spec in config.shapers:
-        resolve("shaper", spec)
-    resolve("policy_loss", config.policy_loss)
-    for spec in config.regularisers:
-        resolve("regulariser", spec)
+    stages = [
+        *(resolve("reward", spec) for spec in config.reward_transforms),
+        resolve("advantage", config.advantage),
+        *(resolve("shaper", spec) for spec in config.shapers),
+        resolve("policy_loss", config.policy_loss),
+        *(resolve("regulariser", spec) for spec in config.regularisers),
+    ]
+    for stage in stages:
+        _check_needs(stage, config)
+        stage.check_fits(config)
     _check_controllers(config)
+
+
+def _check_needs(stage: Stage, config: "DistRLConfig") -> None:
+    what = f"{stage.method.kind} {stage.name!r}"
+    if config.critic == "none" and stage.needs & {"quantiles", "values"}:
+        raise ValueError(
+            f"{what} reads the critic, but critic is 'none'. Choose a critic, or a method that "
+            "does without, such as advantage 'grpo'."
+        )
+    group = config.rollout_settings.num_generations
+    if "groups" in stage.needs and group < 2:
+        raise ValueError(
+            f"{what} compares the completions of a prompt, but num_generations is {group}. "
+            "Set [rollout] num_generations >= 2."
+        )
 
 
 def _check_controllers(config: "DistRLConfig") -> None:

@@ -61,7 +61,7 @@ class DrGRPO(DistRL):
 
 
 class RLOOConfig(GroupBaselineConfig):
-    """Ahmadian et al. 2024 (arXiv 2402.14740): whole sequences as actions; KL 0.03 in the reward."""
+    """Ahmadian et al. 2024 (arXiv 2402.14740): sequences as actions; KL 0.03 in the reward."""
 
     def __init__(self, algo_class: type | None = None) -> None:
         """Sets the paper's defaults."""
@@ -111,7 +111,6 @@ class DAPOConfig(GroupBaselineConfig):
         self.advantage = {"name": "grpo"}
         self.clip_param_high = 0.28
         self.reward_transforms = [{"name": "overlong"}]
-        self.max_sampling_rounds = 10
 
 
 class DAPO(DistRL):

@@ -9,6 +9,13 @@ from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 # policy; looking them up here avoids RLlib's registry, which imports every algorithm.
 ALGORITHMS = {
     "DistRL": "rllib_distrl.algorithms.distrl:DistRLConfig",
+    "GRPO": "rllib_distrl.algorithms.group_baselines:GRPOConfig",
+    "DrGRPO": "rllib_distrl.algorithms.group_baselines:DrGRPOConfig",
+    "RLOO": "rllib_distrl.algorithms.group_baselines:RLOOConfig",
+    "ReinforcePlusPlus": "rllib_distrl.algorithms.group_baselines:ReinforcePlusPlusConfig",
+    "DAPO": "rllib_distrl.algorithms.group_baselines:DAPOConfig",
+    "GSPO": "rllib_distrl.algorithms.group_baselines:GSPOConfig",
+    "LAD": "rllib_distrl.algorithms.group_baselines:LADConfig",
     "PPO": "ray.rllib.algorithms.ppo:PPOConfig",
     "APPO": "ray.rllib.algorithms.appo:APPOConfig",
     "IMPALA": "ray.rllib.algorithms.impala:IMPALAConfig",

@@ -1,5 +1,7 @@
 """Advantage estimators: (batch, settings) to (B, T), on whole groups, 0 in the padding."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 

@@ -38,6 +38,7 @@ def batch(filler=0.0, dtype=torch.float64):
         advantages=column(),
         entropy=column().abs(),
         ref_logp=column(),
+        width=5,
         generator=torch.Generator().manual_seed(9),
     )
 
@@ -271,7 +272,7 @@ def test_kl_regulariser_and_penalty():
 
 
 def test_overlong_by_hand():
-    stage = resolve("reward", {"name": "overlong", "max_completion_tokens": 5, "cache_tokens": 3})
+    stage = resolve("reward", {"name": "overlong", "cache_tokens": 3})
     found = stage(batch()).sum(1) - RETURNS
     # Lengths 3 5 1 2 4 2 2 5: from 0 at 2 tokens to -1 at 5, at the last token.
     assert found.tolist() == pytest.approx([-1 / 3, -1, 0, 0, -2 / 3, 0, 0, -1])
@@ -290,7 +291,7 @@ def _run(kind, name, filler):
     b = batch(filler)
     settings = {
         "maxk": {"k": 2},
-        "overlong": {"max_completion_tokens": 5, "cache_tokens": 3},
+        "overlong": {"cache_tokens": 3},
         "noise_backward": {"false_positive_rate": 0.1, "false_negative_rate": 0.1},
     }.get(name, {})
     stage = resolve(kind, {"name": name, **settings})
