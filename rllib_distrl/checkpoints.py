@@ -11,10 +11,12 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any, Literal
 
 MANIFEST = "manifest.json"
+Mode = Literal["max", "min"]
 _NAME = re.compile(r"iteration_(\d{6,})")
 _TEMPORARY = ".tmp-"
 _BLOCK = 1 << 20  # bytes hashed at once
@@ -41,27 +43,71 @@ def checkpoint_iteration(path: Path) -> int:
     return int(match[1])
 
 
+def is_checkpoint_name(name: str) -> bool:
+    """Says whether a folder of this name is a checkpoint."""
+    return _NAME.fullmatch(name) is not None
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Returns the checkpoints in a folder, newest first, damaged ones included."""
     if not folder.is_dir():
         return []
-    found = [p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
+    found = [p for p in folder.iterdir() if p.is_dir() and is_checkpoint_name(p.name)]
     return sorted(found, key=checkpoint_iteration, reverse=True)
 
 
-def save_checkpoint(
-    folder: Path, iteration: int, write: Callable[[str], object], *, keep: int
-) -> Path:
-    """Writes a checkpoint atomically and removes all but the newest `keep`.
+def checkpoint_score(path: Path) -> float | None:
+    """Returns the metric that a checkpoint was written with, or None."""
+    try:
+        return json.loads((path / MANIFEST).read_text(encoding="utf-8")).get("score")
+    except (OSError, ValueError, AttributeError):
+        return None
 
-    Checkpoints of later iterations go first: the run went back behind them because they are
+
+def best_iteration(scores: Mapping[int, float | None], mode: Mode) -> int | None:
+    """Returns the iteration with the best score, the earliest of equals; None without scores."""
+    sign = 1.0 if mode == "max" else -1.0
+    known = [(sign * score, -number) for number, score in scores.items() if score is not None]
+    return -max(known)[1] if known else None
+
+
+def kept_iterations(
+    scores: Mapping[int, float | None], newest: int, *, keep: int, mode: Mode
+) -> set[int]:
+    """Returns the iterations whose checkpoints stay: the newest `keep`, and the best.
+
+    Those of later iterations than `newest` go: the run went back behind them because they are
     damaged.
+
+    Args:
+        scores: {iteration: score} of the checkpoints that there are.
+        newest: The iteration of the checkpoint that has just been written.
+        keep: How many of the newest stay.
+        mode: Whether the best has the highest or the lowest score.
+    """
+    past = {number: score for number, score in scores.items() if number <= newest}
+    best = best_iteration(past, mode)
+    return {*sorted(past, reverse=True)[:keep], *([] if best is None else [best])}
+
+
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    write: Callable[[str], object],
+    *,
+    keep: int,
+    score: float | None = None,
+    mode: Mode = "max",
+) -> Path:
+    """Writes a checkpoint atomically and removes those that `kept_iterations` leaves out.
 
     Args:
         folder: Where the checkpoints of a run lie.
         iteration: The iteration that has just been completed.
         write: Writes the state below the path that it is given (`Algorithm.save_to_path`).
-        keep: How many checkpoints stay.
+        keep: How many of the newest checkpoints stay.
+        score: The metric after this iteration, if it was measured.
+        mode: Whether the best has the highest or the lowest score.
 
     Returns:
         The checkpoint's folder.
@@ -73,17 +119,22 @@ def save_checkpoint(
     temporary = folder / f"{_TEMPORARY}{target.name}"
     temporary.mkdir()
     write(str(temporary))
-    _write_manifest(temporary, iteration)
+    _write_manifest(temporary, iteration, score)
     _sync_tree(temporary)
     if target.exists():
         _remove(target)
     os.rename(temporary, target)
     _sync(folder)
-    known = list_checkpoints(folder)
-    first = known.index(target)
-    for path in known[:first] + known[first + keep :]:
-        _remove(path)
+    kept = kept_iterations(checkpoint_scores(folder), iteration, keep=keep, mode=mode)
+    for path in list_checkpoints(folder):
+        if checkpoint_iteration(path) not in kept:
+            _remove(path)
     return target
+
+
+def checkpoint_scores(folder: Path) -> dict[int, float | None]:
+    """Returns {iteration: score} of the checkpoints in a folder, damaged ones included."""
+    return {checkpoint_iteration(p): checkpoint_score(p) for p in list_checkpoints(folder)}
 
 
 def verify_checkpoint(path: Path) -> None:
@@ -128,8 +179,8 @@ def remove_temporaries(folder: Path) -> None:
         shutil.rmtree(path)
 
 
-def _write_manifest(path: Path, iteration: int) -> None:
-    files = {
+def _write_manifest(path: Path, iteration: int, score: float | None) -> None:
+    files: dict[str, Any] = {
         file.relative_to(path).as_posix(): {
             "size": file.stat().st_size,
             "blake2b": _digest(file),
@@ -137,7 +188,7 @@ def _write_manifest(path: Path, iteration: int) -> None:
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
-    text = json.dumps({"iteration": iteration, "files": files}, indent=1)
+    text = json.dumps({"iteration": iteration, "score": score, "files": files}, indent=1)
     (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 

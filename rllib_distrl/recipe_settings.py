@@ -24,6 +24,13 @@ class RunSettings:
         seed: Seeds sampling, initialisation and shuffling.
         checkpoint_interval: Iterations between checkpoints; 0 means only at the end.
         keep_checkpoints: How many of the newest checkpoints stay on disk.
+        checkpoint_metric: A key of `progress.jsonl` such as
+            "evaluation/env_runners/episode_return_mean": a checkpoint is also written whenever it
+            is better than ever, and the best one stays; "" means none.
+        checkpoint_mode: Whether the best has the highest ("max") or the lowest ("min") value.
+        storage: A folder on another file system, such as "s3://bucket/folder" or
+            "file:///mnt/disk": the run is copied below it with every checkpoint, and resumed from
+            there where its folder is gone; "" means none.
         log_interval: Iterations between printed lines where there is no terminal.
         trackers: Experiment trackers, `{name = "wandb" | "mlflow", ...}` each; what follows the
             name goes to Ray's callback (`project`, `group`; `tracking_uri`, `experiment_name`).
@@ -37,6 +44,9 @@ class RunSettings:
     seed: int = 0
     checkpoint_interval: int = 50
     keep_checkpoints: int = 2
+    checkpoint_metric: str = ""
+    checkpoint_mode: Literal["max", "min"] = "max"
+    storage: str = ""
     log_interval: int = 10
     trackers: tuple[dict[str, Any], ...] = ()
 

@@ -14,7 +14,10 @@ import pytest
 
 from rllib_distrl.checkpoints import (
     DamagedCheckpointError,
+    Mode,
+    best_iteration,
     checkpoint_iteration,
+    checkpoint_scores,
     latest_checkpoint,
     list_checkpoints,
     save_checkpoint,
@@ -153,3 +156,31 @@ def test_a_kill_at_any_moment_leaves_a_good_checkpoint(tmp_path: Path, delay: fl
     assert checkpoint_iteration(newest) >= last
     save_checkpoint(tmp_path, 99_999, writer("x"), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["iteration_099999"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "scores", "kept"),
+    [
+        ("max", {1: 0.2, 2: 0.9, 3: 0.4, 4: 0.1}, [4, 2]),
+        ("min", {1: 0.2, 2: 0.9, 3: 0.4, 4: 0.3}, [4, 1]),
+        ("max", {1: None, 2: 0.5, 3: 0.5, 4: None}, [4, 2]),  # the earliest of equals
+        ("max", {1: None, 2: None, 3: None}, [3]),
+        ("max", {1: 0.1, 2: 0.2}, [2]),
+    ],
+)
+def test_the_best_stays_besides_the_newest(
+    tmp_path: Path, mode: Mode, scores: dict[int, float | None], kept: list[int]
+) -> None:
+    for iteration, score in scores.items():
+        save_checkpoint(tmp_path, iteration, writer("x"), keep=1, score=score, mode=mode)
+    assert [checkpoint_iteration(p) for p in list_checkpoints(tmp_path)] == kept
+    assert best_iteration(checkpoint_scores(tmp_path), mode) == (
+        None if set(scores.values()) == {None} else kept[-1]
+    )
+
+
+def test_the_best_of_an_abandoned_future_goes(tmp_path: Path) -> None:
+    for iteration, score in ((1, 0.1), (2, 0.3), (3, 0.9)):
+        save_checkpoint(tmp_path, iteration, writer("x"), keep=3, score=score)
+    save_checkpoint(tmp_path, 2, writer("again"), keep=1, score=0.05)
+    assert checkpoint_scores(tmp_path) == {2: 0.05, 1: 0.1}

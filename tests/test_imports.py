@@ -13,7 +13,7 @@ LAYERS = [
     {"connectors", "env_runners", "learners"},
     {"algorithms"},
     {"recipe", "recipe_schema", "recipe_settings", "evaluation"},
-    {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests"},
+    {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests", "run_storage"},
     {"runs"},
     {"viewer"},
     {"comparison"},

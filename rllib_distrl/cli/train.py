@@ -13,12 +13,14 @@ from typing import Any
 
 from rich.console import Console
 
+from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
 from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.results import in_one_line, print_before_after
+from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints, storage_of
 from rllib_distrl.cli.training_loop import train_and_export
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.run_folder import (
@@ -32,6 +34,7 @@ from rllib_distrl.run_folder import (
     open_run,
     resume_run,
 )
+from rllib_distrl.run_storage import RunStorage
 from rllib_distrl.trackers import connect_trackers
 
 
@@ -53,21 +56,29 @@ def run_train(
     """
     silence_libraries()
     console = Console()
-    recipe, path = _check(source, overrides, out, resume, overwrite)
+    recipe, path = _check(source, overrides, out, resume, overwrite, console)
     with locked(path), Interrupts(lambda: _announce(console)) as interrupts:
         if resume:
             run = resume_run(path, recipe, sys.argv)
         else:
+            if overwrite and (storage := storage_of(recipe, path)):
+                storage.delete()
             run = create_run(path, recipe, sys.argv, overwrite=overwrite)
+        checkpoints = TrainingCheckpoints(recipe, run, storage_of(recipe, path), console)
         try:
-            _train(recipe, run, console, interrupts)
+            checkpoints.copy()
+            _train(checkpoints, interrupts)
+            checkpoints.copy()
         except Interrupted:
             again = f"distrl train {shlex.quote(str(path))} --resume"
             _print(console, f"Stopped. Resume with: {again}")
             raise
         except Exception as error:
             if isinstance(error, ValueError) and not (run.read_eval() or run.has_progress):
-                discard_run(run)  # bad input that only the loading of the model has shown
+                # Bad input that only the loading of the model has shown.
+                discard_run(run)
+                if checkpoints.storage is not None:
+                    checkpoints.storage.delete()
             else:
                 run.error_file.write_text(traceback.format_exc(), encoding="utf-8")
                 _print(console, f"Traceback: {run.error_file}")
@@ -75,16 +86,24 @@ def run_train(
 
 
 def _check(
-    source: Path, overrides: Sequence[str], out: Path | None, resume: bool, overwrite: bool
+    source: Path,
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    overwrite: bool,
+    console: Console,
 ) -> tuple[Recipe, Path]:
     """Returns the recipe and the run folder once nothing speaks against them."""
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: give one of them.")
     recipe, path = _locate(source, overrides, out, resume)
+    storage = storage_of(recipe, path)
     if resume:
-        check_same_recipe(_run_to_resume(path).recipe(), recipe)
+        check_same_recipe(_run_to_resume(recipe, path, storage, console).recipe(), recipe)
     else:
         check_free(path, overwrite=overwrite)
+        if storage is not None and not overwrite:
+            storage.check_free()
     recipe.build_config()
     connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
@@ -105,18 +124,31 @@ def _locate(
     return load_recipe(RunFolder(source).recipe_file, overrides), source
 
 
-def _run_to_resume(path: Path) -> RunFolder:
-    if not is_run_folder(path):
-        raise ValueError(f"There is no run to resume in {path}. Start it without --resume.")
+def _run_to_resume(
+    recipe: Recipe, path: Path, storage: RunStorage | None, console: Console
+) -> RunFolder:
+    """Opens the run; makes its folder anew from the copy where it is gone."""
+    if is_run_folder(path):
+        if storage is not None:
+            storage.check_not_ahead(RunFolder(path))
+        return open_run(path)
+    if storage is None or not storage.holds_run():
+        place = f" nor in {storage.uri}" if storage is not None else ""
+        raise ValueError(f"There is no run to resume in {path}{place}. Start it without --resume.")
+    check_free(path)
+    _print(console, f"Fetching {storage.uri}")
+    mode = recipe.run.checkpoint_mode
+    storage.download(path, mode=mode, report=lambda text: warn(console, text))
     return open_run(path)
 
 
-def _train(recipe: Recipe, run: RunFolder, console: Console, interrupts: Interrupts) -> None:
+def _train(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -> None:
+    recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
     results = run.read_eval()
     _print_header(recipe, run, console)
     if not results and recipe.eval.before:
         results = _measured(recipe, run, "before", {}, console)
-    if train_and_export(recipe, run, console, interrupts) or not results.get("after"):
+    if train_and_export(checkpoints, interrupts) or not results.get("after"):
         results = _measured(recipe, run, "after", results, console)
     print_before_after(console, results)
     _print(console, f"Model: {run.model}")

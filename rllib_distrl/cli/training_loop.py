@@ -32,9 +32,7 @@ if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
 
 
-def train_and_export(
-    recipe: Recipe, run: RunFolder, console: Console, interrupts: Interrupts
-) -> bool:
+def train_and_export(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -> bool:
     """Trains from the newest good checkpoint to the run's goal and writes `model/`.
 
     Returns:
@@ -43,7 +41,7 @@ def train_and_export(
     Raises:
         Interrupted: After a signal; the last whole iteration is in a checkpoint.
     """
-    checkpoints = TrainingCheckpoints(recipe, run, console)
+    recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
     checkpoint = checkpoints.latest()
     start = checkpoint_iteration(checkpoint) if checkpoint else 0
     if start and Goal.of(recipe.run).reached(_row(run, start)) and run.model.is_dir():
@@ -64,6 +62,7 @@ def train_and_export(
                 _iterate(algo, checkpoints, interrupts, start, trackers)
             _export(algo, run.model)
             _write_tokens(algo, recipe, run, console)
+            _print_best(checkpoints)
         finally:
             algo.stop()
     return True
@@ -100,8 +99,8 @@ def _iterate(
             trackers.write(row)
             display.show(progress.snapshot(row))
             _warn_of_refused_steps(console, row)
-            if goal.reached(row) or checkpoints.due(iteration) or interrupts.pending:
-                checkpoints.save(algo, log, iteration)
+            if checkpoints.due(row) or goal.reached(row) or interrupts.pending:
+                checkpoints.save(algo, log, row)
             interrupts.raise_pending()
 
 
@@ -129,7 +128,7 @@ def _train(
     try:
         return algo.train()
     except Exception as error:
-        checkpoints.rescue(algo, log, row["iteration"])
+        checkpoints.rescue(algo, log, row)
         if not isinstance(error, (RunnersLostError, NonFiniteError)):
             raise
         again = f"distrl train {shlex.quote(str(checkpoints.run.path))} --resume"
@@ -137,6 +136,16 @@ def _train(
             f"Training stopped in iteration {row['iteration'] + 1}; what was learned before is in "
             f"a checkpoint. {error} Continue with: {again}"
         ) from error
+
+
+def _print_best(checkpoints: TrainingCheckpoints) -> None:
+    if best := checkpoints.best():
+        path, score = best
+        checkpoints.console.print(
+            f"Best checkpoint: {path} ({checkpoints.recipe.run.checkpoint_metric} = {score:.4g})",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def _warn_of_refused_steps(console: Console, row: dict[str, Any]) -> None:
