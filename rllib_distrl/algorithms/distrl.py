@@ -22,24 +22,23 @@ from ray.rllib.utils.metrics import (
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
-from rllib_distrl.algorithms.prompt_sampler import PromptSampler
 from rllib_distrl.algorithms.sampling import (
     SampledGroups,
     check_finite,
+    prompt_results,
     sample_locally,
     sample_remotely,
 )
 from rllib_distrl.algorithms.scaling import check_scale
-from rllib_distrl.env_runners.completion_env_runner import PromptRequest
 from rllib_distrl.learners.distrl_learner import TRAINING_ITERATION
 from rllib_distrl.learners.refusals import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.models.loading import resolve
+from rllib_distrl.stages import registry
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 
 PROMPT_SAMPLER = "prompt_sampler"
 # How many runners have contributed to the batch.
 NUM_ENV_RUNNERS = "num_env_runners"
-# Tasks with more rows than this generate them: their rows are served in order.
-_LARGEST_SHUFFLED_TASK = 10_000_000
 
 
 class DistRL(Algorithm):
@@ -61,9 +60,8 @@ class DistRL(Algorithm):
         env: Any = self.env_creator(EnvContext(self.config.env_config, worker_index=0))
         n_rows = len(env.unwrapped.task)
         env.close()
-        self.prompt_sampler = PromptSampler(
-            n_rows, self.config.seed or 0, shuffle=n_rows <= _LARGEST_SHUFFLED_TASK
-        )
+        sampler = registry.resolve(PROMPT_SAMPLER, self.config.prompt_sampler)
+        self.prompt_sampler = sampler(n_rows, self.config.seed or 0)
         self.fleet = EnvRunnerFleet(self.env_runner_group, self.config)
         # Another thread that scales waits for the end of the iteration.
         self._scaling = threading.RLock()
@@ -89,6 +87,7 @@ class DistRL(Algorithm):
                 self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
                 self._log_runners(batch)
             self.between_iterations = False
+            self.prompt_sampler.update(prompt_results(batch.groups))
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 learner_results = self._update_learners(batch.groups)
                 self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
@@ -204,7 +203,7 @@ class DistRL(Algorithm):
         super().cleanup()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state, and the cursor of the prompt sampler."""
+        """RLlib's state, and that of the prompt sampler."""
         state = super().get_state(*args, **kwargs)
         state[PROMPT_SAMPLER] = self.prompt_sampler.get_state()
         return state

@@ -96,6 +96,7 @@ class DistRLConfig(AlgorithmConfig):
         self.policy_loss: dict[str, Any] = {"name": "clip"}
         self.regularisers: list[dict[str, Any]] = []
         self.controllers: list[dict[str, Any]] = []
+        self.prompt_sampler: dict[str, Any] = {"name": "without_replacement"}
 
     def _set_runner_defaults(self) -> None:
         self.env_runner_cls = CompletionEnvRunner
@@ -148,6 +149,7 @@ class DistRLConfig(AlgorithmConfig):
         policy_loss: dict[str, Any] = NotProvided,
         regularisers: list[dict[str, Any]] = NotProvided,
         controllers: list[dict[str, Any]] = NotProvided,
+        prompt_sampler: dict[str, Any] = NotProvided,
         **kwargs: Any,
     ) -> Self:
         """Sets the method; what is not named here goes to RLlib's own ``training``.
@@ -198,6 +200,7 @@ class DistRLConfig(AlgorithmConfig):
             policy_loss: ``{name, ...}`` of the token loss.
             regularisers: stages added to the token loss, such as ``kl`` to the reference.
             controllers: stages that move a coefficient between iterations.
+            prompt_sampler: ``{name, ...}`` of what chooses each iteration's prompts.
             **kwargs: RLlib's: ``lr``, ``gamma``, ``grad_clip``, ``num_epochs``,
                 ``minibatch_size`` (counts sequences here) and so on.
 

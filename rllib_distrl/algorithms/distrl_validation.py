@@ -189,6 +189,7 @@ def _check_stages(config: "DistRLConfig") -> None:
         _check_needs(stage, config)
         stage.check_fits(config)
     _check_controllers(config)
+    resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks its settings' bounds.
 
 
 def _check_needs(stage: Stage, config: "DistRLConfig") -> None:

@@ -9,9 +9,10 @@ import ray
 
 from distrl_envs.task import distinct_rows
 from rllib_distrl.algorithms.language_model import runner_weights
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.learners.token_table import read_tokens
 from rllib_distrl.models.token_texts import single_texts, token_texts
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 from rllib_distrl.token_table import QUANTILES, TOKEN_NUMBERS, TokenTable
 
 N_TOP = 5

@@ -15,8 +15,9 @@ from rllib_distrl.algorithms.env_runner_fleet import (
     EnvRunnerFleet,
     first_line,
 )
-from rllib_distrl.env_runners.completion_env_runner import PromptRequest, RunnerReport
+from rllib_distrl.env_runners.completion_env_runner import RunnerReport
 from rllib_distrl.learners.refusals import NonFiniteError
+from rllib_distrl.stages.prompt_samplers import PromptRequest, PromptResult
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,18 @@ class SampledGroups(NamedTuple):
     groups: list[list[SingleAgentEpisode]]
     metrics: list[Any]
     episodes_per_runner: dict[int, int]
+
+
+def prompt_results(groups: Sequence[Sequence[SingleAgentEpisode]]) -> list[PromptResult]:
+    """What the prompt sampler is told of whole groups."""
+    return [
+        PromptResult(
+            PromptRequest(group[0].infos[0]["row"], group[0].infos[0]["visit"]),
+            tuple(float(episode.get_return()) for episode in group),
+            tuple(episode.infos[-1]["grade"].status for episode in group),
+        )
+        for group in groups
+    ]
 
 
 def sample_locally(

@@ -19,6 +19,7 @@ from rllib_distrl.engines.engine import Completion, Request, SamplingParams
 from rllib_distrl.engines.torch_engine import TorchEngine
 from rllib_distrl.env_runners.episodes import build_episode
 from rllib_distrl.env_runners.pools import pool_metrics
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 
 GENERATION_TIMER = "generation_timer"
 GRADING_TIMER = "grading_timer"
@@ -29,13 +30,6 @@ TRUNCATED_METRIC = "truncated_share"
 _EVALUATION_SEED_OFFSET = 1_000_003
 # Visits of one runner that draws its own prompts; the next runner's begin there.
 _VISITS_PER_RUNNER = 1 << 32
-
-
-class PromptRequest(NamedTuple):
-    """A prompt to complete: its row in the task and how often it has been served before."""
-
-    row: int
-    visit: int
 
 
 class LoadedWeights(NamedTuple):

@@ -99,6 +99,24 @@ def test_resuming_is_bit_exact(build, tmp_path):
     assert [learner_metrics(straight.train())["total_loss"] for _ in range(3)] == expected
 
 
+def test_a_curriculum_sees_results_and_resumes(build, tmp_path):
+    sampler = {"name": "variance_mix", "pool": 6}
+    config = distrl_config(prompts=8, generations=2, prompt_sampler=sampler)
+    straight = build(config.copy(copy_frozen=False))
+    straight.train()
+    state = straight.prompt_sampler.get_state()
+    assert (state["served"], state["seen"].sum()) == (8, 16)
+    statuses = straight.metrics.peek(("env_runners", "grade_status"))
+    assert state["correct"].sum() == statuses.get("correct", 0)
+    path = straight.save_to_path(str(tmp_path / "checkpoint"))
+    expected = learner_metrics(straight.train())["total_loss"]
+
+    resumed = build(config.copy(copy_frozen=False))
+    resumed.restore_from_path(path)
+    assert learner_metrics(resumed.train())["total_loss"] == expected
+    assert resumed.prompt_sampler.next(8) == straight.prompt_sampler.next(8)
+
+
 def test_zero_advantages_leave_the_policy_alone(build):
     algo = build(distrl_config(advantage={"name": "zero"}, bonus_coeff=0.0))
     before = policy_state(algo)

@@ -5,6 +5,8 @@ from rllib_distrl.algorithms.registry import algorithm_config
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 REFUSED = [
+    ({"prompt_sampler": {"name": "unifrom"}}, "did you mean 'uniform'"),
+    ({"prompt_sampler": {"name": "variance_mix", "share": 2.0}}, "share=2.0"),
     ({"n_quantiles": 0}, "n_quantiles is 0"),
     ({"quantile_huber_kappa": 0.0}, "quantile_huber_kappa is 0.0"),
     ({"lambda_": 1.5}, "lambda_ is 1.5"),

@@ -9,7 +9,8 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.tokenizers import small_tokenizer
 from rllib_distrl.engines.weights import content_hash
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 from tests.helpers import distrl_config
 
 PROMPTS = [PromptRequest(row, 0) for row in range(4)]

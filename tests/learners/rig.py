@@ -4,7 +4,8 @@ import gymnasium
 import numpy as np
 from ray.rllib.core import DEFAULT_MODULE_ID
 
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 from tests.helpers import COUNTDOWN, distrl_config
 
 
