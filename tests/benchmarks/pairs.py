@@ -7,7 +7,8 @@ from typing import Any
 import ray
 import torch
 
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 from tests.benchmarks.rollouts import VISITS, Rollouts, make_config
 from tests.benchmarks.workload import GENERATIONS, PROMPTS, Stopwatch
 

@@ -9,8 +9,9 @@ import numpy as np
 
 from rllib_distrl import DistRLConfig
 from rllib_distrl.engines import Request, SamplingParams
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner, PromptRequest
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.models.loading import load_model
+from rllib_distrl.stages.prompt_samplers import PromptRequest
 from tests.benchmarks.bare import DecodeLoop
 from tests.benchmarks.workload import GENERATIONS, LR, PROMPTS, WORKLOADS, Stopwatch
 
