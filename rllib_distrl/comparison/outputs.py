@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rllib_distrl.comparison.markdown import write_up
+from rllib_distrl.comparison.pages import html_page, markdown_page, sections
 from rllib_distrl.comparison.record import read_records
 from rllib_distrl.comparison.results import arrange
 from rllib_distrl.run_log import write_atomic
@@ -53,11 +53,11 @@ def read_about(folder: Path) -> About:
 
 
 def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
-    """Writes the page of a comparison from its `comparison.json` and `runs/*.json`.
+    """Writes the pages and pictures of a comparison from its `comparison.json` and `runs/*.json`.
 
     Args:
         folder: Of the comparison.
-        page: The Markdown file; `results.md` in the folder if None.
+        page: The Markdown file; `results.md` in the folder if None. The rest lies in the folder.
 
     Returns:
         The files.
@@ -66,9 +66,17 @@ def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
         ValueError: If there is nothing to show.
     """
     about = read_about(folder)
-    records = read_records(folder / "runs")
-    results = arrange(records, about.names, about.seeds)
+    results = arrange(read_records(folder / "runs"), about.names, about.seeds)
+    parts = sections(results)
     page = page or folder / "results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(page, write_up(results, about.title, about.note, about.command))
-    return [page]
+    words = (about.title, about.note, about.command)
+    report = folder / "report.html"
+    write_atomic(page, markdown_page(results, parts, *words))
+    write_atomic(report, html_page(results, parts, *words))
+    pictures = []
+    for part in parts:
+        if part.figure is not None:
+            pictures.append(folder / f"{part.picture}.png")
+            part.figure.savefig(pictures[-1], dpi=130, facecolor="white")
+    return [page, report, *pictures]

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from rllib_distrl.comparison.plan import Contender
+from rllib_distrl.comparison.statistics import value_at
 from rllib_distrl.evaluation.summary import default_ks, per_problem
 from rllib_distrl.run_folder import open_run
 from rllib_distrl.run_log import read_progress, tokens_generated, write_atomic
@@ -24,6 +25,9 @@ CURVES = {
     "length": "env_runners/episode_len_mean",
 }
 _POINTS = 50  # of a kept curve
+AVERAGE = "avg@"
+_VALIDATION = "evaluation/env_runners/"
+_VALIDATED = (AVERAGE, "pass@", "best@")
 _LEFT_OUT = ("truncated", "unparsable", "tokens")
 
 
@@ -49,6 +53,7 @@ class Record:
         seconds: Of training, without start and evaluation.
         wall_seconds: Of the whole process.
         curve: {metric: [[tokens, mean over the iterations since the point before], …]}.
+        validation: {"tokens": …, "avg@n": …, "pass@k": …} of each validation while training.
     """
 
     name: str
@@ -67,6 +72,7 @@ class Record:
     seconds: float = 0.0
     wall_seconds: float = 0.0
     curve: dict[str, list[list[float]]] = field(default_factory=dict)
+    validation: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -77,6 +83,24 @@ class Record:
     def tokens_per_second(self) -> float:
         """Of training."""
         return self.tokens / self.seconds if self.seconds else 0.0
+
+    def validated(self, metric: str) -> list[list[float]]:
+        """[[tokens, value], …] of one metric of the validations."""
+        return [[v["tokens"], v[metric]] for v in self.validation if metric in v]
+
+    def front(self, metric: str) -> list[list[float]]:
+        """[[average score, value], …] along training, of the validations."""
+        found = []
+        for one in self.validation:
+            average = next((v for name, v in one.items() if name.startswith(AVERAGE)), None)
+            if average is not None and metric in one:
+                found.append([average, one[metric]])
+        return found
+
+    def matched(self, level: float, metric: str) -> float | None:
+        """A validation metric where the average score first crosses a level; see `value_at`."""
+        path = self.front(metric)
+        return value_at(level, [a for a, _ in path], [v for _, v in path])
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -132,7 +156,19 @@ def finished_record(
         seconds=sum(row.get("time_this_iter_s") or 0.0 for row in rows),
         wall_seconds=wall_seconds,
         curve={name: thinned(rows, key) for name, key in CURVES.items()},
+        validation=[found for row in rows if (found := _validation(row))],
     )
+
+
+def _validation(row: Mapping[str, Any]) -> dict[str, float]:
+    """What an iteration's validation measured on pools; {} where there was none."""
+    named = {
+        key.removeprefix(_VALIDATION): value
+        for key, value in row.items()
+        if key.startswith(_VALIDATION) and value is not None
+    }
+    found = {name: float(v) for name, v in named.items() if name.startswith(_VALIDATED)}
+    return {"tokens": float(tokens_generated(row) or 0), **found} if found else {}
 
 
 def failed_record(contender: Contender, seed: int, error: str, *, wall_seconds: float) -> Record:

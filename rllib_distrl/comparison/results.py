@@ -63,9 +63,50 @@ class Results:
         """The metrics of the finished runs, in their order."""
         return list(dict.fromkeys(m for row in self.rows for r in row.records for m in r.metrics))
 
+    @property
+    def samples(self) -> int:
+        """Completions per problem of the evaluation."""
+        return max(int(m.partition("@")[2]) for m in self.metrics if m.startswith("pass@"))
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """The metrics of the validations while training, by their k."""
+        found = dict.fromkeys(
+            m for row in self.rows for r in row.records for v in r.validation for m in v
+        )
+        shares = [m for m in found if "@" in m]
+        return sorted(shares, key=lambda m: (m.partition("@")[0], int(m.partition("@")[2])))
+
+    def matched_level(self) -> float | None:
+        """An average score that every run crosses while training: the middle of what all share.
+
+        None where there is none.
+        """
+        paths = [
+            [average for average, _ in record.front("pass@1")]
+            for row in self.rows
+            for record in row.records
+        ]
+        if any(len(path) < 2 for path in paths):
+            return None
+        low, high = max(min(path) for path in paths), min(max(path) for path in paths)
+        return (low + high) / 2 if low < high else None
+
+    def matched_test(self, row: Row, level: float, metric: str) -> PairedTest | None:
+        """The paired test of `Record.matched`; None for fewer than 2 common seeds."""
+        ours = {r.seed: v for r in row.records if (v := r.matched(level, metric)) is not None}
+        theirs = {
+            r.seed: v for r in self.baseline.records if (v := r.matched(level, metric)) is not None
+        }
+        return self._paired(row, ours, theirs)
+
     def against_baseline(self, row: Row, metric: str) -> PairedTest | None:
         """The paired test over the seeds that both have; None for fewer than 2."""
-        ours, theirs = row.values(metric), self.baseline.values(metric)
+        return self._paired(row, row.values(metric), self.baseline.values(metric))
+
+    def _paired(
+        self, row: Row, ours: dict[int, float], theirs: dict[int, float]
+    ) -> PairedTest | None:
         seeds = sorted(ours.keys() & theirs.keys())
         if row is self.baseline or len(seeds) < 2:
             return None

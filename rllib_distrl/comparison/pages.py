@@ -1,0 +1,140 @@
+"""A comparison as a Markdown page and as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rllib_distrl.comparison import figures
+from rllib_distrl.comparison.results import Results
+from rllib_distrl.comparison.tables import (
+    Table,
+    differences_table,
+    failures_table,
+    matched_table,
+    pass_k_table,
+    results_table,
+)
+from rllib_distrl.viewer.charts import Chart
+from rllib_distrl.viewer.page import fill_template, policy, read_asset
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what is not there is left out.
+
+    Attributes:
+        title: Its headline.
+        words: What a reader must know.
+        table: Of numbers.
+        figure: A picture.
+        picture: Names the picture's file.
+    """
+
+    title: str
+    words: str = ""
+    table: Table | None = None
+    figure: Chart | None = None
+    picture: str = ""
+
+
+def sections(results: Results) -> list[Section]:
+    """Everything that is shown of a comparison."""
+    baseline = results.baseline.name
+    parts = [
+        Section("Results", _how_measured(results), results_table(results)),
+        Section(
+            f"Against {baseline}",
+            f"Difference to {baseline} on the same seeds: mean [95 % bootstrap interval over the "
+            "seeds], p of the two-sided sign-flip test, which is 2^(1-S) at least for S seeds. No "
+            "correction for the number of recipes.",
+            differences_table(results),
+            figures.plot_differences(results),
+            "differences",
+        ),
+        Section(
+            "pass@k",
+            "Mean and 95 % bootstrap interval over the seeds.",
+            pass_k_table(results),
+            figures.plot_pass_k(results),
+            "pass_k",
+        ),
+        Section("Learning", "Mean over the seeds; bands from the lowest to the highest seed.",
+                figure=figures.plot_learning(results), picture="learning"),
+    ]  # fmt: skip
+    level = results.matched_level()
+    if level is not None:
+        parts.append(
+            Section(
+                "At matched average",
+                f"pass@k where the average score first crosses {100 * level:.1f} % along training, "
+                "on validation problems, interpolated between validations; in brackets the paired "
+                f"difference to {baseline}.",
+                matched_table(results),
+                figures.plot_front(results),
+                "front",
+            )
+        )
+    if results.failed:
+        parts.append(Section("Failed runs", table=failures_table(results)))
+    if results.missing:
+        names = ", ".join(f"{name} seed {seed}" for name, seed in results.missing)
+        parts.append(Section("Not run", f"{names}. The command below continues."))
+    return parts
+
+
+def _how_measured(results: Results) -> str:
+    evaluation = results.baseline.records[0].recipe["eval"]
+    return (
+        f"Every run generated {results.budget_tokens:,} completion tokens in training (to the end "
+        "of the iteration that reached them), dropped samples and critic warm-up included. Shares "
+        f"in %, on {evaluation['problems']} {evaluation['split']} problems x {evaluation['n']} "
+        "samples after training; entropy in nats per token, of the sampled tokens. Mean ± sd over "
+        "the seeds. Speed and minutes are of training alone, on whatever else the machine did."
+    )
+
+
+def _made_by(results: Results, command: str) -> str:
+    commits = sorted({r.commit or "unknown" for row in results.rows for r in row.records})
+    seeds = sorted({record.seed for row in results.rows for record in row.records})
+    listed = ", ".join(commit[:12] for commit in commits)
+    return f"Seeds {', '.join(map(str, seeds))}; commit {listed}; command:"
+
+
+def markdown_page(
+    results: Results, parts: Sequence[Section], title: str, note: str, command: str
+) -> str:
+    """The page for a repository."""
+    blocks = [f"# {title}", *([note] if note else [])]
+    for part in parts:
+        blocks.append(f"## {part.title}")
+        blocks += [part.words] if part.words else []
+        blocks += [part.table.to_markdown()] if part.table else []
+    blocks += ["## How it was made", _made_by(results, command), f"```sh\n{command}\n```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def html_page(
+    results: Results, parts: Sequence[Section], title: str, note: str, command: str
+) -> str:
+    """The page to look at: figures first, tables below them."""
+    body = [f"<p>{html.escape(note)}</p>"] if note else []
+    for number, part in enumerate(parts):
+        words = f"<p>{html.escape(part.words)}</p>" if part.words else ""
+        figure = part.figure.to_svg(f"figure{number}") if part.figure else ""
+        table = part.table.to_html() if part.table else ""
+        if figure and table:
+            table = f"<details><summary>Numbers</summary>{table}</details>"
+        body.append(f"<section><h2>{html.escape(part.title)}</h2>{words}{figure}{table}</section>")
+    made = f"<p>{html.escape(_made_by(results, command))}</p><code>{html.escape(command)}</code>"
+    body.append(f"<section><h2>How it was made</h2>{made}</section>")
+    return fill_template(
+        "report.html",
+        {
+            "POLICY": policy(None, None),
+            "TITLE": html.escape(title),
+            "STYLE": read_asset("report.css"),
+            "BODY": "\n".join(body),
+        },
+    )

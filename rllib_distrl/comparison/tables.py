@@ -1,0 +1,169 @@
+"""The tables of a comparison, as Markdown and as HTML."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rllib_distrl.comparison.record import DISTINCT, ENTROPY
+from rllib_distrl.comparison.results import Results, Row
+from rllib_distrl.comparison.statistics import Estimate
+
+_NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text.
+
+    Attributes:
+        head: Names of the columns.
+        lines: One per row; the first cell names it.
+    """
+
+    head: Sequence[str]
+    lines: Sequence[Sequence[str]]
+
+    def to_markdown(self) -> str:
+        """A Markdown table."""
+        rows = [self.head, ["---"] * len(self.head), *self.lines]
+        cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
+        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+    def to_html(self) -> str:
+        """A `<table>`."""
+        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
+        body = "".join(
+            f"<tr><th>{html.escape(line[0])}</th>"
+            + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
+            + "</tr>"
+            for line in self.lines
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def number(metric: str, value: float, *, signed: bool = False) -> str:
+    """A metric's value as the tables show it: shares in %, entropy with three digits."""
+    sign = "+" if signed else ""
+    if "@" in metric:
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if metric == ENTROPY else f"{value:{sign}.2f}"
+
+
+def main_metrics(results: Results) -> list[str]:
+    """avg@n, pass@8, pass@16, pass@n, distinct solutions and entropy, as far as they exist."""
+    known = results.metrics
+    average = [name for name in known if name.startswith("avg@")]
+    largest = results.samples
+    passes = [f"pass@{k}" for k in sorted({8, 16, largest}) if f"pass@{k}" in known]
+    graded = [f"best@{k}" for k in sorted({16, largest}) if f"best@{k}" in known]
+    return [*average, *passes, *graded, DISTINCT, ENTROPY]
+
+
+def results_table(results: Results) -> Table:
+    """One row per contender: mean ± sd over the seeds."""
+    metrics = main_metrics(results)
+    parts = any(row.part for row in results.rows)
+    head = ["recipe", *(["part"] if parts else []), "seeds", *map(_title, metrics), *_COSTS]
+    lines = [
+        [
+            row.name,
+            *([row.part] if parts else []),
+            str(len(row.records)),
+            *(_spread(metric, row.estimate(metric)) for metric in metrics),
+            *_costs(row),
+        ]
+        for row in results.rows
+    ]
+    return Table(head, lines)
+
+
+_COSTS = ("tokens/s", "iterations", "minutes")
+
+
+def _costs(row: Row) -> list[str]:
+    speed = row.estimate_of(lambda record: record.tokens_per_second)
+    iterations = row.estimate_of(lambda record: record.iterations)
+    minutes = row.estimate_of(lambda record: record.seconds / 60)
+    found = [(speed, ",.0f"), (iterations, ",.0f"), (minutes, ".1f")]
+    return [format(one.mean, form) if one else _NOTHING for one, form in found]
+
+
+def differences_table(results: Results) -> Table:
+    """One row per contender: the difference to the baseline by seed, with interval and p."""
+    metrics = main_metrics(results)
+    lines = []
+    for row in results.rows[1:]:
+        cells = [row.name]
+        for metric in metrics:
+            test = results.against_baseline(row, metric)
+            if test is None:
+                cells.append(_NOTHING)
+            else:
+                cell = _interval(metric, test.difference, signed=True)
+                cells.append(f"{cell}, p {test.p:.2g}")
+        lines.append(cells)
+    return Table(["recipe", *map(_title, metrics)], lines)
+
+
+def pass_k_table(results: Results) -> Table:
+    """Mean pass@k (best@k too where scores are graded) for every k, with 95 % intervals."""
+    metrics = [name for name in results.metrics if name.startswith(("pass@", "best@"))]
+    lines = [
+        [row.name, *(_interval(metric, row.estimate(metric)) for metric in metrics)]
+        for row in results.rows
+    ]
+    return Table(["recipe", *metrics], lines)
+
+
+def matched_table(results: Results) -> Table | None:
+    """pass@k at the same avg@n along training, and its paired difference to the baseline.
+
+    None where the runs have no common avg@n, or were not validated while training.
+    """
+    level = results.matched_level()
+    if level is None:
+        return None
+    metrics = [name for name in results.validation_metrics if name.startswith(("pass@", "best@"))]
+    metrics = [name for name in metrics if not name.endswith("@1")]
+    lines = []
+    for row in results.rows:
+        cells = [row.name]
+        for metric in metrics:
+            cell = _interval(metric, row.estimate_of(lambda r, m=metric: r.matched(level, m)))
+            test = results.matched_test(row, level, metric)
+            cells.append(f"{cell} ({_signed(metric, test.difference.mean)})" if test else cell)
+        lines.append(cells)
+    return Table(["recipe", *metrics], lines)
+
+
+def failures_table(results: Results) -> Table:
+    """The runs that failed, with what they said."""
+    lines = [[r.name, str(r.seed), " ".join(r.error.split())] for r in results.failed]
+    return Table(["recipe", "seed", "error"], lines)
+
+
+def _title(metric: str) -> str:
+    return metric.replace("_", " ")
+
+
+def _signed(metric: str, value: float) -> str:
+    return number(metric, value, signed=True)
+
+
+def _spread(metric: str, found: Estimate | None) -> str:
+    """Mean ± sd."""
+    if found is None:
+        return _NOTHING
+    return f"{number(metric, found.mean)} ± {number(metric, found.sd)}"
+
+
+def _interval(metric: str, found: Estimate | None, *, signed: bool = False) -> str:
+    """Mean [low, high]."""
+    if found is None:
+        return _NOTHING
+    mean, low, high = (
+        number(metric, value, signed=signed) for value in (found.mean, found.low, found.high)
+    )
+    return f"{mean} [{low}, {high}]"

@@ -1,0 +1,136 @@
+"""Real runs of a tiny model: one that finishes, one that cannot, and the second time around."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rllib_distrl.comparison.execution import Execution
+from rllib_distrl.comparison.plan import make_plan
+from rllib_distrl.comparison.record import Record, measure_samples, thinned
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+[run]
+model = "builtin:countdown-tiny"
+[rollout]
+prompts_per_iteration = 8
+num_generations = 4
+max_completion_tokens = 24
+[eval]
+problems = 4
+n = 4
+k = [1]
+before = false
+token_problems = 0
+[environment]
+env = "distrl_envs:distrl/Countdown-v0"
+[training]
+minibatch_size = 16
+"""
+VARIANTS = """
+recipe = "tiny.toml"
+[variants]
+good = {}
+# Adam's first step overflows, and the learner refuses what comes next.
+bad = { training = { lr = 1e38 } }
+"""
+SETTINGS = ("--seeds", "2", "--budget-tokens", "900", "--jobs", "2")
+
+
+def compare(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tune" / "compare.py"), str(folder / "variants.toml"),
+         *SETTINGS, "--out", str(folder / "out"), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    (tmp_path / "variants.toml").write_text(VARIANTS)
+    stopped = compare(tmp_path)
+    records = tmp_path / "out" / "runs"
+    give_up = time.monotonic() + 200
+    while not list(records.glob("good-seed*.json")) and time.monotonic() < give_up:
+        assert stopped.poll() is None, stopped.communicate()
+        time.sleep(0.1)
+    stopped.send_signal(signal.SIGTERM)
+    out, _ = stopped.communicate(timeout=100)
+    assert stopped.returncode == 130, out
+    assert "Stopped. The same command continues." in out
+    first = {path.name: path.read_text() for path in records.glob("good-*.json")}
+
+    process = compare(tmp_path)
+    out, _ = process.communicate(timeout=280)
+    assert process.returncode == 1, out
+    assert "2 of 4 runs failed" in out
+    for name, text in first.items():
+        assert (records / name).read_text() == text
+        assert f"{name.removesuffix('.json').replace('-seed', ' seed ')}: avg@4" not in out
+    found = {path.stem: json.loads(path.read_text()) for path in records.glob("*.json")}
+    assert found.keys() == {f"{name}-seed{seed}" for name in ("good", "bad") for seed in (0, 1)}
+    for seed in (0, 1):
+        good, bad = found[f"good-seed{seed}"], found[f"bad-seed{seed}"]
+        assert good["status"] == "finished"
+        assert 900 <= good["tokens"] < 900 + 8 * 4 * 24
+        assert good["metrics"].keys() == {
+            "avg@4", "pass@1", "pass@2", "pass@4", "distinct_correct", "entropy"
+        }  # fmt: skip
+        assert good["recipe"]["run"]["seed"] == seed
+        assert bad["status"] == "failed"
+        assert "finite" in bad["error"]
+    page = (tmp_path / "out" / "results.md").read_text()
+    assert "## Failed runs" in page
+
+
+def test_other_settings_under_the_same_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    (tmp_path / "variants.toml").write_text(VARIANTS)
+    plan = make_plan([tmp_path / "variants.toml"], [], seeds=2, first_seed=0, budget_tokens=900)
+    execution = Execution(plan, tmp_path / "out")
+    file = execution.record_file(plan.baseline, 1)
+    Record("good", "", 1, "another", 900, "finished").write(file)
+    with pytest.raises(ValueError, match=r"good-seed1\.json was made with other settings"):
+        Execution(plan, tmp_path / "out")
+    Record("good", "", 1, plan.baseline.digest, 900, "finished").write(file)
+    assert [r.seed for r in Execution(plan, tmp_path / "out").records()] == [1]
+
+
+def test_measures_by_hand() -> None:
+    frame = pd.DataFrame(
+        {
+            "problem": [0, 0, 1, 1],
+            "sample": [0, 1, 0, 1],
+            "score": [1.0, 0.0, 1.0, 1.0],
+            "status": ["correct", "wrong", "correct", "correct"],
+            "finish_reason": ["stop"] * 4,
+            "answer": ["24"] * 4,
+            "text_hash": ["p", "q", "r", "s"],
+            "tokens": [4, 6, 5, 5],
+            "logp_sum": [-1.0, -2.0, -3.0, -4.0],
+        }
+    )
+    found = measure_samples(frame)
+    assert found == {
+        "avg@2": 0.75, "pass@1": 0.75, "pass@2": 1.0, "distinct_correct": 1.5, "entropy": 0.5
+    }  # fmt: skip
+
+
+def test_curves_are_thinned_to_means_of_neighbours() -> None:
+    rows = [{"num_env_steps_sampled_lifetime": 10 * i, "x": float(i)} for i in range(1, 101)]
+    found = thinned([*rows[:50], {"x": None}, *rows[50:]], "x")
+    assert len(found) == 50
+    assert found[0] == [20.0, 1.5]
+    assert found[-1] == [1000.0, 99.5]
+    assert thinned([], "x") == []

@@ -1,0 +1,92 @@
+"""Records arranged: who is compared with whom, and on which seeds."""
+
+from __future__ import annotations
+
+import pytest
+
+from rllib_distrl.comparison.results import arrange
+from rllib_distrl.comparison.tables import (
+    Table,
+    differences_table,
+    matched_table,
+    number,
+    results_table,
+)
+from tests.comparison.made_records import failed, record, records
+
+AVERAGES = {"a": [0.2, 0.4], "b": [0.3, 0.4]}
+
+
+def test_rows_by_contender_and_what_is_missing() -> None:
+    found = arrange([*records(AVERAGES), failed("c", 0, "broke")], ["a", "b", "c"], [0, 1])
+    assert [(row.name, len(row.records)) for row in found.rows] == [("a", 2), ("b", 2)]
+    assert [(r.name, r.seed) for r in found.failed] == [("c", 0)]
+    assert found.missing == (("c", 1),)
+    estimate = found.baseline.estimate("pass@4")
+    assert estimate is not None
+    assert estimate.mean == pytest.approx(0.7)
+
+
+def test_only_seeds_that_both_have_are_paired() -> None:
+    made = [*records({"a": [0.2, 0.4, 0.6]}), record("b", 2, 0.7), record("b", 1, 0.6)]
+    found = arrange(made, ["a", "b"], [0, 1, 2])
+    test = found.against_baseline(found.rows[1], "avg@4")
+    assert test is not None
+    # 0.6 − 0.4 and 0.7 − 0.6; without pairing by seed the mean would be 0.65 − 0.4.
+    assert test.difference.mean == pytest.approx(0.15)
+    assert test.difference.seeds == 2
+    assert found.against_baseline(found.baseline, "avg@4") is None
+    alone = arrange([*records({"a": [0.2]}), record("b", 0, 0.7)], ["a", "b"], [0])
+    assert alone.against_baseline(alone.rows[1], "avg@4") is None
+
+
+def test_budgets_agree_and_the_baseline_is_there() -> None:
+    with pytest.raises(ValueError, match=r"different budgets of tokens: \[1000, 2000\]"):
+        arrange([record("a", 0, 0.1), record("b", 0, 0.1, budget_tokens=2_000)], ["a", "b"], [0])
+    with pytest.raises(ValueError, match="baseline a has no finished run"):
+        arrange([failed("a", 0, "broke"), record("b", 0, 0.1)], ["a", "b"], [0])
+
+
+def test_pass_k_at_the_same_average() -> None:
+    # Averages along training: a 0.1 → 0.5 and b 0.2 → 0.6; both cross 0.2 … 0.5, its middle 0.35.
+    found = arrange(records({"a": [0.3], "b": [0.4]}), ["a", "b"], [0])
+    level = found.matched_level()
+    assert level == pytest.approx(0.35)
+    a, b = (row.records[0].matched(0.35, "pass@2") for row in found.rows)
+    assert (a, b) == (pytest.approx(0.5375), pytest.approx(0.5625))
+    table = matched_table(found)
+    assert table is not None
+    assert table.lines[1][1].startswith("56.2")
+    apart = arrange(records({"a": [0.2], "b": [0.7]}), ["a", "b"], [0])
+    assert apart.matched_level() is None
+    blind = arrange(records({"a": [0.2], "b": [0.2]}, validation=[]), ["a", "b"], [0])
+    assert matched_table(blind) is None
+
+
+def test_the_tables_by_hand() -> None:
+    found = arrange(records(AVERAGES), ["a", "b"], [0, 1])
+    table = results_table(found)
+    row = dict(zip(table.head, table.lines[1], strict=True))
+    # sd of 30 and 40: 10 / sqrt(2).
+    assert row["avg@4"] == "35.0 ± 7.1"
+    assert row["pass@4"] == "75.0 ± 7.1"
+    assert row["distinct correct"] == "2.00 ± 0.00"
+    assert row["tokens/s"] == "100"
+    differences = differences_table(found)
+    cells = dict(zip(differences.head, differences.lines[0], strict=True))
+    assert cells["avg@4"] == "+5.0 [+0.0, +10.0], p 1"
+    parts = results_table(arrange(records(AVERAGES, part="head"), ["a", "b"], [0, 1]))
+    assert parts.lines[0][1] == "head"
+
+
+def test_cells_cannot_break_a_table() -> None:
+    table = Table(["a|b"], [["<x>"]])
+    assert table.to_markdown() == "| a\\|b |\n| --- |\n| <x> |"
+    assert "<th>&lt;x&gt;</th>" in table.to_html()
+
+
+def test_numbers() -> None:
+    assert number("pass@8", 0.1234) == "12.3"
+    assert number("pass@8", 0.1, signed=True) == "+10.0"
+    assert number("entropy", 0.12345) == "0.123"
+    assert number("distinct_correct", -0.5, signed=True) == "-0.50"
