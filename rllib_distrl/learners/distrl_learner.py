@@ -20,7 +20,13 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_distrl.connectors.sequences_from_episodes import GROUPS
-from rllib_distrl.learners.before_update import MODEL_COLUMNS, model_columns, reference_metrics
+from rllib_distrl.learners.before_update import (
+    MODEL_COLUMNS,
+    columns_of_forward,
+    model_columns,
+    reference_metrics,
+    training_forward,
+)
 from rllib_distrl.learners.controllers import Controllers
 from rllib_distrl.learners.losses import Losses, distrl_losses
 from rllib_distrl.learners.method import Method
@@ -52,13 +58,16 @@ class DistRLLearner(TorchLearner):
 
     One pass without gradients gives the old quantiles; the stages turn them into targets
     and advantages on the whole batch; then minibatches of whole sequences, each cut into
-    micro-batches of at most ``micro_batch_tokens``, give the optimiser steps.
+    micro-batches of at most ``micro_batch_tokens``, give the optimiser steps. Where the whole
+    batch is one step and one micro-batch, that step's forward pass is the pass before it too.
     """
 
     config: Any
     _module: Any
     _params: Any
     _learner_connector: Any
+    _single_step = False
+    _forward: dict[str, Any] | None = None
 
     def build(self) -> None:
         """Builds module and optimisers and resolves the stages."""
@@ -163,6 +172,11 @@ class DistRLLearner(TorchLearner):
         data.solve_refs()
         episodes: list[Any] = data.episodes or []
         columns = self._columns(episodes)
+        self._single_step = (
+            num_epochs == 1
+            and (minibatch_size or len(episodes)) >= len(episodes)
+            and self.config.num_learners <= 1
+        )
         rollouts = self._prepare(columns, timesteps.get(TRAINING_ITERATION, 1))
         self._refusals.start_iteration(episodes)
         self._weights_seq_no += 1
@@ -183,6 +197,7 @@ class DistRLLearner(TorchLearner):
         self._log_update(
             rollouts, steps or [self._step_losses], n_steps=int(rollouts.loss_mask.sum())
         )
+        self._single_step = False
         self.after_gradient_based_update(timesteps=timesteps)
         return None if _no_metrics_reduce else self.metrics.reduce()
 
@@ -217,13 +232,22 @@ class DistRLLearner(TorchLearner):
             needs -= {"quantiles"}
         elif not bool(module.value_initialised):
             self._initialise_values(module, rollouts)
-        found = model_columns(module, self._reference, columns, needs)
+        found = self._columns_of_forward(columns, needs) if self._single_step else {}
+        found |= model_columns(module, self._reference, columns, needs - found.keys())
         rollouts = replace(rollouts, **found)
         if self._uncertainty is not None:
             statistic = self._uncertainty.statistic(columns, rollouts)
             rollouts.extras[self.config.bonus_stat] = statistic
         self._method.prepare(rollouts, self.config)
         return rollouts
+
+    def _columns_of_forward(self, columns: dict[str, torch.Tensor], needs: Any) -> dict[str, Any]:
+        """Runs and keeps the forward pass of the only step, if it is one micro-batch."""
+        forward = training_forward(self.module, columns, self.config.micro_batch_tokens)
+        if forward is None:
+            return {}
+        rows, self._forward = forward
+        return columns_of_forward(self._policy_module, rows, self._forward, needs)
 
     def _initialise_values(self, module: Any, rollouts: SequenceBatch) -> None:
         value = self.config.init_value
@@ -257,7 +281,8 @@ class DistRLLearner(TorchLearner):
         n = len(rollouts)
         for epoch in range(num_epochs):
             generator = self._generator(rollouts.k, epoch)
-            order = torch.randperm(n, generator=generator) if shuffle else torch.arange(n)
+            shuffled = shuffle and not self._single_step
+            order = torch.randperm(n, generator=generator) if shuffled else torch.arange(n)
             for rows in order.split(minibatch_size or n):
                 yield minibatch(columns, rollouts, rows.to(self._device), self.config)
 
@@ -273,7 +298,7 @@ class DistRLLearner(TorchLearner):
         for number, rows in enumerate(parts):
             part = {DEFAULT_MODULE_ID: micro_batch(whole, rows)}
             with self._gradient_sync(last=number == len(parts) - 1):
-                fwd_out = self.module.forward_train(part)
+                fwd_out = self._take_forward() or self.module.forward_train(part)
                 loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=part)
                 # DDP averages gradients; the weights already divide by all learners' tokens.
                 loss = loss_per_module[DEFAULT_MODULE_ID] * max(self.config.num_learners, 1)
@@ -285,6 +310,11 @@ class DistRLLearner(TorchLearner):
         ):
             self.apply_gradients(self.postprocess_gradients(gradients))
         return {}, loss_per_module, {}
+
+    def _take_forward(self) -> dict[str, Any] | None:
+        """The forward pass that was kept; it serves once."""
+        forward, self._forward = self._forward, None
+        return None if forward is None else {DEFAULT_MODULE_ID: forward}
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         if self.config.num_learners > 1 and not last:

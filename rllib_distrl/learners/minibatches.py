@@ -38,7 +38,7 @@ def minibatch(
     chosen = rollouts[rows]
     divisor = float(config.rollout_settings.max_completion_tokens)
     return {
-        **_model_columns(from_columns(columns).rows(rows)),
+        **model_inputs(from_columns(columns).rows(rows)),
         ROLLOUTS: chosen,
         WEIGHTS: token_weights(
             chosen.loss_mask,
@@ -57,14 +57,15 @@ def micro_batch(whole: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
     sequences = from_columns(whole).rows(rows)
     steps = sequences.actions.shape[1]
     return {
-        **_model_columns(sequences),
+        **model_inputs(sequences),
         ROLLOUTS: whole[ROLLOUTS][rows].cut(steps),
         WEIGHTS: whole[WEIGHTS][rows, :steps],
         CRITIC_WEIGHTS: whole[CRITIC_WEIGHTS][rows, :steps],
     }
 
 
-def _model_columns(sequences: Sequences) -> dict[str, torch.Tensor]:
+def model_inputs(sequences: Sequences) -> dict[str, torch.Tensor]:
+    """What `CausalLMModule` reads of a batch."""
     return {
         INPUT_IDS: sequences.input_ids,
         PROMPT_LENS: sequences.prompt_lens,

@@ -2,6 +2,7 @@ import pytest
 import torch
 from ray.rllib.core.columns import Columns
 
+from rllib_distrl.learners import distrl_learner
 from rllib_distrl.learners.before_update import model_columns
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.modules.sequences import from_columns
@@ -71,6 +72,31 @@ def test_a_critic_on_the_policys_states_costs_no_second_pass(episodes):
     counts = passes_of({"policy": learner._policy_module.policy.base_model})
     learner._prepare(learner._columns(episodes), 1)
     assert counts == {"policy": 1}
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(
+    episodes, critic, monkeypatch
+):
+    settings = {"critic": critic, "shapers": [{"name": "entropy_shaped"}], "entropy_coeff": 0.01}
+
+    def update():
+        learner = make_learner(hot_config(**settings))
+        module = learner._policy_module
+        trunks = {"policy": module.policy.base_model}
+        if critic == "separate":
+            trunks["critic"] = module.critic
+        counts = passes_of(trunks)
+        learner.update(episodes=episodes, timesteps={"training_iteration": 1}, num_epochs=1)
+        return counts, {name: p.grad for name, p in module.named_parameters()}
+
+    once, gradients = update()
+    assert set(once.values()) == {1}
+    monkeypatch.setattr(distrl_learner, "training_forward", lambda *_: None)
+    twice, expected = update()
+    assert set(twice.values()) == {2}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
 
 
 def test_columns_equal_the_plain_computation(episodes):
