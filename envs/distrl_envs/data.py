@@ -69,8 +69,9 @@ def load_data(
     """Loads and validates a data set.
 
     Args:
-        source: A `.jsonl`, `.parquet` or `.csv` file, or `hf:name/split` (`hf:name/config/split`
-            where the name has an owner and the data set several configurations).
+        source: A `.jsonl`, `.parquet` or `.csv` file, `hf:name/split` (`hf:owner/name/config/split`
+            where the data set has several configurations), or `hf:./folder/split` for a data set's
+            folder on this machine.
         columns: What the task needs, by its own names.
         fields: The data's names for them where they differ: `{"problem": "question"}`.
         on_bad_row: "error" raises with all faults at once, "skip" leaves such rows out, counts
@@ -178,18 +179,28 @@ def _read_hub(source: str) -> Numbered:
     name, config, split = _hub_address(source)
     try:
         from datasets import load_dataset  # type: ignore[import-not-found]
+        from datasets.exceptions import DatasetsError  # type: ignore[import-not-found]
     except ImportError as error:
         raise ValueError(
             f"{source!r} is a Hugging Face data set, which needs the package datasets: install "
             "it with pip install 'rllib-distrl[datasets]', or give a local file."
         ) from error
-    for number, row in enumerate(load_dataset(name, config, split=split), start=1):
+    try:
+        rows = load_dataset(name, config, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        raise ValueError(
+            f"{source!r} cannot be loaded: {error} Is the name right, and is the hub in reach?"
+        ) from error
+    for number, row in enumerate(rows, start=1):
         yield f"{source}:{number}", dict(row)
 
 
 def _hub_address(source: str) -> tuple[str, str | None, str]:
-    """Name, configuration and split of `hf:[owner/]name[/config]/split`."""
-    parts = source.removeprefix(HUB_PREFIX).split("/")
+    """Name, configuration and split of `hf:[owner/]name[/config]/split` or `hf:./folder/split`."""
+    address = source.removeprefix(HUB_PREFIX)
+    parts = address.split("/")
+    if address.startswith(("/", "./", "../", "~")) and parts[-1]:
+        return str(Path(address).parent.expanduser()), None, parts[-1]
     if not 2 <= len(parts) <= 4 or not all(parts):
         raise ValueError(
             f"Got data {source!r}; it must be hf:name/split, hf:owner/name/split or "

@@ -44,7 +44,7 @@ def scores(tmp_path, monkeypatch):
 def test_math_grades_and_asks_for_what_it_grades(math_file):
     task = make_task("math", data=str(math_file))
     problem = task.problem(3)
-    assert problem.data["answer"] == "6"
+    assert problem.data["answer"] == ("6",)
     assert task.instruction(problem).startswith("3 + 3?")
     assert r"\boxed{}" in task.instruction(problem)
     texts = [r"\boxed{6}", r"\boxed{7}", "six", "six"]
@@ -73,6 +73,39 @@ def test_prompt_and_pattern_cannot_disagree(math_file):
     assert task.grade(task.problem(1), r"\boxed{3} Answer: 2").score == 1.0
 
 
+def test_any_of_several_golds_is_right(tmp_path):
+    rows = [
+        {"problem": "roots", "answer": ["-1", 2]},
+        {"problem": "one", "answer": "5"},
+        {"problem": "huge", "answer": ["9^{9^{9^{9}}}", "1"]},
+    ]
+    path = _write(tmp_path / "several.jsonl", rows)
+    task = make_task("math", data=str(path), timeout=1.0)
+    problems = [task.problem(row) for row in (0, 0, 0, 1, 1, 2, 2)]
+    answers = ["2", "-1.0", "3", "5", "2", "1", "9^{9^{9^{8}}}"]
+    texts = [rf"\boxed{{{answer}}}" for answer in answers]
+    statuses = [grade.status for grade in task.grade_many(problems, texts, [False] * 7)]
+    assert statuses == ["correct", "correct", "wrong", "correct", "wrong", "correct", "timeout"]
+    assert task.grade_many([], [], []) == []
+
+
+def test_lists_of_golds_are_checked_like_golds(tmp_path):
+    rows = [{"problem": "a", "answer": []}, {"problem": "b", "answer": ["1", None]},
+            {"problem": "c", "answer": ["1", " "]}, {"problem": "d", "answer": [True]},
+            {"problem": "e", "answer": ["1", "2"]}, {"problem": "e", "answer": ["2", "1.0"]},
+            {"problem": "f", "answer": ["1", "2"]}, {"problem": "f", "answer": "1"}]  # fmt: skip
+    with pytest.raises(ValueError) as caught:
+        make_task("math", data=str(_write(tmp_path / "bad.jsonl", rows)))
+    faults = str(caught.value).splitlines()
+    assert "6 faults" in faults[0]
+    expected = [
+        (1, "is empty"), (2, "lists NoneType"), (3, "holds no answer"), (4, "lists bool"),
+        (7, "different golds"), (8, "different golds"),
+    ]  # fmt: skip
+    for line, words in expected:
+        assert any(f"bad.jsonl:{line}: " in fault and words in fault for fault in faults)
+
+
 def test_gold_pattern(tmp_path):
     rows = [{"problem": "a", "answer": "2*3=6\n#### 6"}, {"problem": "b", "answer": "none"}]
     path = _write(tmp_path / "gsm.jsonl", rows)
@@ -80,7 +113,7 @@ def test_gold_pattern(tmp_path):
     with pytest.raises(ValueError, match=r"gsm.jsonl:2: .*gold_pattern"):
         make_task("math", data=str(path), gold_pattern=pattern)
     task = make_task("math", data=str(path), gold_pattern=pattern, on_bad_row="skip")
-    assert task.problem(0).data["answer"] == "6"
+    assert task.problem(0).data["answer"] == ("6",)
 
 
 def test_equal_golds_written_differently_are_no_conflict(tmp_path):
@@ -156,6 +189,13 @@ def test_dense_rewards_and_length_penalty(scores):
     assert task.step_reward(task.problem(0), [7, 8]) == 0.75
     plain = make_task("custom", data=str(scores), score="my_scores:length")
     assert not plain.has_step_reward
+
+
+@pytest.mark.parametrize("name", ["math", "code", "custom"])
+def test_an_argument_that_no_task_takes_is_named(name, math_file):
+    config = {"score": "m:f"} if name == "custom" else {}
+    with pytest.raises(ValueError, match="on_bad_rows"):
+        make_task(name, data=str(math_file), on_bad_rows="skip", **config)
 
 
 def test_environments_are_registered(math_file, scores):

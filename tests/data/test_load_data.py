@@ -116,6 +116,34 @@ def test_hub_addresses():
     assert _hub_address("hf:gsm8k/test") == ("gsm8k", None, "test")
     assert _hub_address("hf:owner/name/test") == ("owner/name", None, "test")
     assert _hub_address("hf:owner/name/main/test") == ("owner/name", "main", "test")
+    assert _hub_address("hf:./some/folder/test") == ("some/folder", None, "test")
+    assert _hub_address("hf:/a/b/c/d/test") == ("/a/b/c/d", None, "test")
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+    """The package, away from the user's cache."""
+    package = pytest.importorskip("datasets")
+    monkeypatch.setattr(package.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return package
+
+
+def test_a_hub_data_set_in_a_folder(tmp_path, datasets):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    write(folder / "train.jsonl", [ROWS[0]])
+    frame = [{"question": "2+2?", "final": "4"}, {"question": "3+3?", "final": None}]
+    write(folder / "test.jsonl", frame)
+    (folder / "train.jsonl").unlink()
+    fields = {"problem": "question", "answer": "final"}
+    with pytest.raises(DataError, match=r"hf:.*mine/test:2: field 'final' is missing"):
+        load(f"hf:{folder}/test", fields=fields)
+    data = load(f"hf:{folder}/test", fields=fields, on_bad_row="skip")
+    assert data.rows == [{"problem": "2+2?", "answer": "4"}]
+    with pytest.raises(ValueError, match=r"cannot be loaded: .*validation"):
+        load(f"hf:{folder}/validation")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load(f"hf:{tmp_path}/nowhere/test")
 
 
 def test_a_missing_datasets_package_is_a_clear_error():

@@ -1,10 +1,12 @@
 """What `--data` may be, and how presets and the user's settings combine."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
+from distrl_envs.tasks import make_task
 from rllib_distrl.evaluation.presets import MATH_ENV_ID, PRESETS, resolve_data, with_overrides
 from rllib_distrl.evaluation.settings import EvalSettings
 
@@ -30,6 +32,35 @@ def test_local_copies_have_the_number_of_problems_that_the_preset_says(name):
         pytest.skip(f"no copy of {name}")
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     assert len(lines) == PRESETS[name].problems
+
+
+HUB_ROWS = {
+    "olympiadbench": {"question": "Which?", "final_answer": ["7", "8"]},
+    "gsm8k": {"question": "How many?", "answer": "3 + 4 = <<3+4=7>>7\\n#### 7"},
+    "beyondaime": {"problem": "Which?", "answer": 7},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_reads_what_the_hub_holds(name, tmp_path, monkeypatch):
+    """A data set of the hub's name and form, in the working folder, where it comes first."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    parts = PRESETS[name].hub.split("/")
+    folder = tmp_path / parts[0] / parts[1]
+    folder.mkdir(parents=True)
+    fields = PRESETS[name].hub_fields
+    row = HUB_ROWS.get(name, {fields["problem"]: "Which?", fields["answer"]: "7"})
+    (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    config = f"configs:\n- config_name: {parts[2] if len(parts) == 4 else 'default'}\n"
+    files = f"  data_files:\n  - split: {parts[-1]}\n    path: rows.jsonl\n"
+    (folder / "README.md").write_text(f"---\n{config}{files}---\n")
+
+    task = make_task("math", **resolve_data(name).env_config["task_config"])
+    assert len(task) == 1
+    assert task.grade(task.problem(0), r"\boxed{7}").status == "correct"
+    assert task.grade(task.problem(0), r"\boxed{9}").status == "wrong"
 
 
 def test_a_folder_takes_the_place_of_the_hub(tmp_path):

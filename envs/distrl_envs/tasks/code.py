@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -34,35 +34,23 @@ class CodeTask(DataTask):
         self,
         data: str | Path,
         *,
-        fields: Mapping[str, str] | None = None,
         instruction: str = INSTRUCTION,
-        system_prompt: str | None = None,
-        on_bad_row: str = "error",
-        split: str = "train",
-        seed: int = 0,
-        holdout: float = 0.0,
-        length_penalty: float = 0.0,
         timeout: float = 6.0,
         workers: int | None = None,
         memory_mb: int = 512,
         partial_credit: bool = False,
+        **common: Any,
     ):
         """Loads the problems.
 
         Args:
             data: A file or `hf:name/split`; see `distrl_envs.data.load_data`.
-            fields: The data's names for `problem`, `tests` and `entry_point`.
             instruction: Prompt around `{problem}`.
-            system_prompt: System message.
-            on_bad_row: "error" or "skip".
-            split: See `DataTask`.
-            seed: Taken for uniformity; the rows are those of the data.
-            holdout: See `DataTask`.
-            length_penalty: See `DataTask`.
             timeout: Seconds for a program and all its tests.
             workers: Programs run at a time; by default half the cores.
             memory_mb: Address space of a program.
             partial_credit: Whether the score is the share of tests passed.
+            **common: What every task over data takes; see `DataTask`.
 
         Raises:
             ValueError: If the data has faults or an argument is out of bounds.
@@ -77,12 +65,7 @@ class CodeTask(DataTask):
             columns,
             instruction=instruction,
             check=lambda row: check_tests(row["tests"], row["entry_point"]),
-            system_prompt=system_prompt,
-            fields=fields,
-            on_bad_row=on_bad_row,
-            split=split,
-            holdout=holdout,
-            length_penalty=length_penalty,
+            **common,
         )
         self._grader = (timeout, workers, memory_mb, partial_credit)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,8 @@ class CustomTask(DataTask):
         *,
         step_score: str | None = None,
         correct_from: float = 1.0,
-        fields: Mapping[str, str] | None = None,
         instruction: str = "{problem}",
-        system_prompt: str | None = None,
-        on_bad_row: str = "error",
-        split: str = "train",
-        seed: int = 0,
-        holdout: float = 0.0,
-        length_penalty: float = 0.0,
+        **common: Any,
     ):
         """Loads problems and functions.
 
@@ -51,29 +45,13 @@ class CustomTask(DataTask):
             step_score: `module:function` for a reward at each step, called as
                 `function(prompt, completion_ids, row)` with the tokens so far.
             correct_from: Lowest score that counts as correct.
-            fields: The data's name for `problem`.
             instruction: Prompt around `{problem}`.
-            system_prompt: System message.
-            on_bad_row: "error" or "skip".
-            split: See `DataTask`.
-            seed: Taken for uniformity; the rows are those of the data.
-            holdout: See `DataTask`.
-            length_penalty: See `DataTask`.
+            **common: What every task over data takes; see `DataTask`.
 
         Raises:
             ValueError: If the data has faults or a function cannot be found.
         """
-        super().__init__(
-            data,
-            {"problem": Column()},
-            instruction=instruction,
-            system_prompt=system_prompt,
-            fields=fields,
-            on_bad_row=on_bad_row,
-            split=split,
-            holdout=holdout,
-            length_penalty=length_penalty,
-        )
+        super().__init__(data, {"problem": Column()}, instruction=instruction, **common)
         self.correct_from = correct_from
         self._score, self._step_score = score, step_score
         self._functions: dict[str, Callable[..., Any]] = {}

@@ -38,6 +38,7 @@ class DataTask(Task):
         fields: Mapping[str, str] | None = None,
         on_bad_row: str = "error",
         split: str = "train",
+        seed: int = 0,
         holdout: float = 0.0,
         length_penalty: float = 0.0,
     ):
@@ -55,6 +56,7 @@ class DataTask(Task):
             on_bad_row: "error" or "skip".
             split: Which part is served. Without a holdout the data is its own split, and any name
                 serves all of it.
+            seed: Taken because every task takes one; the rows are those of the data.
             holdout: Share of the problems, chosen by their hash, that only "validation" and "test"
                 serve.
             length_penalty: Taken off the reward for every token of the completion.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,17 @@ from distrl_envs.grading.plain_numbers import canonical
 from distrl_envs.task import Grade, Problem
 from distrl_envs.tasks.data_task import DataTask
 
+ANSWERS = (str, int, float)
 INSTRUCTION = "{problem}\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
 class MathTask(DataTask):
     r"""Problems whose answer is a mathematical object.
 
-    Each row has a `problem` and an `answer`. The answer of a completion is its last balanced
-    `\boxed{}`, or what `answer_pattern` matches last. Grading never raises on a completion; see
-    `MathGrader`. Tasks with the same grader settings share one pool of workers per process.
+    Each row has a `problem` and an `answer`, or a list of answers of which any is right. The answer
+    of a completion is its last balanced `\boxed{}`, or what `answer_pattern` matches last. Grading
+    never raises on a completion; see `MathGrader`. Tasks with the same grader settings share one
+    pool of workers per process.
     """
 
     name = "math"
@@ -31,37 +34,27 @@ class MathTask(DataTask):
         self,
         data: str | Path,
         *,
-        fields: Mapping[str, str] | None = None,
         gold_pattern: str | None = None,
         answer_pattern: str | None = None,
         instruction: str | None = None,
         system_prompt: str | None = None,
-        on_bad_row: str = "error",
-        split: str = "train",
-        seed: int = 0,
-        holdout: float = 0.0,
-        length_penalty: float = 0.0,
         timeout: float = 3.0,
         workers: int | None = None,
+        **common: Any,
     ):
         r"""Loads the problems.
 
         Args:
             data: A file or `hf:name/split`; see `distrl_envs.data.load_data`.
-            fields: The data's names for `problem` and `answer`.
             gold_pattern: Regular expression whose group is the answer, where the data's field
                 holds more than that.
             answer_pattern: Regular expression whose group holds the answer of a completion, in
                 place of the box; needs an `instruction` that asks for that form.
             instruction: Prompt around `{problem}`.
             system_prompt: System message.
-            on_bad_row: "error" or "skip".
-            split: See `DataTask`.
-            seed: Taken for uniformity; the rows are those of the data.
-            holdout: See `DataTask`.
-            length_penalty: See `DataTask`.
             timeout: Seconds for one comparison in a worker.
             workers: Worker processes; by default half the cores.
+            **common: What every task over data takes; see `DataTask`.
 
         Raises:
             ValueError: If the data has faults, a pattern is no regular expression, or the prompt
@@ -72,20 +65,16 @@ class MathTask(DataTask):
         gold = compile_pattern(gold_pattern)
         columns = {
             "problem": Column(),
-            "answer": Column((str, int, float), convert=lambda value: _gold(value, gold)),
+            "answer": Column((*ANSWERS, list), convert=lambda value: _golds(value, gold)),
         }
         super().__init__(
             data,
             columns,
             instruction=instruction,
             gold="answer",
-            gold_key=lambda answer: canonical(gold_form(answer)),
+            gold_key=lambda answers: {canonical(gold_form(answer)) for answer in answers},
             system_prompt=system_prompt,
-            fields=fields,
-            on_bad_row=on_bad_row,
-            split=split,
-            holdout=holdout,
-            length_penalty=length_penalty,
+            **common,
         )
         self._grader = (timeout, workers, answer_pattern)
 
@@ -102,11 +91,16 @@ class MathTask(DataTask):
         self, problems: Sequence[Problem], completions: Sequence[str], truncated: Sequence[bool]
     ) -> list[Grade]:
         """Grades a batch, all workers at once."""
-        golds = [problem.data["answer"] for problem in problems]
-        grades = self.grader.grade_many(completions, golds)
+        pairs = [
+            (completion, gold)
+            for problem, completion in zip(problems, completions, strict=True)
+            for gold in problem.data["answer"]
+        ]
+        graded = iter(self.grader.grade_many(*zip(*pairs, strict=True)) if pairs else ())
+        best = [max(islice(graded, len(p.data["answer"])), key=_telling) for p in problems]
         return [
             replace(grade, status="too_long") if cut and grade.status == "no_answer" else grade
-            for grade, cut in zip(grades, truncated, strict=True)
+            for grade, cut in zip(best, truncated, strict=True)
         ]
 
     def same_answer(self, one: str, other: str) -> bool:
@@ -137,7 +131,18 @@ def _instruction(
     return INSTRUCTION if instruction is None else instruction
 
 
+def _telling(grade: Grade) -> tuple[bool, bool]:
+    """Of the grades for several golds the best counts, then one that is undecided."""
+    return grade.status == "correct", grade.status in ("timeout", "worker_died")
+
+
+def _golds(value: Any, pattern: Any) -> tuple[str, ...]:
+    return tuple(_gold(one, pattern) for one in (value if isinstance(value, list) else [value]))
+
+
 def _gold(value: Any, pattern: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, ANSWERS):
+        raise ValueError(f"lists {type(value).__name__} {value!r:.60}; it must list str or numbers")
     text = str(value)
     if pattern is not None:
         matches = list(pattern.finditer(text))
