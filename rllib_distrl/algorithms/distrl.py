@@ -1,5 +1,6 @@
 """DistRL: PPO on a language model with a critic that knows the return distribution."""
 
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,28 @@ from ray.rllib.utils.metrics import (
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
+from rllib_distrl.algorithms.probe_check import ProbeCheck
 from rllib_distrl.algorithms.sampling import (
+    GroupSampling,
     SampledGroups,
     check_finite,
+    check_weights,
     prompt_results,
-    sample_locally,
-    sample_remotely,
 )
 from rllib_distrl.algorithms.scaling import check_scale
 from rllib_distrl.learners.distrl_learner import TRAINING_ITERATION
 from rllib_distrl.learners.refusals import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.models.loading import resolve
 from rllib_distrl.stages import registry
-from rllib_distrl.stages.prompt_samplers import PromptRequest
+
+logger = logging.getLogger(__name__)
 
 PROMPT_SAMPLER = "prompt_sampler"
 # How many runners have contributed to the batch.
 NUM_ENV_RUNNERS = "num_env_runners"
+NUM_STALE_EPISODES = "num_stale_episodes_dropped"
+WEIGHTS_VERSION_LAG = "weights_version_lag"
+WEIGHTS_PROBE_ERROR = "weights_probe_error"
 
 
 class DistRL(Algorithm):
@@ -62,7 +68,14 @@ class DistRL(Algorithm):
         env.close()
         sampler = registry.resolve(PROMPT_SAMPLER, self.config.prompt_sampler)
         self.prompt_sampler = sampler(n_rows, self.config.seed or 0)
-        self.fleet = EnvRunnerFleet(self.env_runner_group, self.config)
+        rollout = self.config.rollout_settings
+        self._check_probes = ProbeCheck(
+            self.learner_group, rollout.dtype, self.config.sample_timeout_s
+        )
+        self.fleet = EnvRunnerFleet(self.env_runner_group, self.config, self._check_probes)
+        # The batch that runners are sampling, and the prompt sampler as it was before.
+        self._under_way: GroupSampling | None = None
+        self._served_before: dict[str, Any] = {}
         # Another thread that scales waits for the end of the iteration.
         self._scaling = threading.RLock()
         self._refused_in_a_row = 0
@@ -72,6 +85,7 @@ class DistRL(Algorithm):
     def training_step(self) -> None:
         """Samples, learns and syncs once.
 
+        With ``max_staleness`` the runners sample the next batch while the learner learns.
         An error before the learners start leaves the state as the last iteration left it, and
         ``between_iterations`` true: such a state may be saved and trained on.
 
@@ -80,6 +94,7 @@ class DistRL(Algorithm):
                 logps are not finite.
             RunnersLostError: when the batch could not be completed.
         """
+        overlap = self.config.rollout_settings.max_staleness > 0
         with self._scaling:
             self._check_refusals()
             with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
@@ -88,6 +103,11 @@ class DistRL(Algorithm):
                 self._log_runners(batch)
             self.between_iterations = False
             self.prompt_sampler.update(prompt_results(batch.groups))
+            if overlap:
+                with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
+                    self._send_weights()
+                    self.fleet.admit()
+                self._start_sampling()
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 learner_results = self._update_learners(batch.groups)
                 self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
@@ -95,7 +115,9 @@ class DistRL(Algorithm):
                 self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, REFUSED_IN_A_ROW))
             )
             with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-                self._sync_weights()
+                self._fetch_weights()
+                if not overlap:
+                    self._send_weights()
             self.between_iterations = True
 
     def _check_refusals(self) -> None:
@@ -111,31 +133,65 @@ class DistRL(Algorithm):
         )
 
     def _sample(self) -> SampledGroups:
-        rollout = self.config.rollout_settings
-        before = self.prompt_sampler.get_state()
-        prompts = self.prompt_sampler.next(rollout.prompts_per_iteration)
+        """A batch of weights that are young enough; older ones are dropped and sampled again."""
+        batch, n_stale = self._next_batch(), 0
+        while self._lag(batch) > self.config.rollout_settings.max_staleness:
+            n_stale += batch.n_episodes()
+            logger.warning(
+                "%d episodes dropped: sampled with weights version %d, the learner has %d.",
+                batch.n_episodes(),
+                min(batch.versions()),
+                self._version,
+            )
+            self.prompt_sampler.set_state(self._served_before)
+            self._send_weights()
+            batch = self._next_batch()
+        key = (ENV_RUNNER_RESULTS, NUM_STALE_EPISODES)
+        self.metrics.log_value(key, n_stale, window=1)
+        return batch
+
+    def _next_batch(self) -> SampledGroups:
+        if self._under_way is None:
+            self._start_sampling()
+        sampling, self._under_way = self._under_way, None
+        assert sampling is not None
         try:
-            batch = self._complete(prompts, rollout.num_generations)
+            batch = sampling.finish(
+                self._latest,
+                max_failures=self.config.num_consecutive_env_runner_failures_tolerance,
+                wait_s=self.config.env_runner_health_probe_timeout_s,
+            )
             check_finite(batch.groups, iteration=self.iteration + 1)
             return batch
         except Exception:
             # A checkpoint that is written now continues with these prompts.
-            self.prompt_sampler.set_state(before)
+            self.prompt_sampler.set_state(self._served_before)
             raise
 
-    def _complete(self, prompts: list[PromptRequest], num_generations: int) -> SampledGroups:
-        if not self.fleet.wanted:
-            return sample_locally(self.env_runner, prompts, num_generations, self.fleet.weights)
-        return sample_remotely(
-            self.fleet,
-            prompts,
-            num_generations,
-            max_failures=self.config.num_consecutive_env_runner_failures_tolerance,
-            wait_s=self.config.env_runner_health_probe_timeout_s,
+    def _start_sampling(self) -> None:
+        rollout = self.config.rollout_settings
+        self._served_before = self.prompt_sampler.get_state()
+        prompts = self.prompt_sampler.next(rollout.prompts_per_iteration)
+        self._under_way = GroupSampling(
+            self.fleet, self.env_runner, prompts, rollout.num_generations
         )
+        self._under_way.start()
+
+    def _lag(self, batch: SampledGroups) -> int:
+        """Updates between the oldest weights that sampled and the learner's."""
+        return self._version - min(batch.versions())
+
+    @property
+    def _version(self) -> int:
+        return self._latest[1][0]
 
     def _log_runners(self, batch: SampledGroups) -> None:
-        counts = {NUM_ENV_RUNNERS: len(batch.episodes_per_runner), **self.fleet.take_counts()}
+        counts = {
+            NUM_ENV_RUNNERS: len(batch.episodes_per_runner),
+            WEIGHTS_VERSION_LAG: self._lag(batch),
+            WEIGHTS_PROBE_ERROR: self._check_probes.error,
+            **self.fleet.take_counts(),
+        }
         for name, count in counts.items():
             self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
 
@@ -144,7 +200,9 @@ class DistRL(Algorithm):
         if env_runner_group is not self.env_runner_group:
             return super().restore_env_runners(env_runner_group)
         with self._scaling:
-            return self.fleet.admit()
+            # While a batch is under way, its weights may no longer be the learner's: runners are
+            # admitted when it is finished.
+            return [] if self._under_way else self.fleet.admit()
 
     def scale_env_runners(self, n: int) -> None:
         """Asks Ray for env runners, or stops some, so that there are ``n`` remote ones.
@@ -160,6 +218,8 @@ class DistRL(Algorithm):
         """
         check_scale(self.config, n)
         with self._scaling:
+            if self._under_way is not None:
+                self._under_way.drain()
             self.fleet.scale(n)
 
     def _update_learners(self, groups: list[list[SingleAgentEpisode]]) -> list[Any]:
@@ -186,12 +246,27 @@ class DistRL(Algorithm):
         return self.learner_group.update(episodes_refs=shards, **settings)
 
     def _sync_weights(self) -> None:
-        """Sends the policy to all runners, which confirm its version and hash."""
-        update, weights = runner_weights(self.learner_group)
+        """Sends the policy to all runners, which prove that they have it."""
+        self._fetch_weights()
+        self._send_weights()
+
+    def _fetch_weights(self) -> None:
+        dtype = self.config.rollout_settings.dtype
+        self._latest = runner_weights(self.learner_group, dtype)
+
+    def _send_weights(self) -> None:
+        update, weights = self._latest
         local_runner: Any = self.env_runner
         if local_runner is not None:
             local_runner.set_state(update)
+            if not self.fleet.wanted:
+                self._check_local_runner(local_runner)
         self.fleet.sync(update, weights)
+
+    def _check_local_runner(self, runner: Any) -> None:
+        held = runner.held_weights()
+        check_weights("The local env runner", (held.version, held.hash), self._latest[1])
+        self._check_probes({"The local env runner": held.probe})
 
     def export_model(self, path: str | Path) -> None:
         """Writes the policy as a plain Hugging Face folder."""
@@ -203,9 +278,11 @@ class DistRL(Algorithm):
         super().cleanup()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state, and that of the prompt sampler."""
+        """RLlib's state, and that of the prompt sampler behind the last batch learned."""
         state = super().get_state(*args, **kwargs)
-        state[PROMPT_SAMPLER] = self.prompt_sampler.get_state()
+        state[PROMPT_SAMPLER] = (
+            self.prompt_sampler.get_state() if self._under_way is None else self._served_before
+        )
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -217,5 +294,8 @@ class DistRL(Algorithm):
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Restores a checkpoint, also into an algorithm that has trained further."""
+        if self._under_way is not None:
+            self._under_way.drain()
+            self._under_way = None
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()

@@ -26,6 +26,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     """
     config.rollout_settings.validate()
     _check_model(config)
+    _check_overlap(config)
     _check_choices(config)
     _check_numbers(config)
     _check_critic_checkpoint(config)
@@ -49,6 +50,15 @@ def _check_model(config: "DistRLConfig") -> None:
             f"[rollout] top_p={rollout.top_p}, top_k={rollout.top_k} would sample from another "
             "distribution than the one that learns. Train with top_p=1 and top_k=0; evaluate "
             "with any."
+        )
+
+
+def _check_overlap(config: "DistRLConfig") -> None:
+    if config.rollout_settings.max_staleness and not config.num_env_runners:
+        raise ValueError(
+            "[rollout] max_staleness=1 lets runners sample while the learner learns, but "
+            f"num_env_runners is {config.num_env_runners}: sampling and learning share this "
+            "process. Set num_env_runners >= 1 in [env_runners], or max_staleness = 0."
         )
 
 

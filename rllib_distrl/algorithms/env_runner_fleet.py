@@ -9,6 +9,7 @@ import ray
 from ray.exceptions import ActorDiedError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rllib_distrl.algorithms.probe_check import ProbeCheck
 from rllib_distrl.env_runners.completion_env_runner import LoadedWeights
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,8 @@ _OUTSIDE = PlacementGroupSchedulingStrategy(placement_group=_NO_GROUP)
 class EnvRunnerFleet:
     """Keeps the remote runners of one `EnvRunnerGroup` at a wanted number, and up to date.
 
-    A runner serves once it has confirmed version and hash of the present weights. Until then,
+    A runner serves once it has confirmed version and hash of the present weights, and its engine
+    computes the learner's logps with them. Until then,
     and after a failure, RLlib's actor manager holds it for unhealthy. Runners that die are
     restarted by Ray, those that hang are killed first, and both come back through `admit`.
 
@@ -42,15 +44,17 @@ class EnvRunnerFleet:
         counts: failures since the last `take_counts`.
     """
 
-    def __init__(self, group: Any, config: Any):
+    def __init__(self, group: Any, config: Any, check_probes: ProbeCheck):
         """Takes over the runners that ``group`` has; `sync` comes next.
 
         Args:
             group: the algorithm's `EnvRunnerGroup`.
             config: its `AlgorithmConfig`: time limits, and whether runners are restarted.
+            check_probes: compares what the runners compute with the learner.
         """
         self._group = group
         self._manager = group._worker_manager
+        self._check_probes = check_probes
         self._restarts = config.restart_failed_env_runners
         self._update: Any = None
         self._process: dict[int, str] = {}
@@ -86,7 +90,7 @@ class EnvRunnerFleet:
             weights: the version and content hash that they must confirm.
 
         Raises:
-            RuntimeError: a runner has loaded something else.
+            RuntimeError: a runner has loaded something else, or computes other logps with it.
         """
         self.set_weights(update, weights)
         self._load(self.serving())
@@ -102,7 +106,8 @@ class EnvRunnerFleet:
             Numbers of the runners that serve from now on.
 
         Raises:
-            RuntimeError: a runner has loaded other weights than it was sent.
+            RuntimeError: a runner has loaded other weights than it was sent, or computes other
+                logps with them.
         """
         manager = self._manager
         out = [number for number in manager.actor_ids() if not manager.is_actor_healthy(number)]
@@ -204,7 +209,9 @@ class EnvRunnerFleet:
         loaded = {result.actor_id: result.get() for result in results}
         for number in numbers:
             self._confirm(number, loaded.get(number))
-        return [number for number in numbers if isinstance(loaded.get(number), LoadedWeights)]
+        confirmed = [n for n in numbers if isinstance(loaded.get(n), LoadedWeights)]
+        self._check_probes({self.name(number): loaded[number].probe for number in confirmed})
+        return confirmed
 
     def _confirm(self, number: int, answer: Any) -> None:
         if answer is None:

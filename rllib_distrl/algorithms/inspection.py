@@ -84,7 +84,7 @@ def _sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[l
     learners = max(algo.config.num_learners, 1)
     if len(rows) < learners:
         raise ValueError(f"got {len(rows)} problems; {learners} learners need one each")
-    update, (_, weights_hash) = runner_weights(algo.learner_group)
+    update, (_, weights_hash) = runner_weights(algo.learner_group, runner.rollout["dtype"])
     runner.set_state(update)
     report = runner.sample_prompts([PromptRequest(row, 0) for row in rows], generations)
     if report.error is not None:

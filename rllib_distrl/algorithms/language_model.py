@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
@@ -115,8 +116,14 @@ def policy_state(algo: Any) -> dict[str, Any]:
     return hugging_face_names(update[COMPONENT_RL_MODULE])
 
 
-def runner_weights(learner_group: Any) -> tuple[dict[str, Any], tuple[int, str]]:
+def runner_weights(
+    learner_group: Any, dtype: str = "float32"
+) -> tuple[dict[str, Any], tuple[int, str]]:
     """The learner's present weights for env runners.
+
+    Args:
+        learner_group: the algorithm's.
+        dtype: type in which the engines hold them: [rollout] dtype.
 
     Returns:
         What an env runner's ``set_state`` takes, and the version and content hash that its
@@ -126,7 +133,8 @@ def runner_weights(learner_group: Any) -> tuple[dict[str, Any], tuple[int, str]]
     state = learner_group.get_state(components=component, inference_only=True)[COMPONENT_LEARNER]
     module_state = state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
     update = {COMPONENT_RL_MODULE: module_state, WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO]}
-    return update, (state[WEIGHTS_SEQ_NO], content_hash(hugging_face_names(module_state)))
+    digest = content_hash(hugging_face_names(module_state), dtype=getattr(torch, dtype))
+    return update, (state[WEIGHTS_SEQ_NO], digest)
 
 
 def hugging_face_names(module_state: dict[str, Any]) -> dict[str, Any]:

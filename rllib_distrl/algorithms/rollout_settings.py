@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 ENGINES = ("torch",)
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,10 @@ class RolloutSettings:
         top_p: nucleus mass kept, 1 keeps all.
         top_k: tokens kept, 0 keeps all.
         max_batch_size: rows that the engine decodes at once.
+        dtype: type of the engine's weights and cache: ``"float32"`` or ``"bfloat16"``.
+        max_staleness: updates by which the weights of an episode may lag behind the learner's:
+            0 is strictly on-policy; with 1 the runners sample the next batch while the learner
+            learns.
         torch_threads: torch threads of each process that samples or learns.
         max_env_runners: most env runners that scaling may ask Ray for; 0: as many as fit into the
             nodes that the cluster has at that time.
@@ -35,6 +40,8 @@ class RolloutSettings:
     top_p: float = 1.0
     top_k: int = 0
     max_batch_size: int = 256
+    dtype: str = "float32"
+    max_staleness: int = 0
     torch_threads: int = 1
     max_env_runners: int = 0
 
@@ -53,9 +60,16 @@ class RolloutSettings:
         Raises:
             ValueError: with what was got, what is allowed and what to do.
         """
-        if self.engine not in ENGINES:
+        for name, allowed in (("engine", ENGINES), ("dtype", DTYPES)):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise ValueError(
+                    f"[rollout] {name} is {value!r}; it must be one of {', '.join(allowed)}."
+                )
+        if self.max_staleness not in (0, 1):
             raise ValueError(
-                f"[rollout] engine is {self.engine!r}; it must be one of {', '.join(ENGINES)}."
+                f"[rollout] max_staleness is {self.max_staleness}; it must be 0 (on-policy) or 1 "
+                "(the next batch is sampled while the learner learns)."
             )
         counts = (
             "prompts_per_iteration",

@@ -1,4 +1,4 @@
-"""Sampling whole groups on all runners, and refusing what unknown weights made."""
+"""Sampling whole groups, also while the learner learns; refusing what unknown weights made."""
 
 import logging
 import time
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllib_distrl.algorithms.env_runner_fleet import (
     NUM_HUNG_ENV_RUNNERS,
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 # Errors inside of runners, in one batch, that are taken for accidents of their processes.
 MAX_ERRORS = 3
-_SAMPLE = "sample"
 _TICK_S = 0.5  # how soon the end of a runner is noticed while others work
 
 
@@ -65,6 +65,15 @@ class SampledGroups(NamedTuple):
     metrics: list[Any]
     episodes_per_runner: dict[int, int]
 
+    def versions(self) -> set[int]:
+        """Versions of the weights that sampled."""
+        episodes = (episode for group in self.groups for episode in group)
+        return {int(episode.extra_model_outputs[WEIGHTS_SEQ_NO].data[0]) for episode in episodes}
+
+    def n_episodes(self) -> int:
+        """Episodes of all groups."""
+        return sum(map(len, self.groups))
+
 
 def prompt_results(groups: Sequence[Sequence[SingleAgentEpisode]]) -> list[PromptResult]:
     """What the prompt sampler is told of whole groups."""
@@ -78,94 +87,47 @@ def prompt_results(groups: Sequence[Sequence[SingleAgentEpisode]]) -> list[Promp
     ]
 
 
-def sample_locally(
-    runner: Any, prompts: Sequence[PromptRequest], num_generations: int, weights: tuple[int, str]
-) -> SampledGroups:
-    """Completes every prompt ``num_generations`` times in this process.
+class GroupSampling:
+    """One batch: every prompt completed ``num_generations`` times, whole groups.
+
+    Prompts are dealt out to the serving remote runners, or go to the local one where no remote
+    ones are wanted. What a lost runner held is dealt out again; sampling is counter-based, so
+    the result is the same.
 
     Args:
-        runner: the local `CompletionEnvRunner`.
+        fleet: the remote runners, with the weights that they must sample with.
+        local_runner: samples where no remote runners are wanted.
         prompts: rows and visits from the driver's prompt sampler.
         num_generations: completions per prompt.
-        weights: version and content hash that it must sample with.
-
-    Returns:
-        The batch.
-
-    Raises:
-        RuntimeError: for an error inside the runner, or foreign weights.
     """
-    report = runner.sample_prompts(prompts, num_generations, weights)
-    if report.error is not None:
-        raise RuntimeError(f"Sampling failed in the local env runner: {report.error}")
-    _check_weights("The local env runner", report, weights)
-    groups = _groups(report.episodes, num_generations)
-    return SampledGroups(groups, [report.metrics], {0: len(report.episodes)})
 
-
-def sample_remotely(
-    fleet: EnvRunnerFleet,
-    prompts: Sequence[PromptRequest],
-    num_generations: int,
-    *,
-    max_failures: int,
-    wait_s: float,
-) -> SampledGroups:
-    """Completes every prompt ``num_generations`` times on the remote runners.
-
-    Prompts are dealt out to the serving runners. What a lost runner held is dealt out again;
-    sampling is counter-based, so the result is the same.
-
-    Args:
-        fleet: the runners, with the weights that they must sample with.
-        prompts: rows and visits from the driver's prompt sampler.
-        num_generations: completions per prompt.
-        max_failures: rounds in a row that may complete nothing.
-        wait_s: how long such a round waits for a runner where there is none.
-
-    Returns:
-        The batch.
-
-    Raises:
-        RunnersLostError: ``max_failures`` rounds have completed nothing, or there are no
-            runners left.
-        RuntimeError: for `MAX_ERRORS` errors inside of runners, or foreign weights.
-    """
-    batch = _Batch(fleet, num_generations)
-    failures = 0
-    while missing := [prompt for prompt in prompts if prompt not in batch.done]:
-        completed = len(batch.done)
-        if fleet.wait_for(1, wait_s):
-            batch.collect(batch.deal(missing))
-        failures = failures + 1 if len(batch.done) == completed else 0
-        if failures >= max_failures or not fleet.present():
-            raise RunnersLostError(
-                f"{len(missing)} of {len(prompts)} prompts could not be completed: "
-                f"{fleet.present()} of {fleet.wanted} env runners are left, {len(fleet.serving())} "
-                f"of them serve, and {failures} tries in a row completed nothing. Look at their "
-                "logs; num_consecutive_env_runner_failures_tolerance and "
-                "env_runner_health_probe_timeout_s ([fault_tolerance]) allow for more."
-            )
-    groups = [batch.done[prompt] for prompt in prompts]
-    return SampledGroups(groups, batch.metrics, batch.episodes_per_runner)
-
-
-class _Batch:
-    """What has come in for one batch."""
-
-    def __init__(self, fleet: EnvRunnerFleet, num_generations: int):
-        self.fleet = fleet
-        self.num_generations = num_generations
+    def __init__(
+        self,
+        fleet: EnvRunnerFleet,
+        local_runner: Any,
+        prompts: Sequence[PromptRequest],
+        num_generations: int,
+    ):
+        self.fleet, self.local_runner = fleet, local_runner
+        self.prompts, self.num_generations = prompts, num_generations
         self.done: dict[PromptRequest, list[SingleAgentEpisode]] = {}
         self.metrics: list[Any] = []
         self.episodes_per_runner: dict[int, int] = {}
         self.errors = 0
+        self._waiting: dict[int, list[PromptRequest]] = {}
+        self._dealt_at = 0.0
 
-    def deal(self, prompts: list[PromptRequest]) -> dict[int, list[PromptRequest]]:
-        """Sends each serving runner its share."""
-        numbers = self.fleet.serving()
-        dealt = {number: prompts[i :: len(numbers)] for i, number in enumerate(numbers)}
-        shares = {number: share for number, share in dealt.items() if share}
+    @property
+    def missing(self) -> list[PromptRequest]:
+        """Prompts that are not completed yet."""
+        return [prompt for prompt in self.prompts if prompt not in self.done]
+
+    def start(self) -> None:
+        """Sends each serving remote runner its share of what is missing; does not wait."""
+        numbers, missing = self.fleet.serving(), self.missing
+        dealt = {number: missing[i :: len(numbers)] for i, number in enumerate(numbers)}
+        self._waiting = {number: share for number, share in dealt.items() if share}
+        self._dealt_at = time.monotonic()
         self.fleet.ask(
             "sample_prompts",
             {
@@ -174,22 +136,20 @@ class _Batch:
                     "num_generations": self.num_generations,
                     "weights": self.fleet.weights,
                 }
-                for number, share in shares.items()
+                for number, share in self._waiting.items()
             },
         )
-        return shares
 
-    def collect(self, shares: dict[int, list[PromptRequest]]) -> None:
+    def drain(self) -> None:
         """Takes the answers in until every runner has given one, is lost, or is too late."""
-        fleet, started, warned = self.fleet, time.monotonic(), False
-        waiting = dict(shares)
-        while waiting:
+        fleet, warned = self.fleet, False
+        while self._waiting:
             for number, answer in fleet.answers(_TICK_S):
-                self._take(number, waiting.pop(number), answer)
-            elapsed = time.monotonic() - started
-            if waiting and elapsed > fleet.deadline_s / 2 and not warned:
+                self._take(number, self._waiting.pop(number), answer)
+            elapsed = time.monotonic() - self._dealt_at
+            if self._waiting and elapsed > fleet.deadline_s / 2 and not warned:
                 warned = True
-                names = ", ".join(map(fleet.name, waiting))
+                names = ", ".join(map(fleet.name, self._waiting))
                 logger.warning(
                     "Waiting for %s since %.0f s; after %g s (sample_timeout_s) a runner counts "
                     "as dead.",
@@ -198,11 +158,68 @@ class _Batch:
                     fleet.deadline_s,
                 )
             if elapsed > fleet.deadline_s:
-                for number, share in waiting.items():
+                for number, share in self._waiting.items():
                     fleet.counts[NUM_HUNG_ENV_RUNNERS] += 1
                     fleet.restart(number, f"has not answered in {fleet.deadline_s:g} s")
                     self._lose(share)
-                return
+                self._waiting = {}
+
+    def finish(
+        self, latest: tuple[dict[str, Any], tuple[int, str]], *, max_failures: int, wait_s: float
+    ) -> SampledGroups:
+        """Waits until the batch is complete.
+
+        Args:
+            latest: the learner's weights, for runners that come into service because no other
+                is left.
+            max_failures: rounds in a row that may complete nothing.
+            wait_s: how long such a round waits for a runner where there is none.
+
+        Returns:
+            The batch.
+
+        Raises:
+            RunnersLostError: ``max_failures`` rounds have completed nothing, or there are no
+                runners left.
+            RuntimeError: for an error inside the local runner or `MAX_ERRORS` of them inside of
+                remote ones, or foreign weights.
+        """
+        self.drain()
+        if not self.fleet.wanted:
+            self._sample_locally(latest[1])
+        failures = 0
+        while missing := self.missing:
+            completed = len(self.done)
+            if not self.fleet.serving():
+                self.fleet.set_weights(*latest)
+            if self.fleet.wait_for(1, wait_s):
+                self.start()
+                self.drain()
+            failures = failures + 1 if len(self.done) == completed else 0
+            if failures >= max_failures or not self.fleet.present():
+                self._give_up(len(missing), failures)
+        groups = [self.done[prompt] for prompt in self.prompts]
+        return SampledGroups(groups, self.metrics, self.episodes_per_runner)
+
+    def _give_up(self, n_missing: int, failures: int) -> None:
+        fleet = self.fleet
+        raise RunnersLostError(
+            f"{n_missing} of {len(self.prompts)} prompts could not be completed: "
+            f"{fleet.present()} of {fleet.wanted} env runners are left, {len(fleet.serving())} "
+            f"of them serve, and {failures} tries in a row completed nothing. Look at their "
+            "logs; num_consecutive_env_runner_failures_tolerance and "
+            "env_runner_health_probe_timeout_s ([fault_tolerance]) allow for more."
+        )
+
+    def _sample_locally(self, weights: tuple[int, str]) -> None:
+        share = self.missing
+        report = self.local_runner.sample_prompts(share, self.num_generations, weights)
+        if report.error is not None:
+            raise RuntimeError(f"Sampling failed in the local env runner: {report.error}")
+        check_weights(
+            "The local env runner", (report.weights_version, report.weights_hash), weights
+        )
+        self._keep(0, share, report)
 
     def _take(self, number: int, share: list[PromptRequest], answer: Any) -> None:
         fleet = self.fleet
@@ -219,29 +236,32 @@ class _Batch:
             fleet.restart(number, f"failed: {answer.error}")
             self._lose(share)
         else:
-            _check_weights(fleet.name(number), answer, fleet.weights)
-            self.metrics.append(answer.metrics)
-            groups = _groups(answer.episodes, self.num_generations)
-            self.done.update(zip(share, groups, strict=True))
-            counts = self.episodes_per_runner
-            counts[number] = counts.get(number, 0) + len(answer.episodes)
+            check_weights(
+                fleet.name(number), (answer.weights_version, answer.weights_hash), fleet.weights
+            )
+            self._keep(number, share, answer)
+
+    def _keep(self, number: int, share: list[PromptRequest], report: RunnerReport) -> None:
+        self.metrics.append(report.metrics)
+        size = self.num_generations
+        for place, prompt in enumerate(share):
+            self.done[prompt] = report.episodes[place * size : (place + 1) * size]
+        counts = self.episodes_per_runner
+        counts[number] = counts.get(number, 0) + len(report.episodes)
 
     def _lose(self, share: list[PromptRequest]) -> None:
         self.fleet.counts[NUM_LOST_PROMPTS] += len(share)
 
 
-def _groups(
-    episodes: list[SingleAgentEpisode], num_generations: int
-) -> list[list[SingleAgentEpisode]]:
-    starts = range(0, len(episodes), num_generations)
-    return [episodes[start : start + num_generations] for start in starts]
+def check_weights(runner: str, held: tuple[int, str], expected: tuple[int, str]) -> None:
+    """Compares versions and hashes.
 
-
-def _check_weights(runner: str, report: RunnerReport, weights: tuple[int, str]) -> None:
-    got = (report.weights_version, report.weights_hash)
-    if got != weights:
+    Raises:
+        RuntimeError: if they differ.
+    """
+    if held != expected:
         raise RuntimeError(
-            f"{runner} has weights it should not have: version {got[0]}, hash "
-            f"{got[1][:12]}; expected version {weights[0]}, hash {weights[1][:12]}. "
+            f"{runner} has weights it should not have: version {held[0]}, hash {held[1][:12]}; "
+            f"expected version {expected[0]}, hash {expected[1][:12]}. "
             "The weight sync did not happen."
         )

@@ -6,6 +6,7 @@ import ray
 
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.language_model import runner_weights
+from rllib_distrl.algorithms.probe_check import ProbeCheck
 
 
 def scale_env_runners(algo: Any, n: int) -> None:
@@ -28,9 +29,11 @@ def scale_env_runners(algo: Any, n: int) -> None:
         algo.scale_env_runners(n)
         return
     check_scale(algo.config, n)
-    fleet = EnvRunnerFleet(algo.env_runner_group, algo.config)
+    dtype = algo.config.model_config["rollout"]["dtype"]
+    check = ProbeCheck(algo.learner_group, dtype, algo.config.sample_timeout_s)
+    fleet = EnvRunnerFleet(algo.env_runner_group, algo.config, check)
     known = fleet.present()
-    fleet.set_weights(*runner_weights(algo.learner_group))
+    fleet.set_weights(*runner_weights(algo.learner_group, dtype))
     fleet.scale(n)
     if not fleet.wait_for(n, algo.config.env_runner_restore_timeout_s):
         up = len(fleet.serving())

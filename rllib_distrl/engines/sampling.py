@@ -38,10 +38,28 @@ def _words(keys: Sequence[Sequence[int]]) -> np.ndarray:
         return np.asarray([[part & _WORD for part in key] for key in keys], dtype=np.uint64)
 
 
-def uniforms(keys: Sequence[Sequence[int]], num_positions: int) -> np.ndarray:
-    """One uniform per (key, position), independent of every other row.
+def uniform_words(keys: Sequence[Sequence[int]], num_positions: int) -> np.ndarray:
+    """64 random bits per (key, position), independent of every other row.
 
     Each key is hashed to the state of a SplitMix64 stream; position t is its t-th output.
+
+    Args:
+        keys: N tuples of integers, such as (seed, row, sample, visit).
+        num_positions: T, the number of positions from 0 on.
+
+    Returns:
+        (N, T) uint64.
+    """
+    words = _words(keys)
+    state = np.full(len(words), _GOLDEN)
+    for column in range(words.shape[1]):
+        state = _mix((state ^ words[:, column]) + _GOLDEN)
+    counters = np.arange(1, num_positions + 1, dtype=np.uint64) * _GOLDEN
+    return _mix(state[:, None] + counters[None, :])
+
+
+def uniforms(keys: Sequence[Sequence[int]], num_positions: int) -> np.ndarray:
+    """One uniform per (key, position): the upper bits of `uniform_words`.
 
     Args:
         keys: N tuples (seed, row, sample, visit) of integers.
@@ -50,12 +68,7 @@ def uniforms(keys: Sequence[Sequence[int]], num_positions: int) -> np.ndarray:
     Returns:
         (N, T) float64 in [0, 1), multiples of 2**-48.
     """
-    words = _words(keys)
-    state = np.full(len(words), _GOLDEN)
-    for column in range(words.shape[1]):
-        state = _mix((state ^ words[:, column]) + _GOLDEN)
-    counters = np.arange(1, num_positions + 1, dtype=np.uint64) * _GOLDEN
-    bits = _mix(state[:, None] + counters[None, :]) >> np.uint64(64 - _UNIFORM_BITS)
+    bits = uniform_words(keys, num_positions) >> np.uint64(64 - _UNIFORM_BITS)
     return bits.astype(np.float64) * 2.0**-_UNIFORM_BITS
 
 

@@ -2,17 +2,56 @@
 
 import hashlib
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
+
+from rllib_distrl.engines.sampling import uniform_words
 
 # Names under which Hugging Face stores an output head that may be tied to the embeddings.
 _HEAD_NAMES = ("lm_head.weight", "embed_out.weight")
 
 
+# Words per row of the multilinear hash: keys and one row's products fill a core's L2 cache.
+_ROW = 1 << 15
+_KEY_SEED = 0x9D157
+
+
+@lru_cache
+def _keys(device: torch.device) -> torch.Tensor:
+    """(_ROW,) odd int64 keys, the same everywhere."""
+    words = uniform_words([(_KEY_SEED,)], _ROW)[0]
+    return torch.from_numpy(words.view("int64") | 1).to(device)
+
+
+def _words(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor's bytes in row-major order as int64, zeros behind the last."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    raw = flat.view(torch.uint8)
+    if len(raw) % 8:
+        raw = torch.nn.functional.pad(raw, (0, -len(raw) % 8))
+    return raw.view(torch.int64)
+
+
 def _digest(tensor: torch.Tensor) -> bytes:
-    """BLAKE2b of a tensor's bytes in row-major order."""
-    flat = tensor.detach().to("cpu").contiguous().view(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy().data, digest_size=32).digest()
+    """Multilinear hash of each row of words, then BLAKE2b of all rows' hashes.
+
+    A row's hash is Σ kᵢ wᵢ modulo 2⁶⁴ with odd keys k: every change of one word is seen, and
+    others with probability 1 - 2⁻⁶³ (Lemire & Kaser, "Strongly universal string hashing is fast",
+    2014). It runs where the tensor is, at the speed of its memory.
+    """
+    words = _words(tensor)
+    keys, scratch = _keys(words.device), words.new_empty(_ROW)
+    whole = len(words) // _ROW * _ROW
+    rows = [torch.mul(row, keys, out=scratch).sum() for row in words[:whole].view(-1, _ROW)]
+    rest = words[whole:]
+    rows.append((rest * keys[: len(rest)]).sum())
+    total = hashlib.blake2b(digest_size=32)
+    total.update(f"{tensor.dtype} {tensor.numel()} ".encode())
+    total.update(torch.stack(rows).cpu().numpy().tobytes())
+    return total.digest()
 
 
 def content_hash(state: Mapping[str, torch.Tensor], *, dtype: torch.dtype | None = None) -> str:

@@ -16,6 +16,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.token_env import Verdict
 from rllib_distrl.engines.engine import Completion, Request, SamplingParams
+from rllib_distrl.engines.handshake import Probe, take_probe
 from rllib_distrl.engines.torch_engine import TorchEngine
 from rllib_distrl.env_runners.episodes import build_episode
 from rllib_distrl.env_runners.pools import pool_metrics
@@ -33,11 +34,15 @@ _VISITS_PER_RUNNER = 1 << 32
 
 
 class LoadedWeights(NamedTuple):
-    """A runner's receipt for new weights, and the process that holds them."""
+    """A runner's receipt for new weights, and the process that holds them.
+
+    The probe is what the engine samples with them, for the learner to compare.
+    """
 
     version: int
     hash: str
     process: str
+    probe: Probe
 
 
 class RunnerReport(NamedTuple):
@@ -93,7 +98,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             tuple(self.token_env.unwrapped.eos_token_ids),
             max_batch_size=self.rollout["max_batch_size"],
             device=str(self._device or "cpu"),
-            dtype=policy.dtype,
+            dtype=getattr(torch, self.rollout["dtype"]),
         )
 
     def _load_engine(self) -> None:
@@ -115,9 +120,15 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             self._load_engine()
 
     def load_weights(self, state: dict[str, Any]) -> LoadedWeights:
-        """Takes over ``state`` and says what the engine then holds, by version and hash."""
+        """Takes over ``state`` and proves what the engine then holds."""
         self.set_state(state)
-        return LoadedWeights(self.engine.version, self._weights_hash, process_name())
+        return self.held_weights()
+
+    def held_weights(self) -> LoadedWeights:
+        """What the engine holds: version, hash, and a probe that was sampled with it."""
+        _, info = self.token_env.reset(options={"row": 0})
+        probe = take_probe(self.engine, info["prompt_ids"], self.sampling_params(True))
+        return LoadedWeights(self.engine.version, self._weights_hash, process_name(), probe)
 
     def sampling_params(self, explore: bool) -> SamplingParams:
         """How to sample: as the recipe says, or greedily with ``explore=False``."""

@@ -127,6 +127,21 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         outputs[mask] = torch.stack([logp, entropy], dim=-1)
         return outputs
 
+    def compute_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, T) float32 logps of the completion tokens, in micro-batches, without gradients.
+
+        Under the sampling temperature; zeros where masked.
+        """
+        sequences = self.sequences(batch)
+        logps = torch.zeros(sequences.actions.shape, device=sequences.actions.device)
+        with torch.no_grad():
+            for index in split_by_token_budget(sequences.lengths, self.micro_batch_tokens):
+                rows = sequences.rows(index)
+                states = self._states(self.policy.base_model, rows)
+                sampled = self._sampled_tokens(self.policy, states, rows)[..., 0]
+                logps[index, : sampled.shape[1]] = sampled.float()
+        return logps
+
     def _critic_states(
         self, sequences: Sequences, policy_states: torch.Tensor | None = None
     ) -> torch.Tensor:

@@ -49,6 +49,7 @@ def test_bad_settings_are_refused(training, message):
     ("rollout", "message"),
     [
         ({"engine": "tensorrt"}, "engine is 'tensorrt'"),
+        ({"dtype": "float16"}, "dtype is 'float16'"),
         ({"temperature": 0.0}, "temperature is 0.0"),
         ({"top_p": 0.9}, "another distribution"),
         ({"num_generations": 0}, "num_generations is 0"),

@@ -47,6 +47,35 @@ def test_every_tensor_is_part_of_the_hash(name):
     assert len(seen) == 1 + len(changed)
 
 
+def test_every_word_and_its_place_count_in_long_tensors():
+    tensor = torch.randn(3 * 2**16 + 5, generator=torch.Generator().manual_seed(0))
+    before = content_hash({"a": tensor})
+    for place in (0, 2**15, 2**16 - 1, 2**16, 3 * 2**16, -1):
+        changed = tensor.clone()
+        changed[place] += 1.0
+        assert content_hash({"a": changed}) != before
+    swapped = tensor.clone()
+    swapped[[1, 2**16 + 9]] = tensor[[2**16 + 9, 1]]
+    assert content_hash({"a": swapped}) != before
+    assert content_hash({"a": tensor[:-1]}) != content_hash({"a": tensor[:-2]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_the_hash_is_that_of_the_content_wherever_it_lies(dtype):
+    tensor = torch.randn(40, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    want = content_hash({"a": tensor})
+    for offset in range(1, 9):
+        stored = torch.zeros(tensor.numel() + offset, dtype=dtype)[offset:].view(40, 7)
+        assert content_hash({"a": stored.copy_(tensor)}) == want
+    assert content_hash({"a": tensor.T.contiguous().T}) == want
+
+
+def test_zeros_of_different_lengths_and_types_differ():
+    hashes = {content_hash({"a": torch.zeros(n, dtype=t)}) for n in (1, 2, 3) for t in
+              (torch.float32, torch.bfloat16)}  # fmt: skip
+    assert len(hashes) == 6
+
+
 def test_names_are_part_of_the_hash():
     tensor = torch.arange(6.0)
     assert content_hash({"a": tensor}) != content_hash({"b": tensor})
