@@ -204,6 +204,16 @@ class DistRL(Algorithm):
             # admitted when it is finished.
             return [] if self._under_way else self.fleet.admit()
 
+    def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
+        """RLlib's evaluation, once more if all of its runners were lost in the middle of it."""
+        results = super().evaluate(parallel_train_future)
+        group = self.eval_env_runner_group
+        if group is None or not group.num_remote_env_runners():
+            return results
+        if group.num_healthy_remote_env_runners():
+            return results
+        return super().evaluate(parallel_train_future)  # waits for one to come back
+
     def scale_env_runners(self, n: int) -> None:
         """Asks Ray for env runners, or stops some, so that there are ``n`` remote ones.
 
