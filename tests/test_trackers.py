@@ -78,7 +78,7 @@ def test_wandb_gets_every_iteration_and_the_recipe(monkeypatch, run, tmp_path):
     monkeypatch.setenv("WANDB_MODE", "offline")  # the actor that logs inherits it from Ray's start
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         assert log_two_rows([{"name": "wandb", "project": "countdown"}], run) == []
     finally:
@@ -105,7 +105,7 @@ def test_a_failing_upload_is_reported(monkeypatch, run):
     monkeypatch.setenv("WANDB_MODE", "offline")
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         nowhere = TrackedRun(run.trial_id, run.name, "runs", "/no/such/folder", run.config)
         (problem,) = log_two_rows([{"name": "wandb", "project": "countdown"}], nowhere)

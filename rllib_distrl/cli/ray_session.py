@@ -36,6 +36,8 @@ def ray_session(config: Any) -> Iterator[None]:
     num_cpus = None if joining else max(os.cpu_count() or 1, cpus_needed(config))
     with _core_notices_hidden():
         ray.init(
+            # Without an address Ray would join any cluster that it finds on this machine.
+            address=None if joining else "local",
             num_cpus=num_cpus,
             include_dashboard=None if joining else False,
             log_to_driver=False,

@@ -16,7 +16,11 @@ from tests.algorithms.recorded_distrl import (
     train_until,
 )
 
-pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.usefixtures("ray_session"),
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+]
 
 ITERATIONS, DEATHS, EVERY_S = 20, 6, 4.0
 

@@ -1,5 +1,4 @@
 import pytest
-import ray
 import torch
 
 from rllib_distrl.algorithms.language_model import policy_state
@@ -141,20 +140,6 @@ def test_a_sync_that_did_not_happen_is_an_error(build):
     with pytest.raises(RuntimeError, match="weight sync did not happen"):
         for _ in range(2):
             algo.train()
-
-
-@pytest.mark.slow
-def test_a_killed_runner_costs_nothing_but_time(build):
-    config = distrl_config(prompts=4, generations=3)
-    undisturbed = build(config.copy(copy_frozen=False))
-    algo = build(config.copy(copy_frozen=False).env_runners(num_env_runners=2))
-    undisturbed.train()
-    algo.train()
-    ray.kill(algo.env_runner_group._worker_manager.actors()[1], no_restart=False)
-    for _ in range(2):
-        undisturbed.train()
-        algo.train()
-    assert_same_update(policy_state(undisturbed), policy_state(algo))
 
 
 @pytest.mark.slow

@@ -127,29 +127,32 @@ def test_a_runner_that_ray_will_not_restart_is_replaced_by_another(pair):
 
 @ray.remote(num_cpus=0)
 class Breakages:
-    """How many more engines are to break."""
+    """How many more engines are to break, when they start or in the middle of a batch."""
 
     def __init__(self):
-        self.left = 0
+        self.left = {"start": 0, "batch": 0}
 
-    def plan(self, n):
-        self.left = n
+    def plan(self, **left):
+        self.left |= left
 
-    def next(self):
-        self.left -= 1
-        return self.left >= 0
+    def next(self, when):
+        self.left[when] -= 1
+        return self.left[when] >= 0
 
 
 class BreakingRunner(CompletionEnvRunner):
-    """Its engine breaks as planned, in the middle of a batch."""
+    """Its engine breaks as planned."""
 
     def _make_engine(self):
+        breakages = ray.get_actor("breakages")
+        if ray.get(breakages.next.remote("start")):
+            raise RuntimeError("the engine cannot start")
         engine = super()._make_engine()
-        generate, breakages = engine.generate, ray.get_actor("breakages")
+        generate = engine.generate
 
         def generate_or_break(*args):
             completions = generate(*args)
-            if ray.get(breakages.next.remote()):
+            if ray.get(breakages.next.remote("batch")):
                 raise RuntimeError("the engine has broken")
             return completions
 
@@ -157,16 +160,27 @@ class BreakingRunner(CompletionEnvRunner):
         return engine
 
 
-def test_a_broken_engine_is_replaced_and_an_error_that_stays_ends_training():
+def test_a_broken_engine_is_replaced_and_an_error_that_stays_ends_training(caplog):
     breakages = Breakages.options(name="breakages").remote()
     pair = Pair(recorded(2, env_runner_cls=BreakingRunner))
     try:
-        ray.get(breakages.plan.remote(1))
+        ray.get(breakages.plan.remote(batch=1))
         results = pair.train(2)
         assert runner_metric(results, "num_failed_env_runners") == 1
         assert runner_metric(results, "num_lost_prompts") == 3
         pair.assert_same_weights()
-        ray.get(breakages.plan.remote(100))
+        pair.both_serve()
+        ray.get(breakages.plan.remote(start=1))
+        pair.algo.scale_env_runners(3)
+        give_up = time.monotonic() + 60
+        while pair.algo.fleet.present() > 2:
+            assert time.monotonic() < give_up
+            time.sleep(0.2)
+            pair.train()
+        assert "Env runner 3 cannot start and is not replaced" in caplog.text
+        assert "the engine cannot start" in caplog.text
+
+        ray.get(breakages.plan.remote(batch=100))
         with pytest.raises(RuntimeError, match=r"pid \d+ on .*RuntimeError: the engine has broken"):
             pair.train()
     finally:

@@ -17,7 +17,7 @@ from rllib_distrl.checkpoints import checkpoint_iteration, list_checkpoints
 from rllib_distrl.run_log import read_progress
 from tests.cli.test_train import RECIPE, start
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 SECONDS = 120
 RUNNERS = "env_runners/num_env_runners"
@@ -92,6 +92,7 @@ def test_a_running_job_is_scaled_stops_without_runners_and_is_continued(tmp_path
     os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 1, out + err
+    assert f"Env runner 1 (pid {pid} on " in err  # the log line about its end
     assert "0 of 1 env runners are left" in err.replace("\n", " ")
     assert "distrl train run --resume" in err.replace("\n", " ")
     stopped_after = len(read_progress(run / "progress.jsonl"))

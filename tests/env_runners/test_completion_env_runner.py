@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -119,6 +120,21 @@ def test_new_weights_reach_the_engine_also_older_ones(runner):
     report = runner.sample_prompts(PROMPTS[:1], 1)
     policy = {name.removeprefix("policy."): torch.tensor(v) for name, v in state.items()}
     assert (report.weights_version, report.weights_hash) == (3, content_hash(policy))
+
+
+def test_a_receipt_names_the_weights_and_nothing_is_sampled_with_others(runner):
+    state = runner.module.get_state()
+    receipt = runner.load_weights({COMPONENT_RL_MODULE: state, WEIGHTS_SEQ_NO: 9})
+    policy = {name.removeprefix("policy."): torch.tensor(v) for name, v in state.items()}
+    assert receipt[:2] == (9, content_hash(policy))
+    assert receipt.process.startswith(f"pid {os.getpid()} on ")
+    report = runner.sample_prompts(PROMPTS, 2, weights=receipt[:2])
+    assert len(report.episodes) == 8
+    assert report.process == receipt.process
+    for other in ((8, receipt.hash), (9, "another")):
+        report = runner.sample_prompts(PROMPTS, 2, weights=other)
+        assert (report.episodes, report.error) == ([], None)
+        assert (report.weights_version, report.weights_hash) == receipt[:2]
 
 
 def test_errors_travel_as_data(runner):
