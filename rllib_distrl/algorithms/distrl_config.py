@@ -101,6 +101,9 @@ class DistRLConfig(AlgorithmConfig):
     def _set_runner_defaults(self) -> None:
         self.env_runner_cls = CompletionEnvRunner
         self.num_env_runners = 0
+        # Runners have no connector states to merge after every iteration.
+        self.merge_env_runner_states = False
+        self.broadcast_env_runner_states = False
         self.sample_timeout_s = SAMPLE_TIMEOUT_S
         self.num_consecutive_env_runner_failures_tolerance = FAILURES_TOLERANCE
         self.evaluation_unhealthy_workers_timeout_s = EVALUATION_WAIT_S

@@ -58,6 +58,7 @@ class EnvRunnerFleet:
         self._restarts = config.restart_failed_env_runners
         self._update: Any = None
         self._process: dict[int, str] = {}
+        self._confirmed: set[int] = set()  # served at the last look
         self.wanted: int = group.num_remote_env_runners()
         self.weights: tuple[int, str] = (-1, "")
         self.deadline_s = float(config.sample_timeout_s)
@@ -111,6 +112,8 @@ class EnvRunnerFleet:
         """
         manager = self._manager
         out = [number for number in manager.actor_ids() if not manager.is_actor_healthy(number)]
+        for number in self._confirmed.intersection(out):
+            self.fail(number, "was found dead by RLlib")
         if not out:
             return []
         manager.foreach_actor_async("ping", tag=_PROBE, healthy_only=False, remote_actor_ids=out)
@@ -160,9 +163,13 @@ class EnvRunnerFleet:
 
     def fail(self, number: int, why: str) -> None:
         """Takes a runner whose process has ended out of service."""
-        self.counts[NUM_FAILED_ENV_RUNNERS] += 1
+        self._count_failure(number)
         self._manager.set_actor_state(number, healthy=False)
         logger.warning("%s %s.", self.name(number), why)
+
+    def _count_failure(self, number: int) -> None:
+        self.counts[NUM_FAILED_ENV_RUNNERS] += number in self._confirmed
+        self._confirmed.discard(number)
 
     def restart(self, number: int, why: str) -> None:
         """Kills a runner that hangs or is broken; Ray starts it again."""
@@ -227,13 +234,14 @@ class EnvRunnerFleet:
         else:
             if self._process.get(number) not in (None, answer.process):
                 self._manager._num_actor_restarts += 1
-                # If it serves, nobody had noticed its end.
-                self.counts[NUM_FAILED_ENV_RUNNERS] += self._manager.is_actor_healthy(number)
+                self._count_failure(number)  # unless somebody has noticed its end before
             self._process[number] = answer.process
+            self._confirmed.add(number)
 
     def _replace(self, number: int, error: ActorDiedError) -> None:
         """Removes a runner that Ray will not restart, and asks for another one in its place."""
         self._manager.remove_actor(number)
+        self._confirmed.discard(number)
         if error.actor_init_failed:
             logger.error("%s cannot start and is not replaced: %s", self.name(number), error)
         elif self._restarts:
@@ -267,6 +275,7 @@ class EnvRunnerFleet:
             )
         for number in numbers:
             self._process.pop(number, None)
+            self._confirmed.discard(number)
             ray.kill(self._manager.remove_actor(number))
 
 

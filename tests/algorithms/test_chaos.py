@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-ITERATIONS, DEATHS, EVERY_S = 20, 6, 4.0
+ITERATIONS, DEATHS, EVALUATORS, EVERY_S = 20, 6, 1, 4.0
 
 
 class Chaos(threading.Thread):
@@ -41,12 +41,14 @@ class Chaos(threading.Thread):
                 local_env_runner=False,
                 timeout_seconds=0.5,
             )
-            alive = sorted((victims | set(evaluators)) - self.killed - self.evaluators)
+            if len(self.evaluators) < EVALUATORS:
+                victims |= set(evaluators)
+            alive = sorted(victims - self.killed)
             if not alive:
                 continue
             victim = self.random.choice(alive)
             kill(victim)
-            (self.killed if victim in victims else self.evaluators).add(victim)
+            (self.evaluators if victim in evaluators else self.killed).add(victim)
 
 
 def test_chaos():
