@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from rllib_distrl.cli.eval_progress import EvaluationProgress
 from rllib_distrl.cli.export import export_checkpoint, find_policy
-from rllib_distrl.cli.measure import progress_bar
 from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.recipe import load_recipe
 from rllib_distrl.run_folder import is_run_folder
 
 if TYPE_CHECKING:
     from rllib_distrl.evaluation.result import EvalResult
-    from rllib_distrl.evaluation.settings import Progress as EvalProgress
 
 _COUNTS = {"tokens": "tokens per sample", "distinct_correct": "distinct correct solutions"}
 """Estimates that are no shares, so not in %."""
@@ -156,15 +155,7 @@ def _evaluate(model: str, options: DataOptions, out: Path | None, console: Conso
     from rllib_distrl.evaluation.run import run_evaluation
 
     assert options.data is not None
-    with progress_bar(console) as bar:
-        task = bar.add_task("Evaluating", total=None)
-
-        def report(progress: EvalProgress) -> None:
-            bar.update(task, completed=progress.problems_done, total=progress.problems)
-            if progress.resumed and not progress.samples:
-                done = f"{progress.resumed} of {progress.problems} problems"
-                bar.console.print(f"Continuing: {done} are finished.", highlight=False)
-
+    with EvaluationProgress(console, "Evaluating") as report:
         return run_evaluation(
             model,
             options.data,

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from rllib_distrl.cli.eval_progress import EvaluationProgress
 from rllib_distrl.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
     from rllib_distrl.evaluation.settings import EvalSettings
-    from rllib_distrl.evaluation.settings import Progress as EvalProgress
     from rllib_distrl.recipe import Recipe
 
 
@@ -43,7 +42,7 @@ def measure(
     Args:
         recipe: Names the environment, the completion limit and the evaluation.
         model: A Hugging Face folder or id, or a built-in model.
-        label: Stands before the progress bar.
+        label: Stands before the progress.
         console: Where to show it.
         samples: The Parquet file for the graded completions.
     """
@@ -52,12 +51,7 @@ def measure(
     hide_loading_bars()
     samples.parent.mkdir(parents=True, exist_ok=True)
     unfinished = samples.with_name(f".{samples.stem}-unfinished")
-    with progress_bar(console) as bar:
-        task = bar.add_task(label, total=recipe.eval.problems)
-
-        def report(progress: EvalProgress) -> None:
-            bar.update(task, completed=progress.problems_done, total=progress.problems)
-
+    with EvaluationProgress(console, label) as report:
         result = evaluate_model(
             str(model),
             recipe.env_id,
@@ -71,19 +65,6 @@ def measure(
     shutil.rmtree(unfinished)
     problems = len(result.frame) // recipe.eval.n
     return Measurement(result.summary(), problems, recipe.eval.n)
-
-
-def progress_bar(console: Console) -> Progress:
-    """Returns the bar of an evaluation; it shows nothing where the console is no terminal."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def evaluation_settings(recipe: Recipe) -> EvalSettings:

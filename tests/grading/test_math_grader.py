@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distrl_envs.grading import MathGrader
+from tests.benchmarks.graders import expressions_per_second, integers_per_second
 
 HANGS = r"\boxed{9^{9^{9^{9}}}}"
 SYMBOLIC = r"\boxed{\sin^2 x+\cos^2 x}"
@@ -214,7 +215,12 @@ def test_ray_actors(ray_session):
         async def grade(self, text, gold):
             return (await asyncio.to_thread(self.grader.grade, text, gold)).status
 
-    for kind in (Actor, AsyncActor):
+    @ray.remote(num_cpus=0.1)
+    class BlockingAsyncActor(Actor.__ray_metadata__.modified_class):
+        async def grade(self, text, gold):
+            return self.grader.grade(text, gold).status
+
+    for kind in (Actor, AsyncActor, BlockingAsyncActor):
         actor = kind.remote(MathGrader(timeout=2.0, workers=1))
         statuses = [actor.grade.remote(text, "1") for text in (SYMBOLIC, HANGS, r"\boxed{2}")]
         assert ray.get(statuses) == ["correct", "timeout", "wrong"]
@@ -257,34 +263,15 @@ def test_a_fraction_is_itself_however_written(grader, value):
 
 
 def test_speed_of_integers(grader):
-    golds = [str(n) for n in range(5_000)]
-    texts = [
-        "Let us think step by step. " * 40 + rf"\boxed{{{n * 7 % 5_000}}}" for n in range(5_000)
-    ]
-    started = time.process_time()
-    grades = grader.grade_many(texts, golds)
-    assert 5_000 / (time.process_time() - started) > 10_000
-    # 7n = n modulo 5000 where 6n is a multiple of 5000: n = 0 and n = 2500.
+    speed, grades = integers_per_second(grader)
+    assert speed > 10_000
     assert sum(grade.score for grade in grades) == 2.0
 
 
 def test_speed_of_expressions():
-    surds = [(a, b) for a in range(2, 22) for b in range(2, 22) if a != b]
-    golds = [rf"\frac{{{a}+\sqrt{{{b}}}}}{{3x}}" for a, b in surds]
-    texts = [rf"\boxed{{\frac{{{a}}}{{3x}}+\frac{{\sqrt{{{b}}}}}{{3x}}}}" for a, b in surds]
-    with MathGrader(workers=1) as grader:
-        assert grader.grade(SYMBOLIC, "1").score == 1.0
-        before = _cpu_seconds(grader.pool.pids()[0]) + time.process_time()
-        grades = grader.grade_many(texts, golds)
-        spent = _cpu_seconds(grader.pool.pids()[0]) + time.process_time() - before
+    speed, grades = expressions_per_second()
+    assert speed > 150
     assert all(grade.score == 1.0 for grade in grades)
-    assert len(surds) / spent > 150
-
-
-def _cpu_seconds(pid):
-    with open(f"/proc/{pid}/stat") as file:
-        fields = file.read().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _alive(pid):

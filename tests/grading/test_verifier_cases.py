@@ -1,12 +1,12 @@
 """Agreement with the labelled cases of other graders, and every disagreement with its reason."""
 
-import time
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 
-REQUIRED = {"as_is": 0.96, "wrap_in_box": 0.96}
+from tests.benchmarks.graders import REQUIRED_MODES, agrees, case_outcomes
+
 KEPT = {
     "vc-0006": "1,22 is a list of two numbers here; only a comma before three digits is no list",
     "vc-0034": "prose inside the box: 'Answer $$ 9 $$' is not the number 9",
@@ -17,38 +17,28 @@ KEPT = {
 
 @pytest.fixture(scope="module")
 def outcomes(grader, verifier_cases):
-    sums = [rf"\sum x_{n}" for n in range(40)]
-    grader.grade_many([rf"\boxed{{{text}}}" for text in sums], ["1"] * 40)  # All have started.
-    outcomes = []
-    for case in verifier_cases:
-        boxed = case["mode"] == "wrap_in_box"
-        text = rf"\boxed{{{case['prediction']}}}" if boxed else case["prediction"]
-        started = time.monotonic()
-        grade = grader.grade(text, case["gold"])
-        outcomes.append((case, grade, time.monotonic() - started))
-    return outcomes
+    return case_outcomes(grader, verifier_cases)
 
 
-@pytest.mark.parametrize("mode", REQUIRED)
+@pytest.mark.parametrize("mode", REQUIRED_MODES)
 def test_agreement(outcomes, mode):
-    agreed = [(grade.score == 1.0) == case["expected"] for case, grade, _ in outcomes
-              if case["mode"] == mode]  # fmt: skip
+    agreed = [agrees(case, grade) for case, grade, _ in outcomes if case["mode"] == mode]
     assert len(agreed) >= 80
-    assert sum(agreed) / len(agreed) >= REQUIRED[mode]
+    assert sum(agreed) / len(agreed) >= 0.96
 
 
 def test_disagreements_are_those_that_are_kept(outcomes):
     found = {case["id"] for case, grade, _ in outcomes
-             if case["mode"] in REQUIRED and (grade.score == 1.0) != case["expected"]}  # fmt: skip
+             if case["mode"] in REQUIRED_MODES and not agrees(case, grade)}  # fmt: skip
     assert found == set(KEPT)
 
 
 def test_plain_integers_agree_entirely(outcomes):
     integers = [(case, grade) for case, grade, _ in outcomes
-                if case["mode"] in REQUIRED and case["gold"].strip("$").lstrip("-").isdigit()
+                if case["mode"] in REQUIRED_MODES and case["gold"].strip("$").lstrip("-").isdigit()
                 and (grade.answer or "").lstrip("-").isdigit()]  # fmt: skip
     assert len(integers) >= 50
-    assert all((grade.score == 1.0) == case["expected"] for case, grade in integers)
+    assert all(agrees(case, grade) for case, grade in integers)
 
 
 def test_no_case_outlives_its_deadline(outcomes, grader):
