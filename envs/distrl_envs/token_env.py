@@ -84,8 +84,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             max_prompt_tokens: Longest prompt allowed; by default the task's, or 512 with another
                 tokenizer than its own.
             max_completion_tokens: Where a completion ends; defaults likewise.
-            system_prompt: System message of the chat template, or text before the prompt; by
-                default the task's.
+            system_prompt: System message of the chat template, or text before the prompt, for a
+                task without one of its own.
             prompt_template: Text around `{prompt}`; see `render_prompt`.
             vocab_size: Number of actions, where a model's vocabulary is larger than its
                 tokenizer's.
@@ -101,7 +101,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self.task = _task(task, split, seed, task_config)
         self.tokenizer = load_tokenizer(tokenizer, self.task)
         self.obs_mode = obs_mode
-        self.system_prompt = self.task.system_prompt if system_prompt is None else system_prompt
+        self.system_prompt = _system_prompt(self.task, system_prompt)
         self.prompt_template = prompt_template
         self.compact = is_small(self.tokenizer)
         self.max_prompt_tokens = self._limit("max_prompt_tokens", max_prompt_tokens)
@@ -285,6 +285,16 @@ def _task(
             "or name the task."
         )
     return task
+
+
+def _system_prompt(task: Task, given: str | None) -> str | None:
+    """The task's, which may say what form of answer is graded, or else what is given."""
+    if given is not None and task.system_prompt is not None:
+        raise ValueError(
+            f"Got system_prompt={given!r:.80}, but the task {task.name!r} brings its own, which "
+            "belongs to what it grades: set system_prompt in task_config instead."
+        )
+    return task.system_prompt if given is None else given
 
 
 def _vocab_size(tokens: int, vocab_size: int | None) -> int:

@@ -1,6 +1,8 @@
 """The learner: whole sequences, micro-batched, with a quantile critic."""
 
 import contextlib
+import functools
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -53,6 +55,17 @@ REFERENCE = "reference"
 UNCERTAINTY = "uncertainty"
 
 
+def _one_at_a_time(method: Any) -> Any:
+    """Lets a method wait for the other thread: one trains while another asks for weights."""
+
+    @functools.wraps(method)
+    def waiting(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self._turn:
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
 class DistRLLearner(TorchLearner):
     """Updates policy and quantile critic from finished episodes.
 
@@ -68,6 +81,11 @@ class DistRLLearner(TorchLearner):
     _learner_connector: Any
     _single_step = False
     _forward: dict[str, Any] | None = None
+
+    def __init__(self, **kwargs: Any):
+        """Keeps RLlib's arguments for `build`."""
+        super().__init__(**kwargs)
+        self._turn = threading.RLock()
 
     def build(self) -> None:
         """Builds module and optimisers and resolves the stages."""
@@ -126,6 +144,7 @@ class DistRLLearner(TorchLearner):
         if self._reference is not None and REFERENCE in state:
             self._reference.set_state(state[REFERENCE])
 
+    @_one_at_a_time
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
@@ -139,6 +158,7 @@ class DistRLLearner(TorchLearner):
                 state[REFERENCE] = self._reference.get_state()
         return state
 
+    @_one_at_a_time
     def update(
         self,
         *,

@@ -218,8 +218,11 @@ def test_the_system_prompt_travels_with_the_task(math_file):
     config = {"data": str(math_file), "system_prompt": "Think in boxes."}
     env = TokenEnv("math", task_config=config, tokenizer=_tokenizer())
     assert env.system_prompt == "Think in boxes."
-    assert TokenEnv("math", task_config=config, tokenizer=_tokenizer(),
-                    system_prompt="Mine.").system_prompt == "Mine."  # fmt: skip
+    with pytest.raises(ValueError, match=r"system_prompt='Mine\.'.*task_config"):
+        TokenEnv("math", task_config=config, tokenizer=_tokenizer(), system_prompt="Mine.")
+    plain = TokenEnv("math", task_config={"data": str(math_file)}, tokenizer=_tokenizer(),
+                     system_prompt="Mine.")  # fmt: skip
+    assert plain.system_prompt == "Mine."
 
 
 def _write(path, rows):
