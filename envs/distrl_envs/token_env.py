@@ -21,6 +21,9 @@ OBS_MODES = ("token", "incremental", "context")
 FOREIGN_TOKENIZER_LIMIT = 512
 """Default token limits of prompt and completion with a tokenizer that is not the task's own."""
 
+# More than a batch has: a runner asks for each prompt to generate, to grade and to replay.
+_KEPT_PROMPTS = 1024
+
 Observation = int | np.ndarray
 Info = dict[str, Any]
 
@@ -121,7 +124,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._completion: list[int] = []
         self._problem: Problem | None = None  # None unless an episode is under way
         self._verdict: Verdict | None = None  # of a completion that was graded beforehand
-        self._last: tuple[Problem, list[int]] | None = None
+        self._rendered: dict[int, tuple[Problem, list[int]]] = {}
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -196,18 +199,20 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         Raises:
             ValueError: If a row does not exist.
         """
-        problems = {row: self.task.problem(row) for row in set(rows)}
+        problems = {row: self._served(row)[0] for row in set(rows)}
         texts = [self._text(completion) for completion in completions]
         truncated = [completion[-1] not in self.eos_token_ids for completion in completions]
         grades = self.task.grade_many([problems[row] for row in rows], texts, truncated)
         return [Verdict(text, grade) for text, grade in zip(texts, grades, strict=True)]
 
     def _served(self, row: int) -> tuple[Problem, list[int]]:
-        """Problem and prompt of a row; completions of one prompt come one after another."""
-        if self._last is None or self._last[0].row != row:
+        """Problem and prompt of a row; those of the rows served last are kept."""
+        if row not in self._rendered:
             problem = self.task.problem(row)
-            self._last = (problem, self.prompt_ids(problem))
-        return self._last
+            if len(self._rendered) >= _KEPT_PROMPTS:
+                self._rendered.clear()
+            self._rendered[row] = (problem, self.prompt_ids(problem))
+        return self._rendered[row]
 
     def _row(self, options: dict[str, Any]) -> int:
         unknown = set(options) - {"row", "verdict"}

@@ -51,6 +51,7 @@ class FastDecoder:
         self.shape = s = shape_of(config)
         self.weights = FastWeights(s, device, dtype)
         self._ops = linear_kernels(device, dtype)
+        self.row_step = self._ops.row_step
         self._gated = [GatedPair.of(w.gate_up, w.gate_up_bias) for w in self.weights.layers]
         self._rotations = torch.empty(0, 3, 1, device=device, dtype=torch.complex64)
         self._attention = fused_attention

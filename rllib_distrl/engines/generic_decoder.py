@@ -25,6 +25,8 @@ class GenericDecoder:
     """
 
     joins_midway = False
+    # The module's cache is copied whole when rows leave.
+    row_step = 16
 
     def __init__(self, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device

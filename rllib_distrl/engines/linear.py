@@ -33,7 +33,13 @@ class GatedPair:
 
 
 class PlainLinear:
-    """Any device and type. x is (N, in), weights are (out, in)."""
+    """Any device and type. x is (N, in), weights are (out, in).
+
+    Attributes:
+        row_step: Numbers of rows to prefer are multiples of it.
+    """
+
+    row_step = 16
 
     @staticmethod
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -78,6 +84,8 @@ class CpuLinear(PlainLinear):
 class BlasLinear(CpuLinear):
     """CPU, float32: additions and activations in place."""
 
+    row_step = 1
+
     @staticmethod
     def linear_add(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
@@ -94,7 +102,10 @@ class BlasLinear(CpuLinear):
 
 
 class OneDnnLinear(CpuLinear):
-    """CPU, float32: the operators behind PyTorch's own compiler on CPU."""
+    """CPU, float32: the operators behind PyTorch's own compiler on CPU.
+
+    Kernels are generated for each number of rows when it is first seen, which costs several steps.
+    """
 
     @staticmethod
     def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

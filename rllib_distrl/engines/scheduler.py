@@ -9,12 +9,11 @@ import torch
 from rllib_distrl.engines.engine import Completion, Request, SamplingParams
 from rllib_distrl.engines.sampling import sample, uniforms
 
-# Moving rows, and computing a few prompts, each cost about as much as a step: finished rows are
+# Computing a few prompts costs about as much as a step: with requests waiting, finished rows are
 # carried along until they are this share of the batch.
-_FINISHED_SHARE = 0.25
-# A shrinking batch keeps a multiple of this many rows: matrix kernels are generated for each size
-# when it is first seen, which costs several steps.
-_ROW_STEP = 16
+_REFILL_SHARE = 0.25
+# Closing the gaps costs about a tenth of a step.
+_SHRINK_SHARE = 0.0625
 
 Prompt = tuple[int, ...]
 
@@ -23,6 +22,8 @@ class Decoder(Protocol):
     """What the engine needs of a decoder. Rows are 0 … n - 1; new rows are appended."""
 
     joins_midway: bool
+    row_step: int
+    """A shrinking batch keeps a multiple of this many rows."""
 
     def canonical(self) -> Mapping[str, torch.Tensor]:
         """Hugging Face names to views whose row-major order is that of the named tensor."""
@@ -122,8 +123,8 @@ class Call:
                     return
                 self.decoder.open(batch, width, width + self.params.max_tokens)
                 rows, counts, tokens = rows[:0], counts[:0], tokens[:0]
-            elif finished >= _FINISHED_SHARE * len(rows):
-                kept = self._survivors(rows, 1 if waiting else _ROW_STEP)
+            elif finished >= (_REFILL_SHARE if waiting else _SHRINK_SHARE) * len(rows):
+                kept = self._survivors(rows, 1 if waiting else self.decoder.row_step)
                 if len(kept) < len(rows):
                     self.decoder.keep(kept)
                     rows, counts = rows[kept], counts[kept]

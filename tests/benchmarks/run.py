@@ -189,7 +189,7 @@ def write(found: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("groups", nargs="+", choices=["all", *GROUPS])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2, help="runs that are not counted")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-benchmarks")
     parser.add_argument("--dry", action="store_true", help="do not write the results")

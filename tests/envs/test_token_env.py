@@ -284,3 +284,17 @@ def test_stock_gymnasium_vectors():
     assert rewards.tolist() == [0.0, 0.0]
     assert terminated.tolist() == [True, False] and truncated.tolist() == [False, False]
     assert isinstance(infos["grade"][0], Grade)
+
+
+def test_a_prompt_is_rendered_once_however_often_it_is_served(monkeypatch):
+    env, rendered = TokenEnv("countdown"), []
+    render = env.prompt_ids
+    monkeypatch.setattr(
+        env, "prompt_ids", lambda problem: rendered.append(problem.row) or render(problem)
+    )
+    first = [env.reset(options={"row": row})[1]["prompt_ids"] for row in (0, 1)]
+    again = [env.reset(options={"row": row})[1]["prompt_ids"] for row in (0, 1)]
+    assert rendered == [0, 1]
+    assert first == again
+    again[0].clear()  # the env's own copy stays whole
+    assert env.reset(options={"row": 0})[1]["prompt_ids"] == first[0]
