@@ -21,6 +21,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
+from rllib_distrl.algorithms.dynamic_sampling import sample_informative
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.probe_check import ProbeCheck
@@ -102,12 +103,12 @@ class DistRL(Algorithm):
                 self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
                 self._log_runners(batch)
             self.between_iterations = False
-            self.prompt_sampler.update(prompt_results(batch.groups))
+            self.prompt_sampler.update(prompt_results([*batch.groups, *batch.dropped]))
             if overlap:
                 with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                     self._send_weights()
                     self.fleet.admit()
-                self._start_sampling()
+                self._start_sampling(self.config.rollout_settings.prompts_per_iteration)
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 learner_results = self._update_learners(batch.groups)
                 self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
@@ -133,8 +134,25 @@ class DistRL(Algorithm):
         )
 
     def _sample(self) -> SampledGroups:
+        before = self.prompt_sampler.get_state()
+        try:
+            batch, counts = sample_informative(
+                self._sample_fresh,
+                self.config.rollout_settings.prompts_per_iteration,
+                self.config.max_sampling_rounds,
+            )
+        except Exception:
+            if self.config.max_sampling_rounds > 1:
+                # A checkpoint that is written now continues with the prompts of all rounds.
+                self.prompt_sampler.set_state(before)
+            raise
+        for name, count in counts.items():
+            self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
+        return batch
+
+    def _sample_fresh(self, n_prompts: int) -> SampledGroups:
         """A batch of weights that are young enough; older ones are dropped and sampled again."""
-        batch, n_stale = self._next_batch(), 0
+        batch, n_stale = self._next_batch(n_prompts), 0
         while self._lag(batch) > self.config.rollout_settings.max_staleness:
             n_stale += batch.n_episodes()
             logger.warning(
@@ -145,14 +163,14 @@ class DistRL(Algorithm):
             )
             self.prompt_sampler.set_state(self._served_before)
             self._send_weights()
-            batch = self._next_batch()
+            batch = self._next_batch(n_prompts)
         key = (ENV_RUNNER_RESULTS, NUM_STALE_EPISODES)
         self.metrics.log_value(key, n_stale, window=1)
         return batch
 
-    def _next_batch(self) -> SampledGroups:
+    def _next_batch(self, n_prompts: int) -> SampledGroups:
         if self._under_way is None:
-            self._start_sampling()
+            self._start_sampling(n_prompts)
         sampling, self._under_way = self._under_way, None
         assert sampling is not None
         try:
@@ -168,12 +186,11 @@ class DistRL(Algorithm):
             self.prompt_sampler.set_state(self._served_before)
             raise
 
-    def _start_sampling(self) -> None:
-        rollout = self.config.rollout_settings
+    def _start_sampling(self, n_prompts: int) -> None:
         self._served_before = self.prompt_sampler.get_state()
-        prompts = self.prompt_sampler.next(rollout.prompts_per_iteration)
+        prompts = self.prompt_sampler.next(n_prompts)
         self._under_way = GroupSampling(
-            self.fleet, self.env_runner, prompts, rollout.num_generations
+            self.fleet, self.env_runner, prompts, self.config.rollout_settings.num_generations
         )
         self._under_way.start()
 

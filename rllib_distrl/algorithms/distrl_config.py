@@ -63,6 +63,7 @@ class DistRLConfig(AlgorithmConfig):
         self.minibatch_size = None
         self.micro_batch_tokens = DEFAULT_MICRO_BATCH_TOKENS
         self.max_nonfinite_steps = 3
+        self.max_sampling_rounds = 1
         self.aggregation = "token_mean"
         # The quantile critic.
         self.critic = "separate"
@@ -122,6 +123,7 @@ class DistRLConfig(AlgorithmConfig):
         entropy_coeff: float = NotProvided,
         micro_batch_tokens: int = NotProvided,
         max_nonfinite_steps: int = NotProvided,
+        max_sampling_rounds: int = NotProvided,
         aggregation: str = NotProvided,
         critic: str = NotProvided,
         critic_checkpoint: str | None = NotProvided,
@@ -166,6 +168,8 @@ class DistRLConfig(AlgorithmConfig):
             vf_clip_param: bound on the squared error of a scalar critic (one quantile).
             entropy_coeff: weight of the entropy bonus, in nats.
             micro_batch_tokens: tokens, padding included, in one forward and backward pass.
+            max_sampling_rounds: above 1, groups whose returns are all equal are sampled anew with
+                other prompts, in so many rounds at most (DAPO's dynamic sampling).
             max_nonfinite_steps: optimiser steps in a row that may be refused because their loss
                 or gradient is not finite; then training stops.
             aggregation: ``token_mean``, ``sequence_mean`` or ``constant``.

@@ -33,6 +33,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     _check_method(config)
     _check_batches(config)
     _check_runners(config)
+    _check_dynamic_sampling(config)
     _check_stages(config)
 
 
@@ -98,7 +99,13 @@ def _check_numbers(config: "DistRLConfig") -> None:
             raise ValueError(f"{name} is {value}; it must be above 0, or left out.")
     if config.dual_clip is not None and config.dual_clip <= 1:
         raise ValueError(f"dual_clip is {config.dual_clip}; it must be above 1, or left out.")
-    for name in ("n_quantiles", "num_epochs", "micro_batch_tokens", "max_nonfinite_steps"):
+    for name in (
+        "n_quantiles",
+        "num_epochs",
+        "micro_batch_tokens",
+        "max_nonfinite_steps",
+        "max_sampling_rounds",
+    ):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)}; it must be >= 1.")
 
@@ -169,6 +176,23 @@ def _check_batches(config: "DistRLConfig") -> None:
         raise ValueError(
             f"micro_batch_tokens={config.micro_batch_tokens} cannot hold one sequence: a "
             f"completion alone may have {rollout.max_completion_tokens} tokens. Raise it."
+        )
+
+
+def _check_dynamic_sampling(config: "DistRLConfig") -> None:
+    if config.max_sampling_rounds == 1:
+        return
+    rollout = config.rollout_settings
+    if rollout.num_generations < 2:
+        raise ValueError(
+            f"max_sampling_rounds is {config.max_sampling_rounds}, but a group of one always has "
+            "equal returns. Set max_sampling_rounds = 1, or [rollout] num_generations >= 2."
+        )
+    if rollout.max_staleness:
+        raise ValueError(
+            f"max_sampling_rounds is {config.max_sampling_rounds}, but with [rollout] "
+            f"max_staleness = {rollout.max_staleness} a batch is sampled before it is known what "
+            "is missing. Set one of them to its default (1 and 0)."
         )
 
 

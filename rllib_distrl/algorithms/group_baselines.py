@@ -111,6 +111,7 @@ class DAPOConfig(GroupBaselineConfig):
         self.advantage = {"name": "grpo"}
         self.clip_param_high = 0.28
         self.reward_transforms = [{"name": "overlong"}]
+        self.max_sampling_rounds = 10
 
 
 class DAPO(DistRL):

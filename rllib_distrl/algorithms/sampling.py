@@ -59,11 +59,13 @@ class SampledGroups(NamedTuple):
         metrics: of the runners.
         episodes_per_runner: how many episodes each runner has contributed, by its number; the
             local one is number 0.
+        dropped: groups that were sampled and are not learned from.
     """
 
     groups: list[list[SingleAgentEpisode]]
     metrics: list[Any]
     episodes_per_runner: dict[int, int]
+    dropped: tuple[list[SingleAgentEpisode], ...] = ()
 
     def versions(self) -> set[int]:
         """Versions of the weights that sampled."""
