@@ -88,6 +88,7 @@ def test_a_running_job_is_scaled_stops_without_runners_and_is_continued(tmp_path
     assert "Env runners: 1." in scale(run, 1)
     wait_until(lambda: last(run, RUNNERS) == 1, process)
 
+    wait_until(lambda: len(runner_pids(process.pid)) == 1, process)  # the others have ended
     (pid,) = runner_pids(process.pid)
     os.kill(pid, signal.SIGKILL)
     out, err = process.communicate(timeout=SECONDS)
