@@ -33,9 +33,9 @@ class EnvRunnerFleet:
     """Keeps the remote runners of one `EnvRunnerGroup` at a wanted number, and up to date.
 
     A runner serves once it has confirmed version and hash of the present weights, and its engine
-    computes the learner's logps with them. Until then,
-    and after a failure, RLlib's actor manager holds it for unhealthy. Runners that die are
-    restarted by Ray, those that hang are killed first, and both come back through `admit`.
+    computes the learner's logps with them. Until then, and after a failure, RLlib's actor manager
+    holds it for unhealthy. Runners that die are restarted by Ray, those that hang are killed
+    first, and both come back through `admit`.
 
     Attributes:
         wanted: how many remote runners there should be.
@@ -143,6 +143,8 @@ class EnvRunnerFleet:
             method: its name.
             arguments: keyword arguments for each runner, by its number.
         """
+        if not arguments:
+            return  # RLlib takes an empty list of runners for all of them
         for number in arguments:
             self._manager._remove_async_state(number)
         self._manager.foreach_actor_async(
