@@ -226,6 +226,8 @@ class EnvRunnerFleet:
         if answer is None:
             self.counts[NUM_HUNG_ENV_RUNNERS] += 1
             self.restart(number, f"has not loaded its weights in {self.deadline_s:g} s")
+        elif isinstance(answer, str):
+            self.restart(number, f"could not load its weights: {answer}")
         elif not isinstance(answer, LoadedWeights):
             self.fail(number, f"was lost while loading weights: {first_line(answer)}")
         elif (answer.version, answer.hash) != self.weights:

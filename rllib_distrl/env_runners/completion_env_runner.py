@@ -119,10 +119,13 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         if COMPONENT_RL_MODULE in state:
             self._load_engine()
 
-    def load_weights(self, state: dict[str, Any]) -> LoadedWeights:
-        """Takes over ``state`` and proves what the engine then holds."""
-        self.set_state(state)
-        return self.held_weights()
+    def load_weights(self, state: dict[str, Any]) -> LoadedWeights | str:
+        """Takes over ``state`` and proves what the engine then holds, or says what went wrong."""
+        try:
+            self.set_state(state)
+            return self.held_weights()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
 
     def held_weights(self) -> LoadedWeights:
         """What the engine holds: version, hash, and a probe that was sampled with it."""
