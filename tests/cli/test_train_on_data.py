@@ -68,7 +68,7 @@ def save_model(folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer = byte_tokenizer()
     config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        vocab_size=len(tokenizer) + 7, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=1, num_key_value_heads=1, max_position_embeddings=128,
         eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
     )  # fmt: skip
