@@ -172,6 +172,16 @@ def reached(name: str, found: dict) -> bool:
     return found["median"] <= found["target"] if plain else found["median"] >= found["target"]
 
 
+def short_table(results: dict) -> str:
+    """The Markdown table of README.md."""
+    lines = ["| ratio | median | aim |", "|---|---|---|"]
+    for name, found in results["ratios"].items():
+        sign = "≤" if name == "token_reward_us" else "≥"
+        missed = "" if reached(name, found) else ", missed"
+        lines.append(f"| `{name}` | {found['median']:.2f} | {sign} {found['target']:g}{missed} |")
+    return "\n".join(lines)
+
+
 def table(results: dict) -> str:
     """The Markdown table of docs/performance.md."""
     lines = ["| ratio | median | quartiles | aim | what |", "|---|---|---|---|---|"]

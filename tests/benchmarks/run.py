@@ -1,6 +1,6 @@
 """Measures us beside TRL and beside bare loops.
 
-python -m tests.benchmarks.run all            # or: rollout, engine, update, end_to_end
+python -m tests.benchmarks.run all            # or: rollout, engine, update, end_to_end, tables
 
 Every contestant is a process of its own with one thread, and runs only when it is told to: ours,
 theirs, ours, theirs … A ratio is that of two neighbouring runs; what is reported is the median and
@@ -17,12 +17,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.benchmarks.ratios import GROUPS, RATIOS, Ratio, reached, summary, table
+from tests.benchmarks.ratios import GROUPS, RATIOS, Ratio, reached, short_table, summary, table
 from tests.benchmarks.workload import WORKLOADS, make_model
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "results.json"
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = {ROOT / "docs" / "performance.md": table, ROOT / "README.md": short_table}
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
@@ -175,26 +175,28 @@ def measure(groups: list[str], repeats: int, warmup: int, environments: Path) ->
 
 
 def write(found: dict) -> None:
-    """Merges new ratios into the results and renews the page's table."""
+    """Merges new ratios into the results and renews the tables of README and docs."""
     old = json.loads(RESULTS.read_text())["ratios"] if RESULTS.exists() else {}
     merged = {r.name: found.get(r.name, old.get(r.name)) for r in RATIOS}
     results = {"ratios": {name: value for name, value in merged.items() if value}}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    text = PAGE.read_text()
-    before, rest = text.split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.split(END)[1]}")
+    for page, make in PAGES.items():
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{make(results)}\n{END}{rest.split(END)[1]}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("groups", nargs="+", choices=["all", *GROUPS])
+    parser.add_argument("groups", nargs="+", choices=["all", "tables", *GROUPS])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2, help="runs that are not counted")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-benchmarks")
     parser.add_argument("--dry", action="store_true", help="do not write the results")
     chosen = parser.parse_args()
     groups = list(GROUPS) if "all" in chosen.groups else chosen.groups
+    if groups == ["tables"]:
+        return write({})
     found = measure(groups, chosen.repeats, chosen.warmup, chosen.environments)
     if not chosen.dry:
         write(found)

@@ -1,0 +1,41 @@
+"""The committed results are complete, and the page shows them."""
+
+import json
+
+import pytest
+
+from tests.benchmarks.ratios import RATIOS, Ratio, summary
+from tests.benchmarks.run import BEGIN, END, PAGES, RESULTS
+
+NUMBERS = ("median", "low", "high", "target", "ours_tokens_per_s")
+
+
+def test_every_ratio_has_median_spread_machine_and_commit():
+    ratios = json.loads(RESULTS.read_text())["ratios"]
+    assert list(ratios) == [ratio.name for ratio in RATIOS]
+    for ratio in RATIOS:
+        found = ratios[ratio.name]
+        assert all(isinstance(found[name], int | float) for name in NUMBERS), ratio.name
+        assert found["low"] <= found["median"] <= found["high"]
+        assert found["repeats"] >= 3
+        assert ("theirs_tokens_per_s" in found) == (ratio.theirs is not None)
+        assert found["machine"]["processor"] and found["machine"]["torch"]
+        assert len(found["commit"].rstrip("+")) >= 7
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_committed_results(page):
+    shown = page.read_text().split(BEGIN)[1].split(END)[0].strip()
+    assert shown == PAGES[page](json.loads(RESULTS.read_text()))
+
+
+def test_a_ratio_is_the_median_of_neighbouring_runs():
+    ratio = Ratio("r", "g", ("a", "b", ""), ("c", "d", ""), 2.0, "what")
+    pairs = [
+        ({"tokens": 10, "cpu_s": ours, "wall_s": 1.0}, {"tokens": 5, "cpu_s": 1.0, "wall_s": 4.0})
+        for ours in (0.5, 1.0, 2.0)
+    ]
+    found = summary(ratio, pairs)
+    assert (found["low"], found["median"], found["high"]) == (1.5, 2.0, 3.0)
+    assert found["median_wall"] == pytest.approx(8.0)
+    assert (found["ours_tokens_per_s"], found["theirs_tokens_per_s"]) == (10.0, 5.0)
