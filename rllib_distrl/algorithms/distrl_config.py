@@ -64,6 +64,12 @@ class DistRLConfig(AlgorithmConfig):
         self.micro_batch_tokens = DEFAULT_MICRO_BATCH_TOKENS
         self.max_nonfinite_steps = 3
         self.max_sampling_rounds = 1
+        self.precision = "fp32"
+        self.activation_checkpointing = False
+        self.lr_schedule = "constant"
+        self.lr_warmup_iterations = 0
+        self.lr_decay_iterations: int | None = None
+        self.lr_min_ratio = 0.0
         self.aggregation = "token_mean"
         # The quantile critic.
         self.critic = "separate"
@@ -124,6 +130,12 @@ class DistRLConfig(AlgorithmConfig):
         micro_batch_tokens: int = NotProvided,
         max_nonfinite_steps: int = NotProvided,
         max_sampling_rounds: int = NotProvided,
+        precision: str = NotProvided,
+        activation_checkpointing: bool = NotProvided,
+        lr_schedule: str = NotProvided,
+        lr_warmup_iterations: int = NotProvided,
+        lr_decay_iterations: int | None = NotProvided,
+        lr_min_ratio: float = NotProvided,
         aggregation: str = NotProvided,
         critic: str = NotProvided,
         critic_checkpoint: str | None = NotProvided,
@@ -172,6 +184,13 @@ class DistRLConfig(AlgorithmConfig):
                 other prompts, in so many rounds at most (DAPO's dynamic sampling).
             max_nonfinite_steps: optimiser steps in a row that may be refused because their loss
                 or gradient is not finite; then training stops.
+            precision: ``fp32``, or ``bf16``: autocast with float32 weights and logits.
+            activation_checkpointing: whether the backward pass runs each block once more
+                instead of keeping its activations.
+            lr_schedule: ``constant`` or ``cosine``, of both learning rates.
+            lr_warmup_iterations: iterations over which they rise linearly.
+            lr_decay_iterations: iteration at which ``cosine`` ends.
+            lr_min_ratio: where it ends, as a share of the learning rate.
             aggregation: ``token_mean``, ``sequence_mean`` or ``constant``.
             critic: ``separate``, ``shared``, ``detached`` or ``none``.
             critic_checkpoint: folder written by ``distrl export --critic`` to start a separate
@@ -248,7 +267,10 @@ class DistRLConfig(AlgorithmConfig):
             "head_center": self.head_center,
             "init_spread": self.init_spread,
             "micro_batch_tokens": self.micro_batch_tokens,
+            "precision": self.precision,
+            "activation_checkpointing": self.activation_checkpointing,
             "temperature": rollout.temperature,
+            "seed": self.seed,
             "rollout": rollout.to_dict(),
         }
 

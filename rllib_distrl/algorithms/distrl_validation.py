@@ -3,13 +3,18 @@
 from typing import TYPE_CHECKING
 
 from rllib_distrl.algorithms.language_model import check_window
+from rllib_distrl.learners.optimizers import lr_schedule_settings
 from rllib_distrl.learners.uncertainty import uncertainty_settings
 from rllib_distrl.maths.aggregation import AGGREGATIONS
+from rllib_distrl.maths.lr_schedule import lr_factor
 from rllib_distrl.maths.optimism import BONUS_PLACES, BONUS_SCHEDULES, BONUS_STATS, LEARNED_STATS
 from rllib_distrl.maths.quantiles import HEAD_CENTERS, PAIRINGS
 from rllib_distrl.maths.read_outs import check_read_out
 from rllib_distrl.maths.targets import TARGETS
+from rllib_distrl.models.loading import load_config
+from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.critic_folder import check_critic
+from rllib_distrl.modules.lora import check_lora
 from rllib_distrl.stages.registry import Stage, resolve
 
 if TYPE_CHECKING:
@@ -30,6 +35,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     _check_choices(config)
     _check_numbers(config)
     _check_critic_checkpoint(config)
+    _check_learning_rates(config)
     _check_method(config)
     _check_batches(config)
     _check_runners(config)
@@ -38,13 +44,21 @@ def validate_distrl(config: "DistRLConfig") -> None:
 
 
 def _check_model(config: "DistRLConfig") -> None:
-    model = config._model_config.get("model") if isinstance(config._model_config, dict) else None
+    settings = config._model_config if isinstance(config._model_config, dict) else {}
+    model = settings.get("model")
     if not model:
         raise ValueError(
             "No model is named. Use rl_module(model_config={'model': 'builtin:countdown'}) or "
             "the path or id of a Hugging Face causal language model ([run] model in a recipe)."
         )
     check_window(model, config.rollout_settings.max_completion_tokens)
+    if lora := settings.get("lora"):
+        check_lora(lora, load_config(model))
+        if config.critic_checkpoint is not None:
+            raise ValueError(
+                "critic_checkpoint holds a whole trunk, but with lora the critic is adapters on "
+                "the policy's frozen weights. Leave out one of them."
+            )
     rollout = config.rollout_settings
     if rollout.top_p < 1 or rollout.top_k > 0:
         raise ValueError(
@@ -73,6 +87,7 @@ def _check_choices(config: "DistRLConfig") -> None:
         "bonus_at": BONUS_PLACES,
         "bonus_schedule": BONUS_SCHEDULES,
         "aggregation": AGGREGATIONS,
+        "precision": PRECISIONS,
     }
     for name, allowed in choices.items():
         value = getattr(config, name)
@@ -123,6 +138,25 @@ def _check_critic_checkpoint(config: "DistRLConfig") -> None:
         n_quantiles=config.n_quantiles,
         head_center=config.head_center,
     )
+
+
+def _check_learning_rates(config: "DistRLConfig") -> None:
+    settings = lr_schedule_settings(config)
+    changes = config.lr_schedule != "constant" or config.lr_warmup_iterations > 0
+    if changes and not isinstance(config.lr, (int, float)):
+        raise ValueError(
+            f"lr is {config.lr}, which is a schedule already. Give one number with "
+            "lr_schedule and lr_warmup_iterations, or leave these out."
+        )
+    if isinstance(config.lr, (int, float)) and config.lr <= 0:
+        raise ValueError(f"lr is {config.lr}; it must be above 0.")
+    if config.lr_warmup_iterations < 0:
+        raise ValueError(
+            f"lr_warmup_iterations is {config.lr_warmup_iterations}; it must be >= 0 (0: off)."
+        )
+    if not 0 <= config.lr_min_ratio <= 1:
+        raise ValueError(f"lr_min_ratio is {config.lr_min_ratio}; it must lie in [0, 1].")
+    lr_factor(config.lr_warmup_iterations + 1, **settings)
 
 
 def _check_method(config: "DistRLConfig") -> None:

@@ -21,11 +21,11 @@ from rllib_distrl.models.loading import (
     load_tokenizer,
     resolve,
 )
-from rllib_distrl.modules.causal_lm_module import CausalLMModule
+from rllib_distrl.modules.causal_lm_module import POLICY_PREFIX, CausalLMModule
 from rllib_distrl.modules.critic_folder import HEAD, TRUNK, save_critic
+from rllib_distrl.modules.lora import check_lora
 
 BUILTIN_PREFIX = "builtin:"
-POLICY_PREFIX = "policy."
 
 
 def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[str, Any]:
@@ -76,6 +76,8 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             **env_settings(model, rollout, obs_mode="incremental"),
         }
     )
+    if lora := config._model_config.get("lora"):
+        check_lora(lora, load_config(model))
     # Only the sampled token's logp is kept, so there is no KL over the whole vocabulary.
     if hasattr(config, "use_kl_loss"):
         config.use_kl_loss = False
@@ -85,6 +87,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
         model_config={
             "model": model,
             "temperature": rollout.temperature,
+            "seed": config.seed,
             "rollout": rollout.to_dict(),
             # One step more than the longest episode, for the step that RLlib's GAE appends.
             "max_seq_len": rollout.max_completion_tokens + 1,
@@ -171,8 +174,13 @@ def export_critic(algo: Any, path: str | Path) -> None:
         path: folder to write.
 
     Raises:
-        ValueError: If the algorithm has no critic.
+        ValueError: If the algorithm has no critic, or none with a trunk of its own weights.
     """
+    if algo.config.model_config.get("lora"):
+        raise ValueError(
+            "With lora the critic is adapters on the policy's frozen weights, which no folder of "
+            "its own can hold. Export the policy; continue the run to go on with its critic."
+        )
     component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
     state = algo.learner_group.get_state(components=component)[COMPONENT_LEARNER]
     tensors: Any = convert_to_torch_tensor(state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 # Forward activations kept for backward, per token and layer, in multiples of the hidden size:
 # residual stream, two norms, attention's output and its projection (our count, fused attention).
 _HIDDEN_ACTIVATIONS = 8
+# Of these the residual stream and the norms, which stay in full precision under autocast.
+_STREAM_ACTIVATIONS = 4
 # Of the feed-forward block: gate, up, their product and its input.
 _FEED_FORWARD_ACTIVATIONS = 4
 _CPU_LOGITS_ELEMENTS = 2**24
@@ -121,7 +123,15 @@ def model_shape(config: Any) -> ModelShape:
 
 
 def learner_memory(
-    shape: ModelShape, *, critic: str, critic_outputs: int, micro_batch_tokens: int
+    shape: ModelShape,
+    *,
+    critic: str,
+    critic_outputs: int,
+    micro_batch_tokens: int,
+    precision: str = "fp32",
+    activation_checkpointing: bool = False,
+    adapter_parameters: int | None = None,
+    reference: bool = False,
 ) -> dict[str, int]:
     """Estimates one learner's memory by part, in bytes.
 
@@ -130,27 +140,51 @@ def learner_memory(
         critic: "separate" (own trunk), "shared", "detached" or "none".
         critic_outputs: Outputs of the value head.
         micro_batch_tokens: Tokens, padding included, of one forward and backward pass.
+        precision: "fp32" or "bf16", whose products are half as large, and which keeps a copy
+            of the trunks' weights for the backward pass.
+        activation_checkpointing: Whether blocks keep their inputs alone.
+        adapter_parameters: Of one trunk's LoRA adapters; None: all parameters learn.
+        reference: Whether a reference policy is kept; with adapters it needs no memory.
     """
-    each = shape.bytes_each
+    each, trunks = shape.bytes_each, 2 if critic == "separate" else 1
     head = (shape.hidden + 1) * critic_outputs if critic != "none" else 0
-    critic_parameters = head + (shape.trunk_parameters if critic == "separate" else 0)
-    trained = shape.parameters + critic_parameters
-    per_token = shape.layers * (
-        _HIDDEN_ACTIVATIONS * shape.hidden
-        + 2 * shape.kv_width
-        + _FEED_FORWARD_ACTIVATIONS * shape.intermediate
-    )
-    trunks = 2 if critic == "separate" else 1
-    return {
-        "policy weights": shape.parameters * each,
-        "critic weights": critic_parameters * each,
+    if adapter_parameters is None:
+        policy = shape.parameters
+        own = head + (shape.trunk_parameters if critic == "separate" else 0)
+        trained = policy + own
+    else:
+        policy = shape.parameters + adapter_parameters
+        own = head + (adapter_parameters if critic == "separate" else 0)
+        trained = own + adapter_parameters
+    block = _block_activations(shape, each if precision == "fp32" else each // 2, each)
+    kept = shape.layers * block
+    if activation_checkpointing:
+        kept = shape.layers * shape.hidden * each + block
+    parts = {
+        "policy weights": policy * each,
+        "critic weights": own * each,
         "gradients": trained * each,
         "Adam moments": 2 * trained * each,
-        "activations of a micro-batch": micro_batch_tokens * per_token * trunks * each,
+        "activations of a micro-batch": micro_batch_tokens * kept * trunks,
         "logits of a chunk": _LOGITS_COPIES
         * 4
         * min(_CPU_LOGITS_ELEMENTS, micro_batch_tokens * shape.vocabulary),
     }
+    if precision == "bf16":
+        parts["bfloat16 weights"] = shape.trunk_parameters * trunks * each // 2
+    if reference and adapter_parameters is None:
+        parts["reference weights"] = shape.parameters * each
+    return parts
+
+
+def _block_activations(shape: ModelShape, product_bytes: int, each: int) -> int:
+    """Bytes that one block keeps of a token: products in their precision, the stream in full."""
+    products = (
+        (_HIDDEN_ACTIVATIONS - _STREAM_ACTIVATIONS) * shape.hidden
+        + 2 * shape.kv_width
+        + _FEED_FORWARD_ACTIVATIONS * shape.intermediate
+    )
+    return products * product_bytes + _STREAM_ACTIVATIONS * shape.hidden * each
 
 
 def runner_memory(shape: ModelShape, *, rows: int, tokens: int) -> dict[str, int]:

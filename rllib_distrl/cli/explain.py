@@ -137,6 +137,10 @@ def _memory_table(
         micro_batch_tokens=min(
             settings.get("micro_batch_tokens", minibatch_tokens), minibatch_tokens
         ),
+        precision=settings.get("precision", "fp32"),
+        activation_checkpointing=settings.get("activation_checkpointing", False),
+        adapter_parameters=_adapter_parameters(recipe, settings),
+        reference=_keeps_reference(config),
     )
     rows = min(recipe.rollout.max_batch_size, updates.episodes)
     runner = runner_memory(shape, rows=rows, tokens=longest)
@@ -147,6 +151,21 @@ def _memory_table(
     _add_parts(table, f"each of {max(config.num_learners, 1)} learner(s)", learner)
     _add_parts(table, f"each of {max(config.num_env_runners, 1)} env runner(s)", runner)
     return table
+
+
+def _adapter_parameters(recipe: Recipe, settings: Mapping[str, Any]) -> int | None:
+    from rllib_distrl.models.loading import load_config
+    from rllib_distrl.modules.lora import count_adapter_parameters
+
+    lora = settings.get("lora")
+    return count_adapter_parameters(lora, load_config(recipe.run.model)) if lora else None
+
+
+def _keeps_reference(config: Any) -> bool:
+    """Whether a stage of ours reads a reference policy; stock algorithms have none."""
+    from rllib_distrl.learners.method import Method
+
+    return hasattr(config, "rollout_settings") and "ref_logp" in Method.from_config(config).needs
 
 
 def _add_parts(table: Table, title: str, parts: Mapping[str, int]) -> None:

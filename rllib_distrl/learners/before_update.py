@@ -10,11 +10,8 @@ from torch import Tensor
 
 from rllib_distrl.learners.minibatches import model_inputs
 from rllib_distrl.learners.reference import Reference
-from rllib_distrl.maths.kl import kl_estimate
 from rllib_distrl.maths.micro_batches import split_by_token_budget
-from rllib_distrl.maths.statistics import masked_mean
 from rllib_distrl.modules.sequences import Sequences, from_columns
-from rllib_distrl.stages.batch import SequenceBatch
 
 # What needs the policy's own hidden states.
 _OF_POLICY = {"entropy", "hidden", "prompt_logp"}
@@ -125,11 +122,3 @@ def _prompt_logp(module: Any, rows: Sequences, hidden: Tensor) -> Tensor:
     found = logp.new_zeros(len(hidden), width)
     found[:, 1:][inside] = logp
     return found
-
-
-def reference_metrics(rollouts: SequenceBatch) -> dict[str, float]:
-    """``ref_kl``: the k3 estimate in nats per token, of what sampled; nothing without reference."""
-    if rollouts.ref_logp is None:
-        return {}
-    kl = kl_estimate(rollouts.action_logp, rollouts.ref_logp, "k3", rollouts.loss_mask)
-    return {"ref_kl": float(masked_mean(kl, rollouts.loss_mask))}

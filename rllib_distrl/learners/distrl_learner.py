@@ -9,24 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from ray.rllib.core import ALL_MODULES, DEFAULT_MODULE_ID
+from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
-from ray.rllib.utils.metrics import (
-    NUM_ENV_STEPS_TRAINED,
-    NUM_ENV_STEPS_TRAINED_LIFETIME,
-    NUM_MODULE_STEPS_TRAINED,
-    NUM_MODULE_STEPS_TRAINED_LIFETIME,
-    WEIGHTS_SEQ_NO,
-)
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllib_distrl.connectors.sequences_from_episodes import GROUPS
 from rllib_distrl.learners.before_update import (
     MODEL_COLUMNS,
     columns_of_forward,
     model_columns,
-    reference_metrics,
     training_forward,
 )
 from rllib_distrl.learners.controllers import Controllers
@@ -39,20 +32,17 @@ from rllib_distrl.learners.minibatches import (
     micro_batch,
     minibatch,
 )
-from rllib_distrl.learners.read_critic import critic_metrics
+from rllib_distrl.learners.optimizers import register_optimizers, set_learning_rates
 from rllib_distrl.learners.reference import Reference
 from rllib_distrl.learners.refusals import EPISODE, Refusals
 from rllib_distrl.learners.uncertainty import make_uncertainty
+from rllib_distrl.learners.update_metrics import log_update
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.statistics import identity, logp_mismatch
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages.batch import SequenceBatch
 
 TRAINING_ITERATION = "training_iteration"
-CRITIC_OPTIMIZER = "critic"
-CONTROLLERS = "controllers"
-REFERENCE = "reference"
-UNCERTAINTY = "uncertainty"
 
 
 def _one_at_a_time(method: Any) -> Any:
@@ -109,26 +99,18 @@ class DistRLLearner(TorchLearner):
     def _policy_module(self) -> Any:
         return self._module[DEFAULT_MODULE_ID].unwrapped()
 
+    @property
+    def _stateful_parts(self) -> dict[str, Any]:
+        parts = {
+            "controllers": self._controllers,
+            "uncertainty": self._uncertainty,
+            "reference": self._reference,
+        }
+        return {name: part for name, part in parts.items() if part is not None}
+
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """Adam for the policy, and one of its own for what only the critic uses."""
-        module = self._module[module_id]
-        critic = module.critic_parameters()
-        own = {id(parameter) for parameter in critic}
-        policy = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
-        self.register_optimizer(
-            module_id=module_id,
-            optimizer=torch.optim.Adam(policy),
-            params=policy,
-            lr_or_lr_schedule=config.lr,
-        )
-        if critic:
-            self.register_optimizer(
-                module_id=module_id,
-                optimizer_name=CRITIC_OPTIMIZER,
-                optimizer=torch.optim.Adam(critic),
-                params=critic,
-                lr_or_lr_schedule=config.lr if config.critic_lr is None else config.critic_lr,
-            )
+        register_optimizers(self, module_id, config)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over ``state``, also one that is older than the present weights.
@@ -138,24 +120,18 @@ class DistRLLearner(TorchLearner):
         self._weights_seq_no = 0
         super().set_state(state)
         self._refusals.in_a_row = 0
-        self._controllers.set_state(state.get(CONTROLLERS, {}))
-        if self._uncertainty is not None and UNCERTAINTY in state:
-            self._uncertainty.set_state(state[UNCERTAINTY])
-        if self._reference is not None and REFERENCE in state:
-            self._reference.set_state(state[REFERENCE])
+        for name, part in self._stateful_parts.items():
+            if name in state:
+                part.set_state(state[name])
 
     @_one_at_a_time
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state, that of the controllers, and the identity of the reference."""
+        """RLlib's state, and that of our own parts."""
         state = super().get_state(components, not_components=not_components, **kwargs)
         if components is None:
-            state[CONTROLLERS] = self._controllers.get_state()
-            if self._uncertainty is not None:
-                state[UNCERTAINTY] = self._uncertainty.get_state()
-            if self._reference is not None:
-                state[REFERENCE] = self._reference.get_state()
+            state.update({name: part.get_state() for name, part in self._stateful_parts.items()})
         return state
 
     @_one_at_a_time
@@ -200,6 +176,7 @@ class DistRLLearner(TorchLearner):
         rollouts = self._prepare(columns, timesteps.get(TRAINING_ITERATION, 1))
         self._refusals.start_iteration(episodes)
         self._weights_seq_no += 1
+        set_learning_rates(self, DEFAULT_MODULE_ID, self.config, rollouts.k)
         self._warming_up = rollouts.k <= self.config.critic_warmup_iterations
         self._coefficients.update(self._controllers.update(rollouts))
         if self._uncertainty is not None:
@@ -214,9 +191,15 @@ class DistRLLearner(TorchLearner):
             self._update({DEFAULT_MODULE_ID: part})
             if not self._refusals.in_a_row:
                 steps.append(self._step_losses)
-        self._log_update(
-            rollouts, steps or [self._step_losses], n_steps=int(rollouts.loss_mask.sum())
-        )
+        values = {
+            **Losses.mean(steps or [self._step_losses]),
+            **self._mismatch,
+            **self._coefficients,
+            **self._refusals.metrics(),
+            WEIGHTS_SEQ_NO: self._weights_seq_no,
+        }
+        log_update(self.metrics, rollouts, values, self.config.gamma)
+        self._log_trainable_parameters()  # Ray 2.60 logs them once, and NaN from then on
         self._single_step = False
         self.after_gradient_based_update(timesteps=timesteps)
         return None if _no_metrics_reduce else self.metrics.reduce()
@@ -395,29 +378,3 @@ class DistRLLearner(TorchLearner):
                 logp, rollouts.action_logp, rollouts.loss_mask, config.clip_param
             )
         return losses.total
-
-    def _log_update(self, rollouts: SequenceBatch, steps: list[Losses], n_steps: int) -> None:
-        values = {
-            **Losses.mean(steps),
-            **self._mismatch,
-            **rollouts.metrics,
-            **self._coefficients,
-            **reference_metrics(rollouts),
-            **critic_metrics(rollouts, self.config.gamma),
-            **self._refusals.metrics(),
-            "advantages_std": float(
-                rollouts.column("advantages")[rollouts.loss_mask].std(correction=0)
-            ),
-            WEIGHTS_SEQ_NO: self._weights_seq_no,
-        }
-        self.metrics.log_dict(values, key=DEFAULT_MODULE_ID, window=1)
-        self._log_trainable_parameters()  # Ray 2.60 logs them once, and NaN from then on
-        for key in (NUM_MODULE_STEPS_TRAINED, NUM_ENV_STEPS_TRAINED):
-            module_id = DEFAULT_MODULE_ID if key == NUM_MODULE_STEPS_TRAINED else ALL_MODULES
-            self.metrics.log_value((module_id, key), n_steps, reduce="sum")
-        self.metrics.log_value(
-            (ALL_MODULES, NUM_MODULE_STEPS_TRAINED_LIFETIME), n_steps, reduce="lifetime_sum"
-        )
-        self.metrics.log_value(
-            (ALL_MODULES, NUM_ENV_STEPS_TRAINED_LIFETIME), n_steps, reduce="lifetime_sum"
-        )

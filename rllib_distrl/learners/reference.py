@@ -1,11 +1,13 @@
 """The reference policy of KL terms: the policy as it was before training."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.models.loading import load_model
+from rllib_distrl.modules.lora import adapters_off
 from rllib_distrl.modules.sequences import Sequences
 
 
@@ -14,6 +16,7 @@ class Reference:
 
     It is not part of a checkpoint: on resuming it is made again, and its content hash, which
     is, must be the same (our choice: checkpoints stay small, and resuming stays bit-exact).
+    A policy with adapters needs no copy: without them it is its own reference.
     """
 
     def __init__(self, module: Any):
@@ -23,19 +26,24 @@ class Reference:
             module: `CausalLMModule`, on its device.
         """
         self._module = module
-        device = next(module.parameters()).device
-        self._policy: Any = load_model(module.model_config["model"], device=device)
-        self._policy.requires_grad_(False)
-        self._hash = content_hash(self._policy.state_dict())
+        self._policy: Any = module.policy
+        if module.lora is None:
+            device = next(module.parameters()).device
+            self._policy = load_model(module.model_config["model"], device=device)
+            self._policy.requires_grad_(False)
 
     def logp(self, sequences: Sequences) -> torch.Tensor:
         """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
-        states = self._module._states(self._policy.base_model, sequences)
-        return self._module._sampled_tokens(self._policy, states, sequences)[..., 0]
+        policy = self._policy
+        with adapters_off(policy) if policy is self._module.policy else nullcontext():
+            states = self._module._states(policy.base_model, sequences)
+            return self._module._sampled_tokens(policy, states, sequences)[..., 0]
 
     def get_state(self) -> dict[str, str]:
-        """What a checkpoint must hold: the content hash."""
-        return {"hash": self._hash}
+        """What a checkpoint must hold: the content hash of the copy; nothing without one."""
+        if self._policy is self._module.policy:
+            return {}
+        return {"hash": content_hash(self._policy.state_dict())}
 
     def set_state(self, state: dict[str, str]) -> None:
         """Checks that the run goes on with the reference it began with.
@@ -43,10 +51,11 @@ class Reference:
         Raises:
             ValueError: if the model's source has changed since the checkpoint was written.
         """
-        if state["hash"] != self._hash:
+        own = self.get_state()
+        if own and own != state:
             name = self._module.model_config["model"]
             raise ValueError(
                 f"The reference policy is the model that training began with, and {name!r} is "
-                f"another one now: content hash {self._hash[:12]}, in the checkpoint "
-                f"{state['hash'][:12]}. Restore the model's folder, or start a new run."
+                f"another one now: content hash {own['hash'][:12]}, in the checkpoint "
+                f"{state.get('hash', 'none')[:12]}. Restore the model's folder, or start a new run."
             )

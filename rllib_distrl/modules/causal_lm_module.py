@@ -9,13 +9,16 @@ from ray.rllib.core.learner.utils import make_target_network
 from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, TargetNetworkAPI, ValueFunctionAPI
 from ray.rllib.core.rl_module.apis.target_network_api import TARGET_NETWORK_ACTION_DIST_INPUTS
 from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.utils.numpy import convert_to_numpy
 from torch import nn
 
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.models.loading import load_model
+from rllib_distrl.modules.activations import autocast, checkpoint_activations
 from rllib_distrl.modules.critic_folder import load_critic
 from rllib_distrl.modules.distributions import SampledTokenDistribution
+from rllib_distrl.modules.lora import add_adapters, merged_state, trunk_beside
 from rllib_distrl.modules.sequences import (
     INPUT_IDS,
     Sequences,
@@ -24,6 +27,7 @@ from rllib_distrl.modules.sequences import (
 )
 
 DEFAULT_MICRO_BATCH_TOKENS = 16_384
+POLICY_PREFIX = "policy."
 
 
 class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, InferenceOnlyAPI):
@@ -32,8 +36,11 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     ``model_config`` keys: ``model`` (path, hub id or ``builtin:...``), ``critic``
     (``separate``: own trunk, a copy of the policy's; ``shared``: the policy's states;
     ``detached``: those without their gradient; ``none``), ``temperature`` of the sampling
-    distribution, ``micro_batch_tokens``, ``critic_checkpoint`` (a folder of `critic_folder` to
-    start the separate critic from), and ``max_seq_len`` for RLlib's own connectors.
+    distribution, ``micro_batch_tokens``, ``precision`` (``fp32``, or ``bf16``: autocast of the
+    trunks over float32 weights, with float32 logits), ``activation_checkpointing``,
+    ``lora`` (see `lora.check_lora`; a separate critic then has adapters of its own on the same
+    frozen weights) and ``seed``, ``critic_checkpoint`` (a folder of `critic_folder` to start the
+    separate critic from), and ``max_seq_len`` for RLlib's own connectors.
 
     Serves both worlds: sequence batches of `SequencesFromEpisodes`, and the (B, T, ...)
     batches of RLlib's own learners with ``obs_mode="incremental"``.
@@ -47,13 +54,27 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.micro_batch_tokens = int(
             self.model_config.get("micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS)
         )
+        self.precision = self.model_config.get("precision", "fp32")
+        # Env runners sample with the merged weights and know nothing of adapters.
+        self.lora = None if self.inference_only else self.model_config.get("lora")
         self.action_dist_cls = SampledTokenDistribution
-        if not self.inference_only and self.critic_kind != "none":
-            self._make_critic()
+        if not self.inference_only:
+            self._prepare_training()
 
-    def _make_critic(self) -> None:
+    def _prepare_training(self) -> None:
         if self.critic_kind == "separate":
-            self.critic = copy.deepcopy(self.policy.base_model)
+            trunk = self.policy.base_model
+            self.critic = copy.deepcopy(trunk) if self.lora is None else trunk_beside(self.policy)
+        if self.critic_kind != "none":
+            self._make_value_head()
+        seed = 2 * int(self.model_config.get("seed") or 0)
+        for number, name in enumerate(("policy", "critic")):
+            if hasattr(self, name) and self.lora is not None:
+                add_adapters(getattr(self, name), self.lora, seed + number)
+            if hasattr(self, name) and self.model_config.get("activation_checkpointing", False):
+                checkpoint_activations(getattr(self, name))
+
+    def _make_value_head(self) -> None:
         hidden_size = self.policy.get_output_embeddings().weight.shape[1]
         self.value_head = nn.Linear(hidden_size, self.n_value_outputs)
         nn.init.zeros_(self.value_head.weight)
@@ -84,6 +105,17 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """What an env runner does without."""
         return ["critic", "value_head", "target_policy"]
 
+    def get_state(self, *args: Any, inference_only: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's state; for env runners the policy with its adapters merged in."""
+        state = super().get_state(*args, inference_only=inference_only, **kwargs)
+        if self.lora is None or not inference_only:
+            return state
+        merged = {f"{POLICY_PREFIX}{name}": x for name, x in merged_state(self.policy).items()}
+        return {
+            **{name: x for name, x in state.items() if not name.startswith(POLICY_PREFIX)},
+            **{name: convert_to_numpy(x) for name, x in merged.items()},
+        }
+
     def get_initial_state(self) -> dict[str, Any]:
         """A state of one number: it makes RLlib's connectors keep the time axis."""
         return {"position": torch.zeros(1)}
@@ -103,7 +135,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def hidden(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
         """Last hidden states (B, S, H) of ``trunk`` at every position of the rows."""
-        return trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        with autocast(self.precision, sequences.input_ids.device):
+            return trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
 
     def _states(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
         return sequences.states(self.hidden(trunk, sequences))
@@ -113,6 +146,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Logps and entropies (M,) of ``tokens`` (M,) after ``states`` (M, H) under a policy."""
         head = policy.get_output_embeddings()
+        if self.precision == "bf16":
+            states = states.bfloat16()
         return token_logps(
             states, head.weight, tokens, bias=head.bias, temperature=self.temperature
         )
@@ -164,17 +199,17 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def value_outputs(
         self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Raw outputs of the value head (B, T, n_value_outputs), float32."""
+        """Raw outputs of the value head (B, T, n_value_outputs), in its weights' float32."""
         if embeddings is not None:
-            return self.value_head(embeddings.float())
+            return self.value_head(embeddings.to(self.value_head.weight.dtype))
         sequences = self.sequences(batch)
         outputs = sequences.actions.new_zeros(
-            *sequences.actions.shape, self.n_value_outputs, dtype=torch.float32
+            *sequences.actions.shape, self.n_value_outputs, dtype=self.value_head.weight.dtype
         )
         with torch.no_grad():
             for index in split_by_token_budget(sequences.lengths, self.micro_batch_tokens):
                 rows = sequences.rows(index)
-                values = self.value_head(self._critic_states(rows).float())
+                values = self.value_outputs({}, self._critic_states(rows))
                 outputs[index, : values.shape[1]] = values
         return outputs
 

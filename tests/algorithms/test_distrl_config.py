@@ -26,6 +26,17 @@ REFUSED = [
     ({"advantage": {"name": "gea"}}, "did you mean 'gae'"),
     ({"policy_loss": {"name": "clip", "clip_parm": 0.1}}, "clip_param"),
     ({"dual_clip": 0.5}, "dual_clip is 0.5"),
+    ({"precision": "fp16"}, "precision is 'fp16'"),
+    ({"lr": 0.0}, "lr is 0.0"),
+    ({"lr_schedule": "linear"}, "lr_schedule is 'linear'"),
+    ({"lr_schedule": "cosine"}, "needs lr_decay_iterations above 1"),
+    (
+        {"lr_schedule": "cosine", "lr_warmup_iterations": 9, "lr_decay_iterations": 9},
+        "above 9",
+    ),
+    ({"lr_warmup_iterations": -1}, "lr_warmup_iterations is -1"),
+    ({"lr_min_ratio": 1.5}, "lr_min_ratio is 1.5"),
+    ({"lr": [[0, 1e-3], [9, 0.0]], "lr_warmup_iterations": 2}, "a schedule already"),
     ({"regularisers": [{"name": "lk"}]}, "did you mean 'kl'"),
     ({"regularisers": [{"name": "kl", "coeff": -1.0}]}, "coeff must be >= 0"),
     ({"regularisers": [{"name": "kl", "estimator": "k4"}]}, "must be one of"),
@@ -59,6 +70,13 @@ def test_bad_settings_are_refused(training, message):
 def test_bad_rollouts_are_refused(rollout, message):
     with pytest.raises(ValueError, match=message):
         distrl_config().rollout(**rollout).validate()
+
+
+def test_adapters_are_checked_before_anything_starts():
+    config = distrl_config()
+    config.rl_module(model_config={**config._model_config, "lora": {"targets": ["q"]}})
+    with pytest.raises(ValueError, match="linear layers down_proj"):
+        config.validate()
 
 
 def test_groups_must_divide_among_learners():

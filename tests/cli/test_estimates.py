@@ -70,6 +70,30 @@ def test_weights_gradients_and_moments() -> None:
     assert 2 * shared["activations of a micro-batch"] == parts["activations of a micro-batch"]
 
 
+def test_adapters_leave_moments_for_themselves_alone() -> None:
+    shape = model_shape(QWEN)
+    settings = {"critic_outputs": 16, "micro_batch_tokens": 1000, "reference": True}
+    full = learner_memory(shape, critic="separate", **settings)
+    parts = learner_memory(shape, critic="separate", adapter_parameters=500, **settings)
+    assert full["reference weights"] == 4 * shape.parameters
+    assert "reference weights" not in parts
+    assert parts["policy weights"] == 4 * (shape.parameters + 500)
+    assert parts["critic weights"] == 4 * (500 + 65 * 16)
+    assert parts["Adam moments"] == 8 * (1000 + 65 * 16)
+
+
+def test_checkpointing_keeps_a_block_and_the_inputs_of_all() -> None:
+    shape = model_shape(QWEN)
+    settings = {"critic": "none", "critic_outputs": 0, "micro_batch_tokens": 1000}
+    name = "activations of a micro-batch"
+    plain = learner_memory(shape, **settings)[name]
+    again = learner_memory(shape, activation_checkpointing=True, **settings)[name]
+    assert again == plain // 3 + 3 * 1000 * 64 * 4
+    low = learner_memory(shape, precision="bf16", **settings)
+    assert plain / 2 < low[name] < plain
+    assert low["bfloat16 weights"] == 2 * shape.trunk_parameters
+
+
 def test_activations_are_near_what_torch_keeps() -> None:
     """Counts the bytes of the tensors that autograd saves in one forward pass."""
     saved: dict[int, int] = {}
