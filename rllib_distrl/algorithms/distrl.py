@@ -25,6 +25,13 @@ from rllib_distrl.algorithms.dynamic_sampling import sample_informative
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.probe_check import ProbeCheck
+from rllib_distrl.algorithms.restoring import (
+    SETTINGS,
+    WEIGHTS,
+    check_restored,
+    check_settings,
+    module_settings,
+)
 from rllib_distrl.algorithms.sampling import (
     GroupSampling,
     SampledGroups,
@@ -305,24 +312,39 @@ class DistRL(Algorithm):
         super().cleanup()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state, and that of the prompt sampler behind the last batch learned."""
+        """RLlib's state, the prompt sampler's behind the last batch learned, what is checked."""
         state = super().get_state(*args, **kwargs)
         state[PROMPT_SAMPLER] = (
             self.prompt_sampler.get_state() if self._under_way is None else self._served_before
         )
+        state[SETTINGS] = module_settings(self.config)
+        state[WEIGHTS] = self._latest[1]
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Continues from ``state``."""
         super().set_state(state)
         self._refused_in_a_row = 0
+        self._restored_weights = state.get(WEIGHTS)
         if PROMPT_SAMPLER in state:
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
-        """Restores a checkpoint, also into an algorithm that has trained further."""
+        """Restores a checkpoint, also into an algorithm that has trained further.
+
+        Raises:
+            ValueError: for a checkpoint of another model or critic, with the difference.
+            RuntimeError: when the learners have not taken it over.
+        """
+        whole = kwargs.get("component") is None
+        if whole:
+            filesystem = kwargs.get("filesystem")
+            check_settings(self.config, path, filesystem, self.STATE_FILE_NAME)
         if self._under_way is not None:
             self._under_way.drain()
             self._under_way = None
+        self._restored_weights = None
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()
+        check_restored(path, self._restored_weights, self._latest[1])
+        self.between_iterations = whole

@@ -1,0 +1,71 @@
+"""What is checked when a checkpoint is restored. RLlib (Ray 2.60) checks nothing of it."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+SETTINGS = "module_settings"
+WEIGHTS = "policy_weights"
+# What decides which tensors there are and what they mean; anything else may be changed.
+_SHAPING = ("model", "critic", "n_quantiles", "head_center")
+
+
+def module_settings(config: Any) -> dict[str, Any]:
+    """The settings of ``config`` that a checkpoint must agree with."""
+    return {name: config.model_config.get(name) for name in _SHAPING}
+
+
+def check_settings(config: Any, path: Any, filesystem: Any, state_file: str) -> None:
+    """Refuses a checkpoint of another model or critic before anything is loaded from it.
+
+    Args:
+        config: of the algorithm that is to be restored.
+        path: folder or URI of an algorithm's checkpoint.
+        filesystem: pyarrow's, for a ``path`` on it; None: found from the path.
+        state_file: name of the file with the algorithm's own state, without its ending.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: with every setting that differs.
+    """
+    if filesystem is None:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(str(path))
+    file = (Path(path) / state_file).with_suffix(".pkl").as_posix()
+    with filesystem.open_input_stream(file) as stream:
+        saved = pickle.load(stream).get(SETTINGS, {})
+    present = module_settings(config)
+    lines = [
+        f"  {name}: {saved[name]!r} in the checkpoint, {present[name]!r} now"
+        for name in _SHAPING
+        if name in saved and saved[name] != present[name]
+    ]
+    if lines:
+        raise ValueError(
+            f"The checkpoint {path} is of another configuration:\n"
+            + "\n".join(lines)
+            + "\nRestore it with the settings that it was made with."
+        )
+
+
+def check_restored(path: Any, saved: tuple[int, str] | None, present: tuple[int, str]) -> None:
+    """Refuses to go on with other weights than the checkpoint's.
+
+    RLlib passes over a component whose folder is missing, and over a learner that fails to load.
+
+    Args:
+        path: of the checkpoint.
+        saved: version and content hash of the policy when it was written; None: not known.
+        present: those of the learner now.
+
+    Raises:
+        RuntimeError: when they differ.
+    """
+    if saved is not None and saved != present:
+        raise RuntimeError(
+            f"The learners did not take over the checkpoint {path}: it was written with version "
+            f"{saved[0]} of the weights (hash {saved[1][:12]}), and they have version "
+            f"{present[0]} (hash {present[1][:12]}). Is the checkpoint complete, and can every "
+            "learner read it?"
+        )
