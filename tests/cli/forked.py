@@ -50,6 +50,7 @@ def _run(arguments: list[str], cwd: str, output: str, address: str) -> None:
     from rllib_distrl.cli.app import main
 
     os.chdir(cwd)
+    sys.path.insert(0, cwd)  # as `python -m` does
     os.environ["RAY_ADDRESS"] = address
     stream = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for descriptor in (1, 2):

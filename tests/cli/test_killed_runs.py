@@ -216,3 +216,39 @@ def test_the_best_checkpoint_stays(undisturbed: Path, folder: Path) -> None:
     # It is a whole checkpoint: its policy can be exported.
     source = ("undisturbed/checkpoints/" + manifest.parent.name, "best")
     assert forked.run("export", *source, cwd=folder, output=folder / "export.txt") == 0
+
+
+SCORES = """
+from pathlib import Path
+calls = []
+def score(prompt, completion, row):
+    calls.append(prompt)
+    if Path("broken").exists() and len(calls) > 12:
+        raise RuntimeError("the grader is out of order")
+    return float(len(completion))
+"""
+OWN_TASK = """
+[environment]
+env = "distrl_envs:distrl/Custom-v0"
+env_config = { data = "rows.jsonl", score = "my_scores:score" }
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_sampling_leaves_a_checkpoint_of_the_last_iteration(folder: Path) -> None:
+    (folder / "my_scores.py").write_text(SCORES)
+    rows = [json.dumps({"problem": f"{n} {n} -> {2 * n} :"}) for n in range(1, 9)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    countdown = '[environment]\nenv = "distrl_envs:distrl/Countdown-v0"\n'
+    (folder / "own.toml").write_text(RECIPE.replace(countdown, OWN_TASK))
+    (folder / "broken").touch()
+    command = ("own.toml", "run.iterations=4", "run.checkpoint_interval=0", "--out", "own")
+    output = folder / "own.txt"
+    # 6 completions per iteration: the third one fails.
+    assert forked.run("train", *command, cwd=folder, output=output) not in (0, None)
+    assert "the grader is out of order" in output.read_text()
+    assert [checkpoint_iteration(p) for p in list_checkpoints(folder / "own/checkpoints")] == [2]
+    (folder / "broken").unlink()
+    finish(folder, "own", "--resume")
+    iterations = [row["iteration"] for row in read_progress(folder / "own" / "progress.jsonl")]
+    assert iterations == [1, 2, 3, 4]
