@@ -130,7 +130,8 @@ PROGRAM = """
 import pickle, sys
 import ray
 from tests.algorithms.test_restoring import learned, learner_state, small_config
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+OPTIONS = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+ray.init(address="local", num_cpus=3, **OPTIONS)
 algo = small_config(int(sys.argv[2])).build_algo()
 algo.restore_from_path(sys.argv[1])
 states = [learner_state(algo)]
@@ -181,7 +182,8 @@ import ray
 from ray import tune
 from rllib_distrl.algorithms.distrl import DistRL
 from tests.algorithms.test_restoring import small_config
-ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+OPTIONS = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+ray.init(address="local", num_cpus=3, **OPTIONS)
 tune.Tuner(
     DistRL,
     param_space=small_config(),
