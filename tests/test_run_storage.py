@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,7 +142,44 @@ for iteration in range(1, 10_000):
 """
 
 
-@pytest.mark.parametrize("delay", [0.007, 0.019, 0.031])
+def test_an_upload_that_ends_anywhere_leaves_the_copy_before(
+    tmp_path: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ends in the middle of the first file, of the second, and so on to the last."""
+    uri = (tmp_path / "disk").as_uri()
+    add_checkpoint(run, 1)
+    RunStorage(uri, "a").upload(run, **SETTINGS)
+    add_checkpoint(run, 2)
+    whole = RunStorage._copy_to
+    for left in range(100):
+        files = iter(range(left))
+
+        def cut_short(self: RunStorage, file: Path, target: str, files: Any = files) -> None:
+            if next(files, None) is None:
+                half = tmp_path / "half"
+                half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+                whole(self, half, target)
+                raise OSError("the network is gone")
+            whole(self, file, target)
+
+        monkeypatch.setattr(RunStorage, "_copy_to", cut_short)
+        back = tmp_path / f"back{left}"
+        try:
+            RunStorage(uri, "a").upload(run, **SETTINGS)
+        except OSError:
+            RunStorage(uri, "a").download(back, mode="max", report=no_report)
+            assert checkpoint_scores(back / "checkpoints") == {1: None}
+            assert (back / "progress.jsonl").read_text() in ("1\n", "2\n")
+            assert RunFolder(back).recipe() == run.recipe()
+        else:
+            break
+    assert left == len(tree(run.path)) - len(tree(run.checkpoints / "iteration_000001")) - 1
+    monkeypatch.undo()
+    RunStorage(uri, "a").download(tmp_path / "back", mode="max", report=no_report)
+    assert checkpoint_scores(tmp_path / "back" / "checkpoints") == {2: None}
+
+
+@pytest.mark.parametrize("delay", [0.013])
 def test_a_kill_at_any_moment_leaves_a_whole_copy(
     tmp_path: Path, run: RunFolder, delay: float
 ) -> None:
