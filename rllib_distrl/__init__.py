@@ -3,6 +3,7 @@
 >>> from rllib_distrl import DistRLConfig
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -57,4 +58,19 @@ _MODULES = {
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    if _MODULES[name].startswith("algorithms."):
+        _register_with_tune()
+    return found
+
+
+def _register_with_tune() -> None:
+    """Makes `tune.Tuner("DistRL", ...)` work."""
+    import_module(f"{__name__}.algorithms.registry").register_with_tune()
+
+
+# Who has imported Tune pays nothing for the algorithms; others get their names with the first of
+# our classes that they use.
+_tune = sys.modules.get("ray.tune")
+if _tune is not None and not getattr(_tune.__spec__, "_initializing", False):
+    _register_with_tune()

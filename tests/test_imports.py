@@ -16,7 +16,7 @@ LAYERS = [
     {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests", "run_storage"},
     {"runs"},
     {"viewer"},
-    {"comparison"},
+    {"comparison", "sweeps"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

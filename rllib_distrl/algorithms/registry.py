@@ -1,7 +1,9 @@
 """Algorithms by name: ours first, then RLlib's own."""
 
 import difflib
+from functools import cache
 from importlib import import_module
+from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 
@@ -22,6 +24,17 @@ ALGORITHMS = {
 }
 
 
+@cache
+def register_with_tune() -> None:
+    """Lets `tune.Tuner("DistRL", ...)` and `tune.run` find our algorithms by name."""
+    from ray.tune import register_trainable
+
+    for name, place in ALGORITHMS.items():
+        if place.startswith("rllib_distrl."):
+            algorithm: Any = _load(place).algo_class
+            register_trainable(name, algorithm)
+
+
 def algorithm_config(name: str) -> AlgorithmConfig:
     """A fresh config of the algorithm called ``name``.
 
@@ -34,5 +47,9 @@ def algorithm_config(name: str) -> AlgorithmConfig:
         hint = f" Did you mean {by_lower_case[near[0]]!r}?" if near else ""
         known = ", ".join(ALGORITHMS)
         raise ValueError(f"Unknown algorithm {name!r}.{hint} Known: {known}.")
-    module, class_name = ALGORITHMS[name].split(":")
+    return _load(ALGORITHMS[name])
+
+
+def _load(place: str) -> AlgorithmConfig:
+    module, class_name = place.split(":")
     return getattr(import_module(module), class_name)()

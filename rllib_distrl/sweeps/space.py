@@ -1,0 +1,191 @@
+"""What a sweep searches: `SPACE.toml` read and checked."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from rllib_distrl.recipe import Recipe, read_toml, recipe_from_tables
+from rllib_distrl.recipe_schema import check_names, check_value
+
+KINDS = ("choice", "uniform", "log_uniform", "integer")
+_TABLES = ("sweep", "space")
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """The `[sweep]` table.
+
+    Attributes:
+        metric: A key of the training result, joined by '/'; the last one counts.
+        mode: Whether more or less of it is better.
+        search: "grid" tries all combinations of choices, "random" draws, "optuna" draws where
+            earlier trials did well.
+        scheduler: "asha" stops trials that fall behind, "pbt" lets them copy and change those
+            that lead, "none" lets all end.
+        trials: How many are drawn; a grid has as many as it has combinations.
+        seed: Of the drawing.
+        grace_iterations: No trial is stopped by "asha" before.
+        perturbation_interval: Iterations between the changes of "pbt".
+    """
+
+    metric: str = "evaluation/env_runners/episode_return_mean"
+    mode: Literal["max", "min"] = "max"
+    search: Literal["grid", "random", "optuna"] = "random"
+    scheduler: Literal["none", "asha", "pbt"] = "none"
+    trials: int = 8
+    seed: int = 0
+    grace_iterations: int = 10
+    perturbation_interval: int = 10
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values of one setting.
+
+    Attributes:
+        kind: "choice" of the values; "uniform", "log_uniform" or "integer" between two of them,
+            both included.
+        values: The choices, or the two bounds.
+    """
+
+    kind: str
+    values: tuple[Any, ...]
+
+    def domain(self, *, grid: bool) -> Any:
+        """The same for Ray Tune."""
+        from ray import tune
+
+        if self.kind == "choice":
+            choices = list(self.values)
+            return tune.grid_search(choices) if grid else tune.choice(choices)
+        low, high = self.values
+        if self.kind == "integer":
+            return tune.randint(low, high + 1)
+        return (tune.loguniform if self.kind == "log_uniform" else tune.uniform)(low, high)
+
+
+@dataclass(frozen=True)
+class Space:
+    """A checked `SPACE.toml`.
+
+    Attributes:
+        settings: The `[sweep]` table.
+        ranges: {"table.key": what it may be}.
+    """
+
+    settings: SweepSettings
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def param_space(self) -> dict[str, Any]:
+        """{setting: Ray Tune's domain}."""
+        grid = self.settings.search == "grid"
+        return {key: found.domain(grid=grid) for key, found in self.ranges.items()}
+
+
+def load_space(path: Path, recipe: Recipe) -> Space:
+    """Reads a space and checks it against the recipe whose settings it varies.
+
+    Args:
+        path: A TOML file with the tables `[sweep]` and `[space]`; in the latter
+            `"training.lr" = { log_uniform = [1e-4, 1e-3] }`.
+        recipe: The recipe.
+
+    Raises:
+        ValueError: For an unknown setting (naming the nearest), a value that it cannot have, a
+            range that is none, or a combination of search and scheduler that does not go.
+    """
+    tables = read_toml(path)
+    check_names(str(path), tables, _TABLES)
+    settings = _settings(tables.get("sweep", {}))
+    listed = tables.get("space", {})
+    if not listed:
+        raise ValueError(f'{path}: [space] is empty. Name a setting: "training.lr" = {{...}}.')
+    ranges = {key: _range(key, given) for key, given in listed.items()}
+    _check_methods(settings, ranges)
+    for key, found in ranges.items():
+        for value in found.values:
+            with_settings(recipe.to_dict(), {key: value}, recipe.run.name)
+    return Space(settings, ranges)
+
+
+def with_settings(
+    tables: Mapping[str, Mapping[str, Any]], values: Mapping[str, Any], name: str
+) -> Recipe:
+    """Returns the recipe of `tables` with some settings replaced.
+
+    Args:
+        tables: Of the recipe.
+        values: {"table.key": value}; deeper keys reach into tables such as `env_config`.
+        name: Stands in where `[run]` has none.
+
+    Raises:
+        ValueError: For an unknown setting or a value that it cannot have.
+    """
+    changed: dict[str, Any] = {table: dict(settings) for table, settings in tables.items()}
+    for path, value in values.items():
+        *parents, key = path.split(".")
+        if not parents:
+            raise ValueError(f'[space] {path!r} names no table. Write "training.{path}" = ...')
+        target = changed
+        for parent in parents:
+            target[parent] = dict(target.get(parent, {}))
+            target = target[parent]
+        target[key] = value
+    try:
+        return recipe_from_tables(changed, name)
+    except ValueError as error:
+        shown = ", ".join(f"{key} = {value!r}" for key, value in values.items())
+        raise ValueError(f"[space] {shown}: {error}") from error
+
+
+def _settings(table: Mapping[str, Any]) -> SweepSettings:
+    annotations = typing.get_type_hints(SweepSettings)
+    check_names("[sweep]", table, [f.name for f in fields(SweepSettings)])
+    for key, value in table.items():
+        check_value(f"sweep.{key}", value, annotations[key])
+    settings = SweepSettings(**table)
+    for key in ("trials", "grace_iterations", "perturbation_interval"):
+        if getattr(settings, key) < 1:
+            raise ValueError(f"sweep.{key}: wanted at least 1, got {getattr(settings, key)}.")
+    return settings
+
+
+def _range(key: str, given: Any) -> Range:
+    where = f"[space] {key!r}"
+    if not isinstance(given, Mapping) or len(given) != 1:
+        raise ValueError(f"{where}: wanted one of {', '.join(KINDS)}, as {{ choice = [1, 2] }}.")
+    ((kind, values),) = given.items()
+    check_names(where, [kind], KINDS)
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where}: {kind} wants a list, got {values!r}.")
+    if kind != "choice":
+        _check_bounds(where, kind, values)
+    return Range(kind, tuple(values))
+
+
+def _check_bounds(where: str, kind: str, values: list[Any]) -> None:
+    wanted = int if kind == "integer" else (int, float)
+    plain = all(isinstance(v, wanted) and not isinstance(v, bool) for v in values)
+    if len(values) != 2 or not plain or values[0] >= values[1]:
+        raise ValueError(f"{where}: {kind} wants two bounds, the smaller first, got {values!r}.")
+    if kind == "log_uniform" and values[0] <= 0:
+        raise ValueError(f"{where}: log_uniform wants bounds above 0, got {values!r}.")
+
+
+def _check_methods(settings: SweepSettings, ranges: Mapping[str, Range]) -> None:
+    if settings.search == "grid":
+        for key, found in ranges.items():
+            if found.kind != "choice":
+                raise ValueError(
+                    f"[space] {key!r} is {found.kind}, but search = 'grid' tries lists of values. "
+                    "Write { choice = [...] }, or search = 'random'."
+                )
+    if settings.scheduler == "pbt" and settings.search != "random":
+        raise ValueError(
+            f"scheduler = 'pbt' changes settings itself and needs search = 'random', got "
+            f"{settings.search!r}."
+        )

@@ -1,0 +1,136 @@
+"""Real Tune, a real tiny model: grid, Optuna, ASHA, PBT, failures, resuming, names."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from rllib_distrl.recipe import Recipe, load_recipe
+from rllib_distrl.sweeps.space import Space, load_space
+from rllib_distrl.sweeps.sweep import SweepResult, read_trials, run_sweep
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+RECIPE = """
+[run]
+model = "builtin:countdown-tiny"
+iterations = 4
+[rollout]
+prompts_per_iteration = 4
+num_generations = 2
+max_completion_tokens = 24
+[environment]
+env = "distrl_envs:distrl/Countdown-v0"
+[training]
+minibatch_size = 8
+"""
+METRIC = "learners/default_policy/entropy"
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    return load_recipe(tmp_path / "tiny.toml")
+
+
+def space(recipe: Recipe, folder: Path, ranges: str, **settings: object) -> Space:
+    given = {"metric": METRIC, "mode": "min", **settings}
+    lines = [f"{key} = {value!r}" for key, value in given.items()]
+    text = "\n".join(["[sweep]", *lines, "[space]", ranges])
+    (folder / "space.toml").write_text(text)
+    return load_space(folder / "space.toml", recipe)
+
+
+def sweep(recipe: Recipe, folder: Path, ranges: str, **settings: object) -> SweepResult:
+    return run_sweep(recipe, space(recipe, folder, ranges, **settings), folder / "out")
+
+
+GRID = '"training.lr" = { choice = [1e-4, 1e-2] }\n"training.n_quantiles" = { choice = [1, 4] }'
+
+
+def test_a_grid_with_trials_that_fail_and_its_resumption(recipe: Recipe, tmp_path: Path) -> None:
+    found = sweep(recipe, tmp_path, GRID, search="grid")
+    frame = found.frame
+    # One quantile and a bonus do not go together: those two fail, and say so.
+    assert frame["training.n_quantiles"].tolist() == [4, 4, 1, 1]
+    assert frame["iterations"].tolist() == [4, 4, 0, 0]
+    assert (frame["error"][:2] == "").all()
+    assert frame["error"][2:].str.contains("one quantile has no spread").all()
+    assert frame[METRIC][0] < frame[METRIC][1]
+    assert frame["tokens"][0] > 0
+    assert found.best.tables["training"]["lr"] == frame["training.lr"][0]
+    assert load_recipe(tmp_path / "out" / "best.toml").to_dict() == found.best.to_dict()
+    pd.testing.assert_frame_equal(read_trials(tmp_path / "out"), frame)
+
+    with pytest.raises(ValueError, match="already holds a sweep"):
+        sweep(recipe, tmp_path, GRID, search="grid")
+    same = space(recipe, tmp_path, GRID, search="grid")
+    again = run_sweep(recipe, same, tmp_path / "out", resume=True).frame
+    columns = ["training.lr", METRIC, "iterations", "folder"]
+    pd.testing.assert_frame_equal(again[columns][:2], frame[columns][:2])
+    other = space(recipe, tmp_path, GRID, search="grid", seed=5)
+    with pytest.raises(ValueError, match="started with another recipe or space"):
+        run_sweep(recipe, other, tmp_path / "out", resume=True)
+    with pytest.raises(ValueError, match="no sweep to resume"):
+        run_sweep(recipe, same, tmp_path / "elsewhere", resume=True)
+
+
+def test_a_metric_that_never_appears_ends_the_sweep(recipe: Recipe, tmp_path: Path) -> None:
+    message = "'learners/default_policy/entrpy' is not among .* nearest is 'learners/default_p"
+    with pytest.raises(ValueError, match=message):
+        sweep(recipe, tmp_path, GRID.replace("[1, 4]", "[4]"), search="grid",
+              metric="learners/default_policy/entrpy")  # fmt: skip
+
+
+def test_optuna_draws_and_asha_stops(recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    found = sweep(
+        recipe, tmp_path, '"training.lr" = { log_uniform = [1e-5, 1e-2] }',
+        search="optuna", scheduler="asha", trials=3, grace_iterations=1,
+    )  # fmt: skip
+    assert found.frame["training.lr"].between(1e-5, 1e-2).all()
+    assert found.frame["training.lr"].nunique() == 3
+    # Of three trials at the first rung, after one iteration, only those in the best third go on.
+    assert found.frame["iterations"].max() == 4
+    assert found.frame["iterations"].min() < 4
+    assert (found.frame["error"] == "").all()
+
+
+def test_pbt_changes_what_the_learner_uses(recipe: Recipe, tmp_path: Path) -> None:
+    found = sweep(
+        recipe, tmp_path, '"training.lr" = { choice = [1e-4, 1e-3, 1e-2] }',
+        search="random", scheduler="pbt", trials=2, perturbation_interval=1, seed=1,
+    )  # fmt: skip
+    assert (found.frame["error"] == "").all()
+    assert found.frame["iterations"].tolist() == [4, 4]
+    changed = False
+    for folder in found.frame["folder"]:
+        rows = pd.read_json(Path(folder) / "result.json", lines=True)
+        used = rows["learners/default_policy/default_optimizer_learning_rate"]
+        wanted = rows["config"].map(lambda config: config["space"]["training.lr"])
+        for one, other in zip(used, wanted, strict=True):
+            assert math.isclose(one, other, rel_tol=1e-6), (used.tolist(), wanted.tolist())
+        changed = changed or wanted.nunique() > 1
+    assert changed
+
+
+def test_our_algorithms_have_names_in_tune(tmp_path: Path) -> None:
+    from ray import tune
+
+    import rllib_distrl
+    from tests.helpers import distrl_config
+
+    assert rllib_distrl.DistRL
+    results = tune.Tuner(
+        "DistRL",
+        param_space=distrl_config(lr=tune.grid_search([1e-4, 1e-3])),
+        run_config=tune.RunConfig(
+            storage_path=str(tmp_path), stop={"training_iteration": 1}, verbose=0
+        ),
+    ).fit()
+    assert not results.errors
+    frame = results.get_dataframe()
+    assert sorted(frame["config/lr"]) == [1e-4, 1e-3]
+    assert (frame["env_runners/num_env_steps_sampled_lifetime"] > 0).all()
