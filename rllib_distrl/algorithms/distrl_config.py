@@ -61,6 +61,8 @@ class DistRLConfig(AlgorithmConfig):
         self.grad_clip_by = "global_norm"
         self.num_epochs = 1
         self.minibatch_size = None
+        self.importance_correction = "none"
+        self.importance_bound = 2.0
         self.micro_batch_tokens = DEFAULT_MICRO_BATCH_TOKENS
         self.max_nonfinite_steps = 3
         self.max_sampling_rounds = 1
@@ -127,6 +129,8 @@ class DistRLConfig(AlgorithmConfig):
         vf_loss_coeff: float = NotProvided,
         vf_clip_param: float = NotProvided,
         entropy_coeff: float = NotProvided,
+        importance_correction: str = NotProvided,
+        importance_bound: float = NotProvided,
         micro_batch_tokens: int = NotProvided,
         max_nonfinite_steps: int = NotProvided,
         max_sampling_rounds: int = NotProvided,
@@ -179,6 +183,10 @@ class DistRLConfig(AlgorithmConfig):
             vf_loss_coeff: weight of the critic's loss.
             vf_clip_param: bound on the squared error of a scalar critic (one quantile).
             entropy_coeff: weight of the entropy bonus, in nats.
+            importance_correction: what is done about a sampler that is not the learner's policy
+                (another engine or type, stale weights, top-p, top-k): ``none``, ``truncated`` or
+                ``masked`` importance weights.
+            importance_bound: C > 1: weights are cut at C, or masked outside of [1/C, C].
             micro_batch_tokens: tokens, padding included, in one forward and backward pass.
             max_sampling_rounds: above 1, groups whose returns are all equal are sampled anew with
                 other prompts, in so many rounds at most (DAPO's dynamic sampling).

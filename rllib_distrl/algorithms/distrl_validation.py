@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from rllib_distrl.algorithms.language_model import check_window
+from rllib_distrl.learners.importance import IMPORTANCE_CORRECTIONS
 from rllib_distrl.learners.optimizers import lr_schedule_settings
 from rllib_distrl.learners.uncertainty import uncertainty_settings
 from rllib_distrl.maths.aggregation import AGGREGATIONS
@@ -60,15 +61,18 @@ def _check_model(config: "DistRLConfig") -> None:
                 "the policy's frozen weights. Leave out one of them."
             )
     rollout = config.rollout_settings
-    if rollout.top_p < 1 or rollout.top_k > 0:
+    kept = rollout.top_p == 1 and rollout.top_k == 0
+    if not kept and config.importance_correction == "none":
         raise ValueError(
             f"[rollout] top_p={rollout.top_p}, top_k={rollout.top_k} would sample from another "
-            "distribution than the one that learns. Train with top_p=1 and top_k=0; evaluate "
-            "with any."
+            "distribution than the one that learns. Train with top_p=1 and top_k=0, or set "
+            "importance_correction to 'truncated' or 'masked'; evaluate with any."
         )
 
 
 def _check_overlap(config: "DistRLConfig") -> None:
+    if config.in_evaluation:  # Evaluation may run in this process, and trains nothing.
+        return
     if config.rollout_settings.max_staleness and not config.num_env_runners:
         raise ValueError(
             "[rollout] max_staleness=1 lets runners sample while the learner learns, but "
@@ -88,6 +92,7 @@ def _check_choices(config: "DistRLConfig") -> None:
         "bonus_schedule": BONUS_SCHEDULES,
         "aggregation": AGGREGATIONS,
         "precision": PRECISIONS,
+        "importance_correction": IMPORTANCE_CORRECTIONS,
     }
     for name, allowed in choices.items():
         value = getattr(config, name)
@@ -112,6 +117,11 @@ def _check_numbers(config: "DistRLConfig") -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name} is {value}; it must be above 0, or left out.")
+    if config.importance_bound <= 1:
+        raise ValueError(
+            f"importance_bound is {config.importance_bound}; it must be above 1. Use 2.0, or "
+            "importance_correction = 'none'."
+        )
     if config.dual_clip is not None and config.dual_clip <= 1:
         raise ValueError(f"dual_clip is {config.dual_clip}; it must be above 1, or left out.")
     for name in (

@@ -76,6 +76,18 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             **env_settings(model, rollout, obs_mode="incremental"),
         }
     )
+    filtered = rollout.top_p < 1 or rollout.top_k > 0
+    if filtered and not getattr(config, "vtrace", False):
+        raise ValueError(
+            f"[rollout] top_p={rollout.top_p}, top_k={rollout.top_k} sample from another "
+            "distribution than the one that learns, and this algorithm does not correct for it. "
+            "Use top_p=1 and top_k=0, or an algorithm with V-trace (APPO, IMPALA)."
+        )
+    if rollout.max_staleness:
+        raise ValueError(
+            "[rollout] max_staleness is for our algorithms. RLlib's APPO and IMPALA sample while "
+            "they learn by themselves; its PPO does not. Remove max_staleness."
+        )
     if lora := config._model_config.get("lora"):
         check_lora(lora, load_config(model))
     # Only the sampled token's logp is kept, so there is no KL over the whole vocabulary.

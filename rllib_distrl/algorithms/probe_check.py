@@ -15,7 +15,8 @@ class ProbeCheck:
 
     Args:
         learner_group: the algorithm's.
-        dtype: type in which the engines hold weights, ``"float32"`` or ``"bfloat16"``.
+        dtype: the coarser one of the types in which engines and learners compute, ``"float32"``
+            or ``"bfloat16"``.
         timeout_s: how long the learners may take.
     """
 

@@ -1,9 +1,15 @@
 """The `[rollout]` table: how completions are sampled, for our algorithms and stock ones."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
-ENGINES = ("torch",)
+ENGINES = ("torch", "vllm")
+_NO_VLLM = (
+    "[rollout] engine is 'vllm', but vLLM is not installed here. On a machine with a GPU: "
+    "pip install 'rllib-distrl[vllm]'. On CPU it needs an environment of its own: see "
+    "docs/vllm.md. Or use engine = 'torch'."
+)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -12,7 +18,9 @@ class RolloutSettings:
     """How prompts become completions.
 
     Attributes:
-        engine: what generates: ``"torch"``.
+        engine: what generates: ``"torch"`` or ``"vllm"``.
+        engine_options: further arguments of the vLLM engine: ``sleep``, and those of
+            ``vllm.LLM``, such as ``gpu_memory_utilization``.
         prompts_per_iteration: prompts that one training iteration serves.
         num_generations: completions per prompt (a group).
         evaluation_generations: completions per problem in RLlib's evaluation while training: a
@@ -32,6 +40,7 @@ class RolloutSettings:
     """
 
     engine: str = "torch"
+    engine_options: dict[str, Any] = field(default_factory=dict)
     prompts_per_iteration: int = 32
     num_generations: int = 8
     evaluation_generations: int = 1
@@ -66,6 +75,13 @@ class RolloutSettings:
                 raise ValueError(
                     f"[rollout] {name} is {value!r}; it must be one of {', '.join(allowed)}."
                 )
+        if self.engine == "vllm" and find_spec("vllm") is None:
+            raise ValueError(_NO_VLLM)
+        if self.engine == "torch" and self.engine_options:
+            raise ValueError(
+                f"[rollout] engine_options has {', '.join(self.engine_options)}, but the torch "
+                "engine takes none. Remove them, or set engine = 'vllm'."
+            )
         if self.max_staleness not in (0, 1):
             raise ValueError(
                 f"[rollout] max_staleness is {self.max_staleness}; it must be 0 (on-policy) or 1 "

@@ -79,6 +79,33 @@ class Completion:
     entropies: np.ndarray | None = None
 
 
+def check_prompts(
+    prompts: Sequence[tuple[int, ...]], max_tokens: int, max_seq_len: int, vocab_size: int
+) -> None:
+    """Raises ValueError for prompts that a model cannot continue.
+
+    Args:
+        prompts: Token ids.
+        max_tokens: Completion length.
+        max_seq_len: Longest prompt and completion together.
+        vocab_size: Tokens that the model knows.
+    """
+    longest = max(map(len, prompts))
+    if longest + max_tokens > max_seq_len:
+        raise ValueError(
+            f"A prompt of {longest} tokens and max_tokens={max_tokens} exceed the window of "
+            f"{max_seq_len} tokens. Lower max_tokens or shorten the prompts."
+        )
+    if not all(prompts):
+        raise ValueError("A prompt is empty: give it at least one token.")
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if low < 0 or high >= vocab_size:
+        raise ValueError(
+            f"A prompt holds token {low if low < 0 else high}: "
+            f"the model's vocabulary is 0 … {vocab_size - 1}."
+        )
+
+
 @runtime_checkable
 class RolloutEngine(Protocol):
     """Samples completions and proves which weights it samples them with."""

@@ -57,7 +57,7 @@ def check_probe(name: str, probe: Probe, learner_logps: np.ndarray, dtype: str) 
         name: of the runner, for the message.
         probe: what it sampled.
         learner_logps: (T,).
-        dtype: type of the engine's weights, a key of `PROBE_TOLERANCE`.
+        dtype: the coarser one of the types in which both compute, a key of `PROBE_TOLERANCE`.
 
     Returns:
         The mean absolute difference.

@@ -7,7 +7,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
-from rllib_distrl.engines.engine import UNKNOWN_VERSION, Completion, Request, SamplingParams
+from rllib_distrl.engines.engine import (
+    UNKNOWN_VERSION,
+    Completion,
+    Request,
+    SamplingParams,
+    check_prompts,
+)
 from rllib_distrl.engines.fast_decoder import FastDecoder
 from rllib_distrl.engines.fast_weights import unsupported
 from rllib_distrl.engines.generic_decoder import GenericDecoder
@@ -93,25 +99,8 @@ class TorchEngine:
         if not requests:
             return []
         call = Call(self.decoder, requests, params, self._is_eos, self.device)
-        self._check_prompts(call.prompts, params.max_tokens)
+        check_prompts(call.prompts, params.max_tokens, self.max_seq_len, len(self._is_eos))
         return call.run(self.max_batch_size)
-
-    def _check_prompts(self, prompts: Sequence[tuple[int, ...]], max_tokens: int) -> None:
-        """Raises ValueError for prompts that the model cannot continue."""
-        longest = max(map(len, prompts))
-        if longest + max_tokens > self.max_seq_len:
-            raise ValueError(
-                f"A prompt of {longest} tokens and max_tokens={max_tokens} exceed the window of "
-                f"{self.max_seq_len} tokens. Lower max_tokens or shorten the prompts."
-            )
-        if not all(prompts):
-            raise ValueError("A prompt is empty: give it at least one token.")
-        low, high = min(map(min, prompts)), max(map(max, prompts))
-        if low < 0 or high >= len(self._is_eos):
-            raise ValueError(
-                f"A prompt holds token {low if low < 0 else high}: "
-                f"the model's vocabulary is 0 … {len(self._is_eos) - 1}."
-            )
 
     @torch.inference_mode()
     def load_weights(self, state: Mapping[str, torch.Tensor], version: int) -> str:

@@ -15,9 +15,9 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.token_env import Verdict
-from rllib_distrl.engines.engine import Completion, Request, SamplingParams
+from rllib_distrl.engines.engine import Completion, Request, RolloutEngine, SamplingParams
 from rllib_distrl.engines.handshake import Probe, take_probe
-from rllib_distrl.engines.torch_engine import TorchEngine
+from rllib_distrl.engines.make_engine import make_engine
 from rllib_distrl.env_runners.episodes import build_episode
 from rllib_distrl.env_runners.pools import pool_metrics
 from rllib_distrl.stages.prompt_samplers import PromptRequest
@@ -31,6 +31,10 @@ TRUNCATED_METRIC = "truncated_share"
 _EVALUATION_SEED_OFFSET = 1_000_003
 # Visits of one runner that draws its own prompts; the next runner's begin there.
 _VISITS_PER_RUNNER = 1 << 32
+
+
+# What an episode remembers of how it was sampled.
+_SAMPLING = ("temperature", "top_p", "top_k", "greedy")
 
 
 class LoadedWeights(NamedTuple):
@@ -91,14 +95,15 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         """The first sub-env, in which completions are replayed."""
         return self.env.unwrapped.envs[0]
 
-    def _make_engine(self) -> TorchEngine:
-        policy = self.module.policy
-        return TorchEngine(
-            policy.config,
+    def _make_engine(self) -> RolloutEngine:
+        return make_engine(
+            self.rollout["engine"],
+            self.module.policy.config,
             tuple(self.token_env.unwrapped.eos_token_ids),
             max_batch_size=self.rollout["max_batch_size"],
             device=str(self._device or "cpu"),
             dtype=getattr(torch, self.rollout["dtype"]),
+            options=self.rollout["engine_options"],
         )
 
     def _load_engine(self) -> None:
@@ -251,12 +256,16 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     ) -> list[SingleAgentEpisode]:
         started = time.perf_counter()
         requests = self._requests(prompts, num_generations)
-        completions = self.engine.generate(requests, self.sampling_params(explore))
+        params = self.sampling_params(explore)
+        completions = self.engine.generate(requests, params)
         generated = time.perf_counter()
         verdicts = self._grade(requests, completions)
         graded = time.perf_counter()
+        # One dict for all episodes: it is pickled once.
+        sampling = {name: getattr(params, name) for name in _SAMPLING}
         episodes = [
-            self._replay(*played) for played in zip(requests, completions, verdicts, strict=True)
+            self._replay(*played, sampling)
+            for played in zip(requests, completions, verdicts, strict=True)
         ]
         self.metrics.log_value(GENERATION_TIMER, generated - started, reduce="sum")
         self.metrics.log_value(GRADING_TIMER, graded - generated, reduce="sum")
@@ -285,7 +294,11 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         return self.token_env.unwrapped.grade_many(rows, tokens)
 
     def _replay(
-        self, request: Request, completion: Completion, verdict: Verdict
+        self,
+        request: Request,
+        completion: Completion,
+        verdict: Verdict,
+        sampling: dict[str, Any],
     ) -> SingleAgentEpisode:
         """Plays the completion through the env, which alone decides rewards and the end."""
         env = self.token_env
@@ -312,6 +325,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             first_info,
             info,
             self._weights_seq_no,
+            sampling,
         )
         self._after_episode(episode)
         return episode

@@ -21,6 +21,7 @@ def build_episode(
     first_info: dict[str, Any],
     last_info: dict[str, Any],
     weights_seq_no: int,
+    sampling: dict[str, Any],
 ) -> SingleAgentEpisode:
     """A finished, numpy'ised episode of T steps.
 
@@ -33,9 +34,11 @@ def build_episode(
         first_info: the reset's info, with ``prompt_ids``.
         last_info: the last step's info, with ``finish_reason`` and ``grade``.
         weights_seq_no: version of the weights that sampled.
+        sampling: how they sampled: ``temperature``, ``top_p``, ``top_k``, ``greedy``.
 
     Returns:
-        The episode. Its first info holds ``prompt_ids``, ``row``, ``sample`` and ``visit``;
+        The episode. Its first info holds ``prompt_ids``, ``row``, ``sample``, ``visit`` and
+        ``sampling``;
         extra model outputs: ``action_logp``, ``action_dist_inputs`` (logp, entropy) and
         the weights' version.
     """
@@ -52,6 +55,7 @@ def build_episode(
         "row": row,
         "sample": sample,
         "visit": visit,
+        "sampling": sampling,
     }
     return SingleAgentEpisode(
         observations=_column(observations),

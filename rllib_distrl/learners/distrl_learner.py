@@ -23,6 +23,12 @@ from rllib_distrl.learners.before_update import (
     training_forward,
 )
 from rllib_distrl.learners.controllers import Controllers
+from rllib_distrl.learners.importance import (
+    IMPORTANCE_WEIGHTS,
+    SAMPLER_LOGP,
+    check_behaviour,
+    correct_importance,
+)
 from rllib_distrl.learners.losses import Losses, distrl_losses
 from rllib_distrl.learners.method import Method
 from rllib_distrl.learners.minibatches import (
@@ -167,7 +173,9 @@ class DistRLLearner(TorchLearner):
         data.validate()
         data.solve_refs()
         episodes: list[Any] = data.episodes or []
+        check_behaviour(episodes, self.config)
         columns = self._columns(episodes)
+        self._mismatched: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._single_step = (
             num_epochs == 1
             and (minibatch_size or len(episodes)) >= len(episodes)
@@ -193,7 +201,7 @@ class DistRLLearner(TorchLearner):
                 steps.append(self._step_losses)
         values = {
             **Losses.mean(steps or [self._step_losses]),
-            **self._mismatch,
+            **self._mismatch(),
             **self._coefficients,
             **self._refusals.metrics(),
             WEIGHTS_SEQ_NO: self._weights_seq_no,
@@ -203,6 +211,12 @@ class DistRLLearner(TorchLearner):
         self._single_step = False
         self.after_gradient_based_update(timesteps=timesteps)
         return None if _no_metrics_reduce else self.metrics.reduce()
+
+    def _mismatch(self) -> dict[str, float]:
+        """Sampler against learner, over all tokens of the first step."""
+        logp, sampler_logp = map(torch.cat, zip(*self._mismatched, strict=True))
+        everything = torch.ones_like(logp, dtype=torch.bool)
+        return logp_mismatch(logp, sampler_logp, everything, self.config.clip_param)
 
     def _columns(self, episodes: list[Any]) -> dict[str, torch.Tensor]:
         batch = self._learner_connector(
@@ -238,6 +252,10 @@ class DistRLLearner(TorchLearner):
         found = self._columns_of_forward(columns, needs) if self._single_step else {}
         found |= model_columns(module, self._reference, columns, needs - found.keys())
         rollouts = replace(rollouts, **found)
+        correction = self.config.importance_correction
+        if correction != "none":
+            logp = module.compute_logps(columns)
+            correct_importance(logp, rollouts, correction, self.config.importance_bound)
         if self._uncertainty is not None:
             statistic = self._uncertainty.statistic(columns, rollouts)
             rollouts.extras[self.config.bonus_stat] = statistic
@@ -353,6 +371,8 @@ class DistRLLearner(TorchLearner):
             quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
         rollouts: SequenceBatch = batch[ROLLOUTS]
         policy_loss = self._method.policy_loss(logp, rollouts)
+        if IMPORTANCE_WEIGHTS in rollouts.extras:
+            policy_loss = policy_loss * rollouts.extras[IMPORTANCE_WEIGHTS]
         penalty = self._method.regularisation(logp, rollouts)
         losses = distrl_losses(
             policy_loss,
@@ -374,7 +394,7 @@ class DistRLLearner(TorchLearner):
             quantiles=quantiles,
         )
         if self._first_step:
-            self._mismatch = logp_mismatch(
-                logp, rollouts.action_logp, rollouts.loss_mask, config.clip_param
-            )
+            sampler_logp = rollouts.extras.get(SAMPLER_LOGP, rollouts.action_logp)
+            mask = rollouts.loss_mask
+            self._mismatched.append((logp.detach()[mask], sampler_logp[mask]))
         return losses.total

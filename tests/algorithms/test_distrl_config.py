@@ -1,6 +1,6 @@
 import pytest
 
-from rllib_distrl import DistRLConfig
+from rllib_distrl import DistRLConfig, RolloutSettings, wire_language_model
 from rllib_distrl.algorithms.registry import algorithm_config
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
@@ -37,6 +37,8 @@ REFUSED = [
     ({"lr_warmup_iterations": -1}, "lr_warmup_iterations is -1"),
     ({"lr_min_ratio": 1.5}, "lr_min_ratio is 1.5"),
     ({"lr": [[0, 1e-3], [9, 0.0]], "lr_warmup_iterations": 2}, "a schedule already"),
+    ({"importance_correction": "truncate"}, "must be one of none, truncated, masked"),
+    ({"importance_correction": "masked", "importance_bound": 1.0}, "importance_bound is 1.0"),
     ({"regularisers": [{"name": "lk"}]}, "did you mean 'kl'"),
     ({"regularisers": [{"name": "kl", "coeff": -1.0}]}, "coeff must be >= 0"),
     ({"regularisers": [{"name": "kl", "estimator": "k4"}]}, "must be one of"),
@@ -77,6 +79,22 @@ def test_adapters_are_checked_before_anything_starts():
     config.rl_module(model_config={**config._model_config, "lora": {"targets": ["q"]}})
     with pytest.raises(ValueError, match="linear layers down_proj"):
         config.validate()
+
+
+def test_vllm_must_be_installed(monkeypatch):
+    monkeypatch.setattr("rllib_distrl.algorithms.rollout_settings.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"vLLM is not installed.*rllib-distrl\[vllm\]"):
+        distrl_config().rollout(engine="vllm").validate()
+
+
+def test_filters_are_for_corrected_training_only():
+    with pytest.raises(ValueError, match=r"engine_options has sleep"):
+        distrl_config().rollout(engine_options={"sleep": True}).validate()
+    distrl_config(importance_correction="masked").rollout(top_p=0.9).validate()
+    rollout = RolloutSettings(max_completion_tokens=24, top_k=5)
+    with pytest.raises(ValueError, match="V-trace"):
+        wire_language_model(algorithm_config("PPO").environment(COUNTDOWN), TINY, rollout)
+    wire_language_model(algorithm_config("IMPALA").environment(COUNTDOWN), TINY, rollout)
 
 
 def test_groups_must_divide_among_learners():

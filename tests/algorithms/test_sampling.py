@@ -15,10 +15,10 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 class TimedRunner(CompletionEnvRunner):
     """Takes half a second longer per batch, and remembers when."""
 
-    def sample_prompts(self, prompts, num_generations):
+    def sample_prompts(self, *args, **kwargs):
         started = time.time()
         time.sleep(0.5)
-        report = super().sample_prompts(prompts, num_generations)
+        report = super().sample_prompts(*args, **kwargs)
         self.spans = [*getattr(self, "spans", []), (started, time.time())]
         return report
 

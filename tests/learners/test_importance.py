@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+
+from rllib_distrl.algorithms.language_model import policy_state
+from rllib_distrl.learners.importance import correct_importance
+from rllib_distrl.stages.batch import SequenceBatch
+from tests.helpers import distrl_config
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+@pytest.fixture
+def build():
+    built = []
+
+    def make(config):
+        built.append(config.build_algo())
+        return built[-1]
+
+    yield make
+    for algo in built:
+        algo.stop()
+
+
+def rollouts(sampler_logp):
+    return SequenceBatch(
+        rewards=torch.zeros(2, 3),
+        loss_mask=torch.tensor([[True, True, True], [True, False, False]]),
+        action_logp=torch.tensor(sampler_logp),
+        group=torch.arange(2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "mean", "share"),
+    [("truncated", [[0.25, 2.0, 1.0], [1.5, 0, 0]], 4.75 / 4, 0.25),
+     ("masked", [[0.0, 0.0, 1.0], [1.5, 0, 0]], 2.5 / 4, 0.5)],
+)  # fmt: skip
+def test_weights_by_hand(correction, weights, mean, share):
+    learner = torch.tensor([[0.1, 0.4, 0.2], [0.3, 1.0, 1.0]]).log()
+    sampler = np.log([[0.4, 0.1, 0.2], [0.2, np.nan, 1.0]]).astype(np.float32).tolist()
+    batch = rollouts(sampler)
+    correct_importance(learner, batch, correction, 2.0)
+    torch.testing.assert_close(batch.extras["importance_weights"], torch.tensor(weights))
+    assert batch.action_logp is learner
+    assert batch.extras["sampler_logp"][0].tolist() == sampler[0]
+    assert batch.metrics["importance_weight_mean"] == pytest.approx(mean)
+    assert batch.metrics["importance_bounded_share"] == pytest.approx(share)
+
+
+def update_from_shifted_logps(build, shift, **training):
+    """The policy after one update on episodes whose sampler logps are off by `shift`."""
+    config = distrl_config(init_value=0.5, whiten_advantages=False, bonus_coeff=0.0, **training)
+    # Without momentum's normalisation a weight would vanish from Adam's first step.
+    algo = build(config.rollout(temperature=2.0))
+    for optimizer in algo.learner_group._learner._optimizer_parameters:
+        optimizer.__class__, optimizer.defaults = torch.optim.SGD, {}
+        for group in optimizer.param_groups:
+            group.update(momentum=0, dampening=0, nesterov=False)
+    before = policy_state(algo)
+    update = algo._update_learners
+
+    def shifted(groups):
+        for group in groups:
+            for episode in group:
+                episode.extra_model_outputs["action_logp"].data[:] += shift
+        return update(groups)
+
+    algo._update_learners = shifted
+    result = algo.train()["learners"]["default_policy"]
+    after = policy_state(algo)
+    return torch.cat([(after[name] - before[name]).flatten() for name in before]), result
+
+
+def test_the_weight_multiplies_the_policy_gradient(build):
+    correction = {"importance_correction": "truncated", "importance_bound": 3.0, "grad_clip": None}
+    plain, _ = update_from_shifted_logps(build, 0.0, **correction)
+    half, metrics = update_from_shifted_logps(build, float(np.log(2.0)), **correction)
+    assert float(plain.abs().max()) > 1e-6
+    # Weight 1/2 for every token, while the ratio to the learner's own logps stays 1.
+    torch.testing.assert_close(half, plain / 2, rtol=1e-3, atol=1e-8)
+    assert metrics["importance_weight_mean"] == pytest.approx(0.5, rel=1e-4)
+    assert metrics["importance_bounded_share"] == 0.0
+    assert metrics["logp_mismatch_p50"] == pytest.approx(2.0, rel=1e-4)
+    nothing, metrics = update_from_shifted_logps(
+        build, 3.0, **{**correction, "importance_correction": "masked"}
+    )
+    assert metrics["importance_bounded_share"] == 1.0 and not nothing.any()
+
+
+def test_top_k_is_corrected_for_and_greedy_refused(build):
+    algo = build(distrl_config(importance_correction="truncated").rollout(temperature=2.0, top_k=3))
+    metrics = algo.train()["learners"]["default_policy"]
+    assert 0.3 < metrics["importance_weight_mean"] < 0.99  # mass of the kept three
+    report = algo.env_runner.sample_prompts(algo.prompt_sampler.next(4), 2)
+    sampling = report.episodes[0].infos[0]["sampling"]
+    assert sampling == {"temperature": 2.0, "top_p": 1.0, "top_k": 3, "greedy": False}
+    algo.config._is_frozen = False
+    algo.learner_group._learner.config._is_frozen = False
+    algo.learner_group._learner.config.importance_correction = "none"
+    with pytest.raises(ValueError, match=r"'top_k': 3.*Sample from it"):
+        algo.learner_group.update(episodes=report.episodes)

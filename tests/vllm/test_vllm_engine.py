@@ -1,0 +1,178 @@
+"""The engine on real vLLM; run in the environment that tests/vllm/make_env.sh makes."""
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from rllib_distrl.engines import Request, RolloutEngine, SamplingParams, TorchEngine, content_hash
+from tests.engines.engine_models import EOS, VOCAB, make_requests, reference_logps
+
+pytestmark = pytest.mark.vllm
+WINDOW = 96
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,  # head size 32
+    "max_position_embeddings": WINDOW,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+    "initializer_range": 0.2,
+}
+CONFIGS = {
+    "qwen2-tied": Qwen2Config(**SIZES, num_key_value_heads=2, tie_word_embeddings=True),
+    "llama-gqa": LlamaConfig(**SIZES, num_key_value_heads=1, tie_word_embeddings=False),
+}
+SAMPLED = SamplingParams(max_tokens=24, temperature=1.4)
+
+
+def make_model(name, seed=0):
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def engine(name):
+    from rllib_distrl.engines.vllm_engine import VllmEngine
+
+    return VllmEngine(CONFIGS[name], [EOS])
+
+
+@pytest.fixture
+def model(name, engine):
+    model = make_model(name)
+    engine.load_weights(model.state_dict(), 0)
+    return model
+
+
+def tokens_of(completions):
+    return [completion.tokens.tolist() for completion in completions]
+
+
+def test_logps_equal_a_full_forward_on_ragged_batches(engine, model):
+    assert isinstance(engine, RolloutEngine)
+    requests = make_requests()
+    completions = engine.generate(requests, SAMPLED)
+    assert {c.finish_reason for c in completions} == {"stop", "length"}
+    assert len(set(map(tuple, tokens_of(completions)))) > len(requests) // 2
+    for request, completion in zip(requests, completions, strict=True):
+        want = reference_logps(model, request, completion, SAMPLED.temperature)
+        np.testing.assert_allclose(completion.logps, want, atol=5e-5)
+        assert EOS not in completion.tokens[:-1]
+        assert (completion.tokens[-1] == EOS) == (completion.finish_reason == "stop")
+
+
+def test_greedy_tokens_are_those_of_transformers_and_of_the_torch_engine(engine, model):
+    requests, params = make_requests(samples=1), SamplingParams(max_tokens=24, greedy=True)
+    got = engine.generate(requests, params)
+    torch_engine = TorchEngine(model.config, [EOS])
+    torch_engine.load_weights(model.state_dict(), 0)
+    for request, completion, other in zip(
+        requests, got, torch_engine.generate(requests, params), strict=True
+    ):
+        ids = torch.tensor([request.prompt_ids])
+        want = model.generate(ids, do_sample=False, max_new_tokens=24, pad_token_id=0)
+        assert completion.tokens.tolist() == want[0, ids.shape[1] :].tolist()
+        assert completion.tokens.tolist() == other.tokens.tolist()
+        np.testing.assert_allclose(completion.logps, other.logps, atol=5e-5)
+
+
+def test_logps_are_of_the_distribution_sampled_from(engine, model):
+    params = SamplingParams(12, temperature=0.7, top_p=0.8, top_k=5)
+    requests = make_requests(prompts=4, samples=3)
+    for request, completion in zip(requests, engine.generate(requests, params), strict=True):
+        ids = torch.tensor([[*request.prompt_ids, *completion.tokens.tolist()]])
+        with torch.no_grad():
+            logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
+        for t, token in enumerate(completion.tokens):
+            best = torch.softmax(logits[t] / 0.7, -1).sort(descending=True)
+            top = best.values[:5] / best.values[:5].sum()
+            size = int((top.cumsum(0) < 0.8).sum()) + 1
+            kept = top[:size] / top[:size].sum()
+            at = best.indices[:size].tolist().index(token)
+            assert completion.logps[t] == pytest.approx(kept[at].log().item(), abs=5e-5)
+
+
+def test_neither_order_nor_company_change_what_is_sampled(engine, model):
+    requests = make_requests(prompts=5, samples=4)
+    whole = tokens_of(engine.generate(requests, SAMPLED))
+    order = np.random.default_rng(0).permutation(len(requests))
+    assert tokens_of(engine.generate([requests[i] for i in order], SAMPLED)) == [
+        whole[i] for i in order
+    ]
+    assert tokens_of(engine.generate(requests[7:8], SAMPLED)) == whole[7:8]
+
+
+def test_new_weights_replace_the_old_ones_in_place(name, engine, model):
+    requests = make_requests(prompts=3, samples=2, longest=60)
+    views = {key: view.data_ptr() for key, view in engine._views.items()}
+    before = engine.generate(requests, SAMPLED)
+    second = make_model(name, seed=1)
+    returned = engine.load_weights(second.state_dict(), 1)
+    assert returned == content_hash(second.state_dict()) == engine.weights_hash()
+    # A stale prefix cache would give the old model's logps.
+    for request, completion in zip(requests, engine.generate(requests, SAMPLED), strict=True):
+        want = reference_logps(second, request, completion, SAMPLED.temperature)
+        np.testing.assert_allclose(completion.logps, want, atol=5e-5)
+    engine.load_weights(model.state_dict(), 2)
+    assert tokens_of(engine.generate(requests, SAMPLED)) == tokens_of(before)
+    assert {key: view.data_ptr() for key, view in engine._views.items()} == views
+
+
+def test_every_tensor_is_part_of_the_hash_and_of_what_is_computed(engine, model):
+    requests = make_requests(prompts=2, samples=1)
+    params = SamplingParams(max_tokens=4, greedy=True)
+    hashes = {engine.weights_hash()}
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    before = [c.logps.tolist() for c in engine.generate(requests, params)]
+    for key in engine._shapes:
+        kept = state[key].clone()
+        state[key].view(-1)[:] += 0.25 * torch.randn(kept.numel())
+        if "lm_head.weight" in state and "lm_head.weight" not in engine._shapes:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        hashes.add(engine.load_weights(state, 1))
+        assert engine.weights_hash() == content_hash(state)
+        if "k_proj.bias" not in key:  # softmax does not see a shift of all scores
+            assert [c.logps.tolist() for c in engine.generate(requests, params)] != before, key
+        state[key].copy_(kept)
+    assert len(hashes) == 1 + len(engine._shapes)
+
+
+def test_bad_input_is_refused(engine, model):
+    with pytest.raises(ValueError, match="window of 96 tokens"):
+        engine.generate([Request([5] * 90, (0, 0, 0, 0))], SamplingParams(7))
+    with pytest.raises(ValueError, match=f"token {VOCAB}"):
+        engine.generate([Request([VOCAB], (0, 0, 0, 0))], SAMPLED)
+    with pytest.raises(ValueError, match="entropies"):
+        engine.generate(make_requests(), SamplingParams(4, entropy=True))
+    state = dict(model.state_dict())
+    state.pop("model.norm.weight")
+    with pytest.raises(ValueError, match=r"missing: model\.norm\.weight"):
+        engine.load_weights(state, 1)
+    assert engine.generate([], SAMPLED) == []
+    assert engine.version == 0
+
+
+def test_the_process_keeps_its_threads_and_randomness(engine):
+    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1
+    assert torch.set_num_threads.__module__ != "vllm.v1.worker.cpu_worker"
+
+
+def test_sleep_needs_a_gpu():
+    from rllib_distrl.engines.vllm_engine import VllmEngine
+
+    with pytest.raises(ValueError, match="sleep gives a GPU's memory back"):
+        VllmEngine(CONFIGS["qwen2-tied"], [EOS], sleep=True)

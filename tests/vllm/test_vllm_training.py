@@ -1,0 +1,113 @@
+"""Training with vLLM as the rollout engine, ours and stock; run as test_vllm_engine."""
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from rllib_distrl.algorithms.language_model import policy_state
+from rllib_distrl.cli.app import app
+from rllib_distrl.engines.weights import content_hash
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from tests.algorithms.test_stock_algorithms import stock
+from tests.helpers import distrl_config
+
+pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("ray_session")]
+SKIPPED = "model.layers.1.mlp.down_proj.weight"
+
+
+def breaking(lies):
+    """A runner whose vLLM engine loses one tensor of every update; with `lies` it hides that."""
+
+    class Runner(CompletionEnvRunner):
+        def _make_engine(self):
+            engine = super()._make_engine()
+            load, view = engine.load_weights, engine._views[SKIPPED]
+
+            def load_some(state, version):
+                kept = view.clone()
+                digest = load(state, version)
+                if version:
+                    view.copy_(torch.zeros_like(view) if lies else kept)
+                return digest if lies else engine.weights_hash()
+
+            engine.load_weights = load_some
+            return engine
+
+    return Runner
+
+
+@pytest.fixture
+def build():
+    built = []
+
+    def make(config):
+        built.append(config.build_algo())
+        return built[-1]
+
+    yield make
+    for algo in built:
+        algo.stop()
+
+
+def test_distrl_trains_and_exports_what_vllm_samples(build, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    config = distrl_config(init_value=0.5, whiten_advantages=False)
+    algo = build(config.rollout(engine="vllm", temperature=1.5))
+    before = policy_state(algo)
+    for iteration in range(3):
+        result = algo.train()
+        metrics = result["learners"]["default_policy"]
+        assert metrics["logp_mismatch_max"] == pytest.approx(1.0, abs=2e-4)
+        assert result["env_runners"]["weights_probe_error"] < 1e-4
+        assert result["env_runners"]["weights_version_lag"] == 0
+        assert algo.env_runner.engine.version == iteration + 1
+    after = policy_state(algo)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert algo.env_runner.engine.weights_hash() == content_hash(after)
+
+    algo.export_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for episode in algo.env_runner.sample(num_episodes=4, explore=False):
+        prompt = episode.infos[0]["prompt_ids"]
+        generated = model.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False)
+        assert generated[0, len(prompt) :].tolist() == episode.actions.data.tolist()
+
+
+@pytest.mark.parametrize(
+    ("lies", "message"),
+    [(False, "sync did not happen"), (True, "computes other logps than the learner")],
+)
+def test_a_broken_sync_is_refused(build, lies, message):
+    config = distrl_config(init_value=0.5, whiten_advantages=False).rollout(engine="vllm")
+    algo = build(config.env_runners(env_runner_cls=breaking(lies)))
+    with pytest.raises(RuntimeError, match=message):
+        algo.train()
+
+
+def test_stock_ppo_samples_with_vllm(build):
+    config = stock("PPO", train_batch_size_per_learner=128, minibatch_size=64, num_epochs=1)
+    config.rl_module(
+        model_config={
+            **config._model_config,
+            "rollout": {**config._model_config["rollout"], "engine": "vllm"},
+        }
+    )
+    algo = build(config)
+    for _ in range(2):
+        assert algo.train()["learners"]["default_policy"]["entropy"] > 0
+    assert type(algo.env_runner.engine).__name__ == "VllmEngine"
+    assert algo.env_runner.engine.weights_hash() == content_hash(policy_state(algo))
+
+
+def test_distrl_train_samples_with_vllm_on_remote_runners(tmp_path):
+    arguments = [
+        "train", "configs/countdown/distrl.toml", "run.model=builtin:countdown-tiny",
+        "run.iterations=2", "rollout.engine=vllm", "rollout.prompts_per_iteration=4",
+        "rollout.num_generations=2", "training.minibatch_size=8", "env_runners.num_env_runners=1",
+        "rollout.max_staleness=1", "eval.problems=4", "eval.n=1", "eval.k=[1]",
+        "eval.interval=0", "--out", str(tmp_path),
+    ]  # fmt: skip
+    trained = CliRunner().invoke(app, arguments)
+    assert trained.exit_code == 0, trained.output
+    assert list(tmp_path.rglob("model/model.safetensors"))
