@@ -51,11 +51,13 @@ def test_weights_by_hand(correction, weights, mean, share):
 
 def update_from_shifted_logps(build, shift, **training):
     """The policy after one update on episodes whose sampler logps are off by `shift`."""
-    config = distrl_config(init_value=0.5, whiten_advantages=False, bonus_coeff=0.0, **training)
+    # A large step: what is compared are differences of float32 weights.
+    settings = {"lr": 10.0, "init_value": 0.5, "whiten_advantages": False, "bonus_coeff": 0.0}
+    config = distrl_config(**settings, **training)
     # Without momentum's normalisation a weight would vanish from Adam's first step.
     algo = build(config.rollout(temperature=2.0))
     for optimizer in algo.learner_group._learner._optimizer_parameters:
-        optimizer.__class__, optimizer.defaults = torch.optim.SGD, {}
+        optimizer.__class__ = torch.optim.SGD
         for group in optimizer.param_groups:
             group.update(momentum=0, dampening=0, nesterov=False)
     before = policy_state(algo)
@@ -77,9 +79,9 @@ def test_the_weight_multiplies_the_policy_gradient(build):
     correction = {"importance_correction": "truncated", "importance_bound": 3.0, "grad_clip": None}
     plain, _ = update_from_shifted_logps(build, 0.0, **correction)
     half, metrics = update_from_shifted_logps(build, float(np.log(2.0)), **correction)
-    assert float(plain.abs().max()) > 1e-6
+    assert float(plain.abs().max()) > 1e-2
     # Weight 1/2 for every token, while the ratio to the learner's own logps stays 1.
-    torch.testing.assert_close(half, plain / 2, rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(half, plain / 2, rtol=1e-3, atol=1e-6)
     assert metrics["importance_weight_mean"] == pytest.approx(0.5, rel=1e-4)
     assert metrics["importance_bounded_share"] == 0.0
     assert metrics["logp_mismatch_p50"] == pytest.approx(2.0, rel=1e-4)
