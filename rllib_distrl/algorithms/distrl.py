@@ -20,6 +20,7 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
+from rllib_distrl.algorithms.critic_pretraining import pretrain
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.dynamic_sampling import sample_informative
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
@@ -48,6 +49,7 @@ from rllib_distrl.stages import registry
 logger = logging.getLogger(__name__)
 
 PROMPT_SAMPLER = "prompt_sampler"
+CRITIC_PRETRAINED = "critic_pretrained"
 # How many runners have contributed to the batch.
 NUM_ENV_RUNNERS = "num_env_runners"
 NUM_STALE_EPISODES = "num_stale_episodes_dropped"
@@ -86,11 +88,12 @@ class DistRL(Algorithm):
         # Another thread that scales waits for the end of the iteration.
         self._scaling = threading.RLock()
         self._refused_in_a_row = 0
+        self._critic_pretrained = self.config.critic_pretraining is None
         self._sync_weights()
         self.between_iterations = True
 
     def training_step(self) -> None:
-        """Samples, learns and syncs once.
+        """Samples, learns and syncs once; the first time the critic may learn beforehand.
 
         With ``max_staleness`` the runners sample the next batch while the learner learns.
         An error before the learners start leaves the state as the last iteration left it, and
@@ -104,6 +107,9 @@ class DistRL(Algorithm):
         overlap = self.config.rollout_settings.max_staleness > 0
         with self._scaling:
             self._check_refusals()
+            if not self._critic_pretrained:
+                pretrain(self)
+                self._critic_pretrained = True
             with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
                 batch = self._sample()
                 self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
@@ -318,6 +324,7 @@ class DistRL(Algorithm):
         )
         state[SETTINGS] = module_settings(self.config)
         state[WEIGHTS] = self._latest[1]
+        state[CRITIC_PRETRAINED] = self._critic_pretrained
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -325,6 +332,7 @@ class DistRL(Algorithm):
         super().set_state(state)
         self._refused_in_a_row = 0
         self._restored_weights = state.get(WEIGHTS)
+        self._critic_pretrained = state.get(CRITIC_PRETRAINED, self._critic_pretrained)
         if PROMPT_SAMPLER in state:
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
 

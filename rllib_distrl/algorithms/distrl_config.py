@@ -78,6 +78,7 @@ class DistRLConfig(AlgorithmConfig):
         self.critic_checkpoint: str | None = None
         self.critic_lr: float | None = None
         self.critic_warmup_iterations = 0
+        self.critic_pretraining: dict[str, Any] | None = None
         self.n_quantiles = 16
         self.quantile_huber_kappa = 0.1
         self.quantile_loss = "pairwise"
@@ -145,6 +146,7 @@ class DistRLConfig(AlgorithmConfig):
         critic_checkpoint: str | None = NotProvided,
         critic_lr: float | None = NotProvided,
         critic_warmup_iterations: int = NotProvided,
+        critic_pretraining: dict[str, Any] | None = NotProvided,
         n_quantiles: int = NotProvided,
         quantile_huber_kappa: float = NotProvided,
         quantile_loss: str = NotProvided,
@@ -205,6 +207,8 @@ class DistRLConfig(AlgorithmConfig):
                 critic from; None: a copy of the policy's trunk.
             critic_lr: learning rate of the critic's own parameters; None: ``lr``.
             critic_warmup_iterations: iterations in which only the critic learns.
+            critic_pretraining: the fields of `learners.pretraining.PretrainingSettings`, such as
+                ``{rollouts = 8192}``; its tokens count as sampled. None: none.
             n_quantiles: N; 1 is a scalar critic with RLlib's own value loss.
             quantile_huber_kappa: width of the quadratic part, in units of the return.
             quantile_loss: ``pairwise`` or ``matched``.

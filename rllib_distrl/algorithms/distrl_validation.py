@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from rllib_distrl.algorithms.language_model import check_window
 from rllib_distrl.learners.importance import IMPORTANCE_CORRECTIONS
 from rllib_distrl.learners.optimizers import lr_schedule_settings
+from rllib_distrl.learners.pretraining import PretrainingSettings
 from rllib_distrl.learners.uncertainty import uncertainty_settings
 from rllib_distrl.maths.aggregation import AGGREGATIONS
 from rllib_distrl.maths.lr_schedule import lr_factor
@@ -37,6 +38,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     _check_numbers(config)
     _check_critic_checkpoint(config)
     _check_learning_rates(config)
+    _check_pretraining(config)
     _check_method(config)
     _check_batches(config)
     _check_runners(config)
@@ -167,6 +169,28 @@ def _check_learning_rates(config: "DistRLConfig") -> None:
     if not 0 <= config.lr_min_ratio <= 1:
         raise ValueError(f"lr_min_ratio is {config.lr_min_ratio}; it must lie in [0, 1].")
     lr_factor(config.lr_warmup_iterations + 1, **settings)
+
+
+def _check_pretraining(config: "DistRLConfig") -> None:
+    if config.critic_pretraining is None:
+        return
+    settings = PretrainingSettings.from_table(config.critic_pretraining)
+    if settings.lr is None and not isinstance(config.critic_lr or config.lr, (int, float)):
+        raise ValueError(f"lr is {config.lr}: critic_pretraining needs one number, its own lr.")
+    per_iteration = config.rollout_settings.episodes_per_iteration
+    if settings.rollouts % per_iteration:
+        raise ValueError(
+            f"critic_pretraining.rollouts is {settings.rollouts}, but {per_iteration} completions "
+            "are sampled at a time (prompts_per_iteration x num_generations). Use a multiple."
+        )
+    reads_logps = any(
+        "ref_logp" in resolve("reward", spec).needs for spec in config.reward_transforms
+    )
+    if settings.samples is not None and reads_logps:
+        raise ValueError(
+            "A reward transform reads the sampler's logps, which samples do not hold. Use "
+            "critic_pretraining.rollouts instead of samples."
+        )
 
 
 def _check_method(config: "DistRLConfig") -> None:

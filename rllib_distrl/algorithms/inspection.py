@@ -48,20 +48,26 @@ def inspect_policy(
         ValueError: fewer problems than learners, or none.
         RuntimeError: for an error while sampling.
     """
-    runner = _runner(algo, split)
+    runner = held_out_runner(algo, split)
     try:
         task = runner.token_env.unwrapped.task
-        chosen = list(rows) if rows is not None else _distinct(task, problems)
+        chosen = list(rows) if rows is not None else distinct_problems(task, problems)
         generations = num_generations or runner.rollout["num_generations"]
-        groups = _sample(algo, runner, chosen, generations)
+        groups = sample(algo, runner, chosen, generations)
         tokenizer = runner.token_env.unwrapped.tokenizer
-        frame = _frame(groups, _score(algo, groups, n_top), task, tokenizer)
+        frame = _frame(groups, score(algo, groups, n_top), task, tokenizer)
     finally:
         runner.stop()
     return TokenTable(frame, _info(algo, frame, task.split))
 
 
-def _runner(algo: Any, split: str | None) -> Any:
+def held_out_runner(algo: Any, split: str | None) -> Any:
+    """A local runner with random numbers of its own; the caller stops it.
+
+    Args:
+        algo: whose env and settings it takes.
+        split: of the task; None: the one that is trained on.
+    """
     config = algo.config.copy(copy_frozen=False)
     config.env_runners(num_env_runners=0)
     if split is not None:
@@ -70,7 +76,7 @@ def _runner(algo: Any, split: str | None) -> Any:
     return CompletionEnvRunner(config=config, worker_index=0)
 
 
-def _distinct(task: Any, n: int) -> list[int]:
+def distinct_problems(task: Any, n: int) -> list[int]:
     """The first n rows with different problems; all of them where the task holds fewer."""
     if len(task) > n:
         return distinct_rows(task, n)
@@ -80,7 +86,13 @@ def _distinct(task: Any, n: int) -> list[int]:
     return list(first.values())
 
 
-def _sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[list[Any]]:
+def sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[list[Any]]:
+    """Completes rows with the learner's present weights; one list of episodes per row.
+
+    Raises:
+        ValueError: fewer rows than learners.
+        RuntimeError: for an error while sampling.
+    """
     learners = max(algo.config.num_learners, 1)
     if len(rows) < learners:
         raise ValueError(f"got {len(rows)} problems; {learners} learners need one each")
@@ -95,7 +107,7 @@ def _sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[l
     return [episodes[i : i + generations] for i in range(0, len(episodes), generations)]
 
 
-def _score(algo: Any, groups: list[list[Any]], n_top: int) -> list[dict[str, Any]]:
+def score(algo: Any, groups: list[list[Any]], n_top: int) -> list[dict[str, Any]]:
     """One dict of arrays per episode, in the order of ``groups``."""
     learners = max(algo.config.num_learners, 1)
     shards = [

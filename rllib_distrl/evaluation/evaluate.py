@@ -207,6 +207,7 @@ def _record(
         "sample": sample,
         "prompt": prompted.problem.prompt,
         "completion": text,
+        "token_ids": completion.tokens.tolist(),
         "text_hash": blake2b(collapsed.encode(), digest_size=8).hexdigest(),
         "tokens": len(completion.tokens),
         "finish_reason": completion.finish_reason,

@@ -21,6 +21,7 @@ SCHEMA = pa.schema(
         ("sample", pa.int32()),
         ("prompt", pa.string()),
         ("completion", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),  # Of the completion, EOS included.
         ("text_hash", pa.string()),  # Of the completion with its white space collapsed.
         ("tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -30,7 +31,7 @@ SCHEMA = pa.schema(
         ("logp_sum", pa.float64()),
     ]
 )
-TEXT_COLUMNS = ("prompt", "completion")
+TEXT_COLUMNS = ("prompt", "completion", "token_ids")
 LIGHT_COLUMNS = [name for name in SCHEMA.names if name not in TEXT_COLUMNS]
 
 

@@ -14,6 +14,7 @@ from rllib_distrl.connectors.sequences_from_episodes import SequencesFromEpisode
 from rllib_distrl.learners.distrl_learner import DistRLLearner
 from rllib_distrl.maths.advantages import gae, whiten
 from rllib_distrl.maths.micro_batches import split_by_token_budget
+from rllib_distrl.maths.optimism import bonus_statistic
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages.batch import SequenceBatch
 
@@ -33,7 +34,8 @@ def read_tokens(learner: Any, *, shards: Sequence[Any], k: int, n_top: int) -> d
     Returns:
         ``rank``, ``mask`` (B, T), and arrays (B, T) or (B, T, n): ``logp``, ``entropy``,
         ``logp_difference``, ``top_ids``, ``top_logps``; with a critic ``value``; and what the
-        algorithm makes of it: ``quantiles``, ``bonus``, ``advantage``, ``advantage_used``.
+        algorithm makes of it: ``quantiles``, ``bonus_statistic``, ``bonus``, ``advantage``,
+        ``advantage_used``.
     """
     rank = torch.distributed.get_rank() if learner.config.num_learners > 1 else 0
     episodes = ray.get(shards[rank])
@@ -127,11 +129,23 @@ def _from_method(learner: Any, columns: dict[str, Tensor], k: int) -> dict[str, 
     found = {"advantage": raw, "advantage_used": rollouts.column("advantages")}
     if bonus is not None:
         found["bonus"] = bonus
+    statistic = _statistic(learner.config, rollouts)
+    if statistic is not None:
+        found["bonus_statistic"] = statistic
     if rollouts.values is not None and rollouts.quantiles is not None:
         found["value"] = rollouts.values
         if rollouts.quantiles.shape[-1] > 1:
             found["quantiles"] = rollouts.quantiles
     return found
+
+
+def _statistic(config: Any, rollouts: SequenceBatch) -> Tensor | None:
+    """The uncertainty that the bonus is made of, where there is one; also with the bonus off."""
+    if config.bonus_stat in rollouts.extras:
+        return rollouts.extras[config.bonus_stat]
+    if rollouts.quantiles is None or rollouts.quantiles.shape[-1] < 2:
+        return None
+    return bonus_statistic(rollouts.quantiles, config.bonus_stat)
 
 
 def _unshaped(method: Any, rollouts: SequenceBatch) -> tuple[Tensor, Tensor | None]:

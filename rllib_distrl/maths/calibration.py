@@ -208,7 +208,28 @@ def calibration_metrics(
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def ignorance_metrics(spread: Tensor, values: Tensor, mean_returns: Tensor) -> dict[str, float]:
+def state_metrics(values: Tensor, mean_returns: Tensor) -> dict[str, float]:
+    """How good V is where the truth is known up to the noise of many continuations.
+
+    Args:
+        values: (K,), V.
+        mean_returns: (K,), mean return of the continuations from each state.
+
+    Returns:
+        `quantile_state_rmse`, the root mean square of V − mean return, and
+        `quantile_state_explained_variance`, finite ones only.
+    """
+    every = torch.ones_like(values, dtype=torch.bool)
+    found = {
+        "quantile_state_rmse": float((values - mean_returns).square().mean().sqrt()),
+        "quantile_state_explained_variance": explained_variance(values, mean_returns, every),
+    }
+    return {key: value for key, value in found.items() if math.isfinite(value)}
+
+
+def ignorance_metrics(
+    spread: Tensor, values: Tensor, mean_returns: Tensor, *, name: str = "quantile_spread"
+) -> dict[str, float]:
     """Does the spread say where the value is wrong? Over states with many continuations each.
 
     The partial correlation given V is the one to read: the raw one is mostly the Bernoulli noise
@@ -218,15 +239,14 @@ def ignorance_metrics(spread: Tensor, values: Tensor, mean_returns: Tensor) -> d
         spread: (K,), spread of the quantiles, or another uncertainty, at K states.
         values: (K,), V.
         mean_returns: (K,), mean return of the continuations from each state.
+        name: What the metrics' names begin with.
 
     Returns:
-        `quantile_spread_error_correlation` and `…_partial_correlation`, finite ones only.
+        `NAME_error_correlation` and `NAME_error_partial_correlation`, finite ones only.
     """
     error = (values - mean_returns).abs()
     found = {
-        "quantile_spread_error_correlation": rank_correlation(spread, error),
-        "quantile_spread_error_partial_correlation": partial_rank_correlation(
-            spread, error, values
-        ),
+        f"{name}_error_correlation": rank_correlation(spread, error),
+        f"{name}_error_partial_correlation": partial_rank_correlation(spread, error, values),
     }
     return {name: value for name, value in found.items() if math.isfinite(value)}

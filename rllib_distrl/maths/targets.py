@@ -151,7 +151,8 @@ def sample_replacement(
     b, t_max, n = quantiles.shape
     if uniforms is None:
         shape = (2, b, t_max, particles)
-        uniforms = torch.rand(shape, generator=generator, device=quantiles.device)
+        device = quantiles.device if generator is None else generator.device
+        uniforms = torch.rand(shape, generator=generator, device=device).to(quantiles.device)
     following = next_state(quantiles.detach(), loss_mask)
     picked = following.gather(-1, (uniforms[1] * n).long().clamp(max=n - 1))
     keep = (uniforms[0] < lambda_) | ~leads_to_state(loss_mask).unsqueeze(-1)

@@ -158,6 +158,14 @@ def test_sample_replacement_follows_its_uniforms():
     assert y[0, 0].tolist() == [0.5 + 0.5 * 2.0, 0.5 + 0.5 * 3.5]
 
 
+def test_sample_replacement_draws_where_its_generator_lives():
+    # A generator on the CPU serves quantiles on another device ("meta" stands for a GPU).
+    quantiles, rewards, mask = (tensor.to("meta") for tensor in ragged())
+    y = sample_replacement(quantiles, rewards, mask, generator=torch.Generator().manual_seed(0))
+    assert y.shape == (3, 5, 8)
+    assert y.device.type == "meta"
+
+
 def test_sample_replacement_has_the_mixtures_mean():
     quantiles, rewards, mask = ragged()
     generator = torch.Generator().manual_seed(5)
