@@ -79,6 +79,9 @@ class EvalSettings:
         interval: Iterations between validations while training (RLlib's evaluation); 0 means none.
         validation_problems: Problems of one validation, the same every time, each completed
             `rollout.evaluation_generations` times.
+        critic_prefixes: Held-out completions that are cut at a random token, to see whether the
+            critic is right there, after training and in `distrl eval`; 0 means none.
+        critic_continuations: Completions from each such prefix.
         token_problems: Validation problems whose completions, one group each, are stored with what
             the critic thought at every token once training ends (`distrl view`); 0 means none.
     """
@@ -92,12 +95,14 @@ class EvalSettings:
     top_p: float = 1.0
     interval: int = 0
     validation_problems: int = 100
+    critic_prefixes: int = 200
+    critic_continuations: int = 32
     token_problems: int = 64
 
     def validate(self) -> None:
         """Raises ValueError for numbers outside their bounds."""
-        _at_least("eval", self, 1, "problems", "n", "validation_problems")
-        _at_least("eval", self, 0, "interval", "token_problems")
+        _at_least("eval", self, 1, "problems", "n", "validation_problems", "critic_continuations")
+        _at_least("eval", self, 0, "interval", "token_problems", "critic_prefixes")
         if not self.k:
             raise ValueError("eval.k is empty. List at least one k, for example k = [1, 8].")
         for k in self.k:

@@ -21,7 +21,7 @@ _SEED_OFFSET = 2_000_003
 
 
 def probe_critic(
-    algo: Any, *, prefixes: int = 200, continuations: int = 32, split: str = "test"
+    algo: Any, *, prefixes: int = 200, continuations: int = 32, split: str | None = "test"
 ) -> dict[str, float]:
     """Calibration on held-out completions, and the error of V in states with a known return.
 
@@ -33,7 +33,7 @@ def probe_critic(
         algo: a built `Algorithm` with a critic, ours or stock, wired by `wire_language_model`.
         prefixes: problems; fewer if the split has fewer.
         continuations: n of each prefix.
-        split: of the task.
+        split: of the task; None: the one that is trained on.
 
     Returns:
         ``prefixes``, ``continuations`` and metrics ``quantile_...`` and ``optimism_...``; only
@@ -50,7 +50,7 @@ def probe_critic(
         episodes = [group[0] for group in groups]
         seed = algo.config.seed or 0
         cuts = [int(n) for n in np.random.default_rng(seed).integers([len(e) for e in episodes])]
-        found = {"prefixes": len(rows), "continuations": continuations}
+        found: dict[str, float] = {"prefixes": len(rows), "continuations": continuations}
         if "value" not in scored[0]:
             return found
         gamma = algo.config.gamma

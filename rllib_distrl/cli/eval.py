@@ -9,12 +9,15 @@ from pathlib import Path
 
 from rich.console import Console
 
+from rllib_distrl.checkpoints import list_checkpoints
+from rllib_distrl.cli.critic import print_critic, probe_checkpoint
 from rllib_distrl.cli.eval_data import DataOptions, run_data_eval
-from rllib_distrl.cli.export import export_checkpoint, find_policy
+from rllib_distrl.cli.export import export_checkpoint, find_checkpoint, find_policy
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.results import print_summary
 from rllib_distrl.recipe import Recipe, load_recipe
+from rllib_distrl.run_folder import RunFolder
 from rllib_distrl.run_log import write_atomic
 
 
@@ -69,23 +72,43 @@ def _eval_as_recipe(
         )
     run, checkpoint = find_policy(target, console)
     recipe = load_recipe(run.recipe_file, overrides)
-    if model is not None or checkpoint is None:
-        _measure_and_report(recipe, model or run.model, out, console)
+    if model is not None:
+        _measure_and_report(recipe, model, out, console)
+        return
+    critic = _critic(target, run, recipe, console)
+    if checkpoint is None:
+        _measure_and_report(recipe, run.model, out, console, critic)
         return
     with tempfile.TemporaryDirectory(prefix="distrl-") as folder:
         export_checkpoint(run, checkpoint, Path(folder))
-        _measure_and_report(recipe, folder, out, console)
+        _measure_and_report(recipe, folder, out, console, critic)
+
+
+def _critic(target: Path, run: RunFolder, recipe: Recipe, console: Console) -> dict[str, float]:
+    """What the critic of a run or checkpoint knows; only checkpoints hold critics."""
+    if recipe.eval.critic_prefixes and not list_checkpoints(run.checkpoints):
+        console.print("No report on the critic: the run has no checkpoint.", highlight=False)
+        return {}
+    evaluation_settings(recipe).validate()
+    _, checkpoint = find_checkpoint(target, console)
+    return probe_checkpoint(run, checkpoint, recipe)
 
 
 def _measure_and_report(
-    recipe: Recipe, model: str | Path, out: Path | None, console: Console
+    recipe: Recipe,
+    model: str | Path,
+    out: Path | None,
+    console: Console,
+    critic: dict[str, float] | None = None,
 ) -> None:
     evaluation_settings(recipe).validate()
     with tempfile.TemporaryDirectory(prefix="distrl-eval-") as scratch:
         samples = (out or Path(scratch)) / "samples.parquet"
         result = measure(recipe, model, "Evaluating", console, samples=samples)
     print_summary(console, result.summary, result.problems, result.samples)
+    print_critic(console, critic or {})
     if out is not None:
         report = {**result.summary, "problems": result.problems, "samples": result.samples}
+        report |= {"critic": critic} if critic else {}
         write_atomic(out / "eval.json", json.dumps(report, indent=2) + "\n")
         console.print(f"Wrote {out}", highlight=False)

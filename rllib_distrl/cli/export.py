@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -28,7 +31,7 @@ def run_export(source: Path, out: Path, *, critic: bool = False) -> None:
         raise ValueError(f"{out} exists and is not an empty folder. Name another place.")
     console = Console()
     if critic:
-        run, checkpoint = _find_checkpoint(source, console)
+        run, checkpoint = find_checkpoint(source, console)
     else:
         run, checkpoint = find_policy(source, console)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -49,10 +52,10 @@ def find_policy(source: Path, console: Console) -> tuple[RunFolder, Path | None]
     """
     if is_run_folder(source) and RunFolder(source).model.is_dir():
         return RunFolder(source), None
-    return _find_checkpoint(source, console)
+    return find_checkpoint(source, console)
 
 
-def _find_checkpoint(source: Path, console: Console) -> tuple[RunFolder, Path]:
+def find_checkpoint(source: Path, console: Console) -> tuple[RunFolder, Path]:
     """Returns the run that `source` belongs to, and its newest good checkpoint or `source`."""
     if is_run_folder(source):
         run = RunFolder(source)
@@ -74,6 +77,14 @@ def _find_checkpoint(source: Path, console: Console) -> tuple[RunFolder, Path]:
 def export_checkpoint(run: RunFolder, checkpoint: Path, out: Path, *, critic: bool = False) -> None:
     """Restores a checkpoint into the run's algorithm and writes its policy or its critic."""
     from rllib_distrl.algorithms.language_model import export_critic, export_policy
+
+    with restored(run, checkpoint) as algo:
+        (export_critic if critic else export_policy)(algo, out)
+
+
+@contextmanager
+def restored(run: RunFolder, checkpoint: Path) -> Iterator[Any]:
+    """The run's algorithm in the state of a checkpoint, without actors, in a Ray session."""
     from rllib_distrl.cli.ray_session import ray_session
 
     hide_loading_bars()
@@ -86,6 +97,6 @@ def export_checkpoint(run: RunFolder, checkpoint: Path, out: Path, *, critic: bo
         algo = config.build_algo()
         try:
             algo.restore_from_path(str(checkpoint.resolve()))
-            (export_critic if critic else export_policy)(algo, out)
+            yield algo
         finally:
             algo.stop()

@@ -149,7 +149,7 @@ def _train(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -> None:
     if not results and recipe.eval.before:
         results = _measured(recipe, run, "before", {}, console)
     if train_and_export(checkpoints, interrupts) or not results.get("after"):
-        results = _measured(recipe, run, "after", results, console)
+        results = _measured(recipe, run, "after", run.read_eval(), console)
     print_before_after(console, results)
     _print(console, f"Model: {run.model}")
 

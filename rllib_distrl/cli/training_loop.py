@@ -62,6 +62,7 @@ def train_and_export(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -
                 _iterate(algo, checkpoints, interrupts, start, trackers)
             _export(algo, run.model)
             _write_tokens(algo, recipe, run, console)
+            _write_critic(algo, recipe, run, console)
             _print_best(checkpoints)
         finally:
             algo.stop()
@@ -181,3 +182,16 @@ def _write_tokens(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -
         warn(console, f"No token table for `distrl view`: {error}")
         return
     table.to_parquet(run.tokens_file)
+
+
+def _write_critic(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -> None:
+    """Puts what the critic knows into `eval.json`; a run without that is still finished."""
+    from rllib_distrl.cli.critic import probe
+
+    try:
+        found = probe(algo, recipe)
+    except (RuntimeError, ValueError) as error:
+        warn(console, f"No report on the critic: {error}")
+        return
+    if found:
+        run.write_eval({**run.read_eval(), "critic": found})

@@ -107,7 +107,7 @@ def test_what_can_be_known_is_learned(n_quantiles):
         # Known from the first token on: whether it is even.
         episode.rewards.data[:] = 0.0
         episode.rewards.data[-1] = float(episode.actions.data[0] % 2 == 0)
-    table = {"rollouts": 512, "epochs": 6, "lr": 3e-3, "minibatch_size": 64}
+    table = {"rollouts": 512, "epochs": 10, "lr": 3e-3, "minibatch_size": 16}
     found = pretrain_critic(learner, shards=[ray.put(episodes)], table=table)
     assert found["critic_pretraining_explained_variance"] > 0.6
     columns = learner._columns(episodes[-8:])
@@ -126,7 +126,7 @@ def test_what_can_be_known_is_learned(n_quantiles):
         ({"rollouts": 8, "samples": "a.parquet"}, "give one of them"),
         ({"rollouts": 8, "epochs": 0}, "epochs=0"),
         ({"rollouts": 8, "lr": 0.0}, "lr=0.0"),
-        ({"rollouts": 7}, "num_generations=2"),
+        ({"rollouts": 12}, "8 completions"),
     ],
 )
 def test_refusals(table, words):
