@@ -38,6 +38,8 @@ n = 8
 k = [1, 4]
 interval = 4
 validation_problems = 8
+critic_prefixes = 8
+critic_continuations = 2
 
 [environment]
 env = "distrl_envs:distrl/Countdown-v0"
@@ -134,7 +136,10 @@ def test_the_run_folder_is_complete(finished: tuple[Path, str, str]) -> None:
 
 def test_eval_json(finished: tuple[Path, str, str]) -> None:
     results = json.loads((finished[0] / "eval.json").read_text())
-    assert results.keys() == {"before", "after", "problems", "samples"}
+    assert results.keys() == {"before", "after", "critic", "problems", "samples"}
+    assert results["critic"]["prefixes"] == 8
+    assert results["critic"]["continuations"] == 2
+    assert {"quantile_state_rmse", "quantile_coverage_50"} <= results["critic"].keys()
     assert (results["problems"], results["samples"]) == (10, 8)
     for when in ("before", "after"):
         assert results[when].keys() == {"avg@8", "pass@1", "pass@4"}
@@ -224,7 +229,8 @@ def test_eval_and_export_of_run_and_checkpoint(
     run = finished[0]
     measured = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval")])
     assert measured.exit_code == 0, measured.stderr
-    expected = json.loads((run / "eval.json").read_text())["after"]
+    written = json.loads((run / "eval.json").read_text())
+    expected = {**written["after"], "critic": written["critic"]}
     report = json.loads((tmp_path / "eval" / "eval.json").read_text())
     assert report == {**expected, "problems": 10, "samples": 8}
     other = CliRunner().invoke(
