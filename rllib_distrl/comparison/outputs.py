@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
     page.parent.mkdir(parents=True, exist_ok=True)
     words = (about.title, about.note, about.command)
     report = folder / "report.html"
-    write_atomic(page, markdown_page(results, parts, *words))
+    beside = os.path.relpath(folder, page.parent)
+    write_atomic(page, markdown_page(results, parts, *words, pictures=beside))
     write_atomic(report, html_page(results, parts, *words))
     pictures = []
     for part in parts:

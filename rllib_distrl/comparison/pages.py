@@ -103,13 +103,20 @@ def _made_by(results: Results, command: str) -> str:
 
 
 def markdown_page(
-    results: Results, parts: Sequence[Section], title: str, note: str, command: str
+    results: Results,
+    parts: Sequence[Section],
+    title: str,
+    note: str,
+    command: str,
+    *,
+    pictures: str = ".",
 ) -> str:
-    """The page for a repository."""
+    """The page for a repository; `pictures` is where they lie, as seen from the page."""
     blocks = [f"# {title}", *([note] if note else [])]
     for part in parts:
         blocks.append(f"## {part.title}")
         blocks += [part.words] if part.words else []
+        blocks += [f"![{part.title}]({pictures}/{part.picture}.png)"] if part.figure else []
         blocks += [part.table.to_markdown()] if part.table else []
     blocks += ["## How it was made", _made_by(results, command), f"```sh\n{command}\n```"]
     return "\n\n".join(blocks) + "\n"

@@ -153,16 +153,16 @@ def _signed(metric: str, value: float) -> str:
 
 
 def _spread(metric: str, found: Estimate | None) -> str:
-    """Mean ± sd."""
-    if found is None:
-        return _NOTHING
+    """Mean ± sd; the mean alone for one seed."""
+    if found is None or found.seeds == 1:
+        return number(metric, found.mean) if found else _NOTHING
     return f"{number(metric, found.mean)} ± {number(metric, found.sd)}"
 
 
 def _interval(metric: str, found: Estimate | None, *, signed: bool = False) -> str:
-    """Mean [low, high]."""
-    if found is None:
-        return _NOTHING
+    """Mean [low, high]; the mean alone for one seed."""
+    if found is None or found.seeds == 1:
+        return number(metric, found.mean, signed=signed) if found else _NOTHING
     mean, low, high = (
         number(metric, value, signed=signed) for value in (found.mean, found.low, found.high)
     )

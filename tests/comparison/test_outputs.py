@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -51,6 +52,15 @@ def test_everything_is_written_from_the_records(tmp_path: Path, part: str) -> No
         assert words in text, words
     for name in written - {"results.md", "report.html"}:
         assert imread(folder / name).std() > 0.01, name
+
+
+def test_a_page_elsewhere_finds_the_pictures(tmp_path: Path) -> None:
+    folder = fill(tmp_path / "results" / "x")
+    write_outputs(folder, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    found = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
+    assert len(found) == 4
+    assert all((tmp_path / picture).is_file() for picture in found)
 
 
 def test_the_html_page_stands_alone(tmp_path: Path) -> None:

@@ -75,6 +75,8 @@ def test_the_tables_by_hand() -> None:
     differences = differences_table(found)
     cells = dict(zip(differences.head, differences.lines[0], strict=True))
     assert cells["avg@4"] == "+5.0 [+0.0, +10.0], p 1"
+    alone = results_table(arrange(records({"a": [0.2]}), ["a"], [0]))
+    assert alone.lines[0][2] == "20.0"
     parts = results_table(arrange(records(AVERAGES, part="head"), ["a", "b"], [0, 1]))
     assert parts.lines[0][1] == "head"
 
