@@ -121,9 +121,9 @@ def _episode(env: Any, record: dict[str, Any], path: str) -> SingleAgentEpisode:
             f"{env.unwrapped.max_completion_tokens}."
         )
     request = Request(info["prompt_ids"], (0, row, record["sample"], 0))
-    # No update is made from these, so what the sampler's logps were is not asked.
+    # The policy does not learn from these: how they were sampled, and its logps, are not asked.
     completion = Completion(tokens, np.zeros(len(tokens)), record["finish_reason"])
     rewards = [0.0] * (len(tokens) - 1) + [record["score"]]
     observations = [observation, *tokens.tolist()]
     last = {"finish_reason": record["finish_reason"]}
-    return build_episode(env, request, completion, observations, rewards, info, last, 0)
+    return build_episode(env, request, completion, observations, rewards, info, last, 0, {})
