@@ -146,7 +146,7 @@ class DistRL(Algorithm):
         )
 
     def _sample(self) -> SampledGroups:
-        before = self.prompt_sampler.get_state()
+        before = self._prompts_learned
         try:
             batch, counts = sample_informative(
                 self._sample_fresh,
@@ -209,6 +209,11 @@ class DistRL(Algorithm):
     def _lag(self, batch: SampledGroups) -> int:
         """Updates between the oldest weights that sampled and the learner's."""
         return self._version - min(batch.versions())
+
+    @property
+    def _prompts_learned(self) -> dict[str, Any]:
+        """The prompt sampler's state without the prompts that are under way."""
+        return self.prompt_sampler.get_state() if self._under_way is None else self._served_before
 
     @property
     def _version(self) -> int:
@@ -319,9 +324,7 @@ class DistRL(Algorithm):
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, the prompt sampler's behind the last batch learned, what is checked."""
         state = super().get_state(*args, **kwargs)
-        state[PROMPT_SAMPLER] = (
-            self.prompt_sampler.get_state() if self._under_way is None else self._served_before
-        )
+        state[PROMPT_SAMPLER] = self._prompts_learned
         state[SETTINGS] = module_settings(self.config)
         state[WEIGHTS] = self._latest[1]
         state[CRITIC_PRETRAINED] = self._critic_pretrained

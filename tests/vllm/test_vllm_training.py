@@ -1,11 +1,12 @@
 """Training with vLLM as the rollout engine, ours and stock; run as test_vllm_engine."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from rllib_distrl.algorithms.language_model import policy_state
-from rllib_distrl.cli.app import app
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from tests.algorithms.test_stock_algorithms import stock
@@ -108,6 +109,7 @@ def test_distrl_train_samples_with_vllm_on_remote_runners(tmp_path):
         "rollout.max_staleness=1", "eval.problems=4", "eval.n=1", "eval.k=[1]",
         "eval.interval=0", "--out", str(tmp_path),
     ]  # fmt: skip
-    trained = CliRunner().invoke(app, arguments)
-    assert trained.exit_code == 0, trained.output
+    command = [sys.executable, "-m", "rllib_distrl.cli", *arguments]
+    trained = subprocess.run(command, capture_output=True, text=True)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
     assert list(tmp_path.rglob("model/model.safetensors"))
