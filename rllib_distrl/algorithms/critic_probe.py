@@ -85,7 +85,7 @@ def _mean_returns(
     for number, (request, completion, verdict) in enumerate(
         zip(requests, whole, verdicts, strict=True)
     ):
-        rewards = runner._replay(request, completion, verdict).rewards.data[cuts[number // n] :]
+        rewards = runner._replay(request, completion, verdict, {}).rewards.data[cuts[number // n] :]
         returns.append(float((rewards * gamma ** np.arange(len(rewards))).sum()))
     return torch.tensor(returns).view(-1, n).mean(1)
 
