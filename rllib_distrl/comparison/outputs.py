@@ -13,6 +13,7 @@ from rllib_distrl.comparison.results import arrange
 from rllib_distrl.run_log import write_atomic
 
 ABOUT_FILE = "comparison.json"
+_DPI = 100
 
 
 @dataclass(frozen=True)
@@ -80,5 +81,5 @@ def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
     for part in parts:
         if part.figure is not None:
             pictures.append(folder / f"{part.picture}.png")
-            part.figure.savefig(pictures[-1], dpi=130, facecolor="white")
+            part.figure.savefig(pictures[-1], dpi=_DPI, facecolor="white")
     return [page, report, *pictures]

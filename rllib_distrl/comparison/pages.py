@@ -79,9 +79,17 @@ def sections(results: Results) -> list[Section]:
     if results.failed:
         parts.append(Section("Failed runs", table=failures_table(results)))
     if results.missing:
-        names = ", ".join(f"{name} seed {seed}" for name, seed in results.missing)
-        parts.append(Section("Not run", f"{names}. The command below continues."))
+        parts.append(Section("Not run", f"{_listed(results.missing)}. The command continues."))
     return parts
+
+
+def _listed(jobs: Sequence[tuple[str, int]]) -> str:
+    """`a (seeds 0, 1), b (seed 2)`."""
+    seeds: dict[str, list[str]] = {}
+    for name, seed in jobs:
+        seeds.setdefault(name, []).append(str(seed))
+    words = (f"seed{'s' * (len(s) > 1)} {', '.join(s)}" for s in seeds.values())
+    return ", ".join(f"{name} ({some})" for name, some in zip(seeds, words, strict=True))
 
 
 def _how_measured(results: Results) -> str:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 from rllib_distrl.recipe import Recipe, override_tables, read_toml, recipe_from_tables
 from rllib_distrl.recipe_schema import check_names
+from rllib_distrl.recipe_settings import EvalSettings, RunSettings
 
 MIN_SEEDS = 2
 _NAME = re.compile(r"[\w][\w.+-]*")
@@ -34,11 +36,33 @@ class Contender:
 
     @property
     def digest(self) -> str:
-        """A hash of all settings but the seed, 12 hexadecimal digits."""
-        tables = self.recipe.to_dict()
-        tables["run"] = {k: v for k, v in tables["run"].items() if k not in ("seed", "name")}
-        text = json.dumps(tables, sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        """See `recipe_digest`."""
+        return recipe_digest(self.recipe.to_dict())
+
+
+def recipe_digest(tables: Mapping[str, Mapping[str, Any]]) -> str:
+    """A hash of a recipe's settings but name and seed, 12 hexadecimal digits.
+
+    Settings of our own tables that have their default do not count, so that a setting that a later
+    version adds does not make another recipe of it.
+
+    Args:
+        tables: Of the resolved recipe, as `Recipe.to_dict` gives them.
+    """
+    kept = {table: dict(values) for table, values in tables.items()}
+    for table, cls in (("run", RunSettings), ("rollout", RolloutSettings), ("eval", EvalSettings)):
+        defaults = asdict(cls())
+        kept[table] = {
+            key: value
+            for key, value in kept[table].items()
+            if key not in ("name", "seed") and value != _as_toml(defaults.get(key))
+        }
+    text = json.dumps(kept, sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+def _as_toml(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 @dataclass(frozen=True)

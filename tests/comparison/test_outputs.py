@@ -47,7 +47,8 @@ def test_everything_is_written_from_the_records(tmp_path: Path, part: str) -> No
                        "learning.png", "front.png"}  # fmt: skip
     text = (folder / "results.md").read_text()
     for words in ("| a | ", "35.0 ± 7.1", "+5.0 [+0.0, +10.0], p 1", "1,000 completion tokens",
-                  "exit code 2: <it> \\| broke", "c seed 0", "Seeds 0, 1; commit c0ffee",
+                  "exit code 2: <it> \\| broke", "c (seed 0). The command continues",
+                  "Seeds 0, 1; commit c0ffee",
                   "10 test problems x 4 samples", ABOUT.command):  # fmt: skip
         assert words in text, words
     for name in written - {"results.md", "report.html"}:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rllib_distrl.comparison.plan import Plan, make_plan
+from rllib_distrl.comparison.plan import Plan, make_plan, recipe_digest
 
 RECIPE = """
 [run]
@@ -72,6 +72,13 @@ def test_the_digest_is_of_the_settings_but_not_of_the_seed(folder: Path) -> None
     first = plan(folder, "a.toml", "b.toml", run__seed="1").baseline.digest
     assert plan(folder, "a.toml", "b.toml", run__seed="2").baseline.digest == first
     assert plan(folder, "a.toml", "b.toml", budget=1001).baseline.digest != first
+    tables = plan(folder, "a.toml", "b.toml").baseline.recipe.to_dict()
+    assert recipe_digest(tables) == first
+    # A run of an earlier version lacks the settings that were added since.
+    del tables["eval"]["token_problems"]
+    assert recipe_digest(tables) == first
+    tables["eval"]["n"] = 32
+    assert recipe_digest(tables) != first
 
 
 @pytest.mark.parametrize(
