@@ -18,7 +18,7 @@ from rllib_distrl.algorithms.language_model import policy_state
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-CLOCKS = ("time", "throughput", "timer")
+CLOCKS = ("_time", "throughput", "timer")
 
 
 def small_config(runners=0):
@@ -221,7 +221,7 @@ def test_tune_restores_an_experiment_that_was_killed(tmp_path):
     finally:
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-    assert max(_iterations(tmp_path)) < LAST
+    assert len(list(tmp_path.glob("tried/*/checkpoint_*"))) < LAST
     tuner = tune.Tuner.restore(
         str(tmp_path / "tried"), trainable=DistRL, param_space=small_config(), resume_errored=True
     )

@@ -51,7 +51,18 @@ num_epochs = 2
 target = "sample_replacement"
 """
 # Counters and clocks of RLlib that tell how long things took, not what was learned.
-_CLOCKS = ("time", "timer", "throughput", "date", "pid", "hostname", "perf", "node_ip", "trial")
+_CLOCKS = (
+    "_time",
+    "time_",
+    "timer",
+    "throughput",
+    "date",
+    "pid",
+    "hostname",
+    "perf",
+    "node_ip",
+    "trial",
+)
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -230,7 +241,10 @@ def score(prompt, completion, row):
 OWN_TASK = """
 [environment]
 env = "distrl_envs:distrl/Custom-v0"
-env_config = { data = "rows.jsonl", score = "my_scores:score" }
+
+[environment.env_config.task_config]
+data = "rows.jsonl"
+score = "my_scores:score"
 """
 
 
