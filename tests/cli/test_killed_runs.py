@@ -17,6 +17,7 @@ import torch
 from rllib_distrl.checkpoints import checkpoint_iteration, latest_checkpoint, list_checkpoints
 from rllib_distrl.run_log import read_progress
 from tests.cli import forked
+from tests.cli.test_train_on_data import save_model
 
 ITERATIONS = 40
 KILLS = 20
@@ -40,6 +41,7 @@ problems = 2
 n = 1
 k = [1]
 token_problems = 0
+critic_prefixes = 0
 
 [environment]
 env = "distrl_envs:distrl/Countdown-v0"
@@ -242,6 +244,9 @@ OWN_TASK = """
 [environment]
 env = "distrl_envs:distrl/Custom-v0"
 
+[environment.env_config]
+prompt_template = "Q: {prompt}\\nA:"
+
 [environment.env_config.task_config]
 data = "rows.jsonl"
 score = "my_scores:score"
@@ -256,7 +261,9 @@ def test_an_error_in_sampling_leaves_a_checkpoint_of_the_last_iteration(folder: 
     countdown = '[environment]\nenv = "distrl_envs:distrl/Countdown-v0"\n'
     (folder / "own.toml").write_text(RECIPE.replace(countdown, OWN_TASK))
     (folder / "broken").touch()
-    command = ("own.toml", "run.iterations=4", "run.checkpoint_interval=0", "--out", "own")
+    save_model(folder / "own-model")
+    settings = ("run.model=own-model", "run.iterations=4", "run.checkpoint_interval=0")
+    command = ("own.toml", *settings, "--out", "own")
     output = folder / "own.txt"
     # 6 completions per iteration: the third one fails.
     assert forked.run("train", *command, cwd=folder, output=output) not in (0, None)
