@@ -143,9 +143,10 @@ class Execution:
 
 
 def _last_lines(log: Path) -> str:
+    """The last error that the command line printed, or what a traceback ends with."""
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
     said = [number for number, line in enumerate(lines) if line.startswith("error:")]
-    start = said[-1] if said else -_ERROR_LINES
+    start = said[-1] if said else -1  # the end of a traceback
     return "\n".join(lines[start:][:_ERROR_LINES])
 
 
