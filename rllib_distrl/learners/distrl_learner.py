@@ -87,6 +87,8 @@ class DistRLLearner(TorchLearner):
         """Builds module and optimisers and resolves the stages."""
         torch.set_num_threads(self.config.rollout_settings.torch_threads)
         super().build()
+        # Logps of the first step's tokens: the learner's and the sampler's.
+        self._mismatched: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._method = Method.from_config(self.config)
         self._controllers = Controllers(self.config.controllers)
         self._uncertainty = make_uncertainty(self.config, self._policy_module)
@@ -175,7 +177,7 @@ class DistRLLearner(TorchLearner):
         episodes: list[Any] = data.episodes or []
         check_behaviour(episodes, self.config)
         columns = self._columns(episodes)
-        self._mismatched: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._mismatched = []
         self._single_step = (
             num_epochs == 1
             and (minibatch_size or len(episodes)) >= len(episodes)
