@@ -1,7 +1,6 @@
 """Algorithms by name: ours first, then RLlib's own."""
 
 import difflib
-from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -24,9 +23,11 @@ ALGORITHMS = {
 }
 
 
-@cache
 def register_with_tune() -> None:
-    """Lets `tune.Tuner("DistRL", ...)` and `tune.run` find our algorithms by name."""
+    """Lets `tune.Tuner("DistRL", ...)` and `tune.run` find our algorithms by name.
+
+    Ray keeps the names with its cluster: after `ray.shutdown` they have to be given again.
+    """
     from ray.tune import register_trainable
 
     for name, place in ALGORITHMS.items():

@@ -71,9 +71,10 @@ def test_parallel_evaluation_lasts_as_long_as_training():
     try:
         algo.train()  # RLlib does not know yet how long that takes.
         # It goes by the iteration before, which on a busy machine may have been a quick one.
-        rounds = [algo.train()["evaluation"]["env_runners"] for _ in range(4)]
-        assert max(validation["num_episodes"] for validation in rounds) > POOL
-        assert all(0.0 <= validation["pass@4"] <= 1.0 for validation in rounds)
+        rounds = [algo.train()["evaluation"].get("env_runners") for _ in range(6)]
+        held = [validation for validation in rounds if validation]
+        assert max(validation["num_episodes"] for validation in held) > POOL
+        assert all(0.0 <= validation["pass@4"] <= 1.0 for validation in held)
     finally:
         algo.stop()
 
