@@ -24,3 +24,17 @@ def ray_session():
     )
     yield
     ray.shutdown()
+
+
+@pytest.fixture
+def build():
+    """Builds algorithms of configurations, and stops them after the test."""
+    built = []
+
+    def make(config):
+        built.append(config.build_algo())
+        return built[-1]
+
+    yield make
+    for algo in built:
+        algo.stop()

@@ -15,19 +15,6 @@ from tests.learners.rig import hot_config, make_learner, sample
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture
-def build():
-    built = []
-
-    def make(config):
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algo in built:
-        algo.stop()
-
-
 def lifetime(result):
     return result["env_runners"]["num_env_steps_sampled_lifetime"]
 

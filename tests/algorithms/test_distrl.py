@@ -7,19 +7,6 @@ from tests.helpers import distrl_config
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture
-def build():
-    built = []
-
-    def make(config):
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algo in built:
-        algo.stop()
-
-
 def assert_same_weights(one, other):
     for name, weight in one.items():
         torch.testing.assert_close(weight, other[name], rtol=0, atol=0, msg=name)

@@ -23,19 +23,6 @@ class TimedRunner(CompletionEnvRunner):
         return report
 
 
-@pytest.fixture
-def build():
-    built = []
-
-    def make(config):
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algo in built:
-        algo.stop()
-
-
 def watch_updates(algo):
     """Spans of the updates, and the versions and rows that they learned from."""
     update, seen = algo._update_learners, []

@@ -52,19 +52,6 @@ def runner_with(engine_class):
     return Runner
 
 
-@pytest.fixture
-def build():
-    built = []
-
-    def make(config):
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algo in built:
-        algo.stop()
-
-
 @pytest.mark.parametrize(
     ("engine", "message"),
     [

@@ -10,19 +10,6 @@ from tests.helpers import distrl_config
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-@pytest.fixture
-def build():
-    built = []
-
-    def make(config):
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algo in built:
-        algo.stop()
-
-
 def rollouts(sampler_logp):
     return SequenceBatch(
         rewards=torch.zeros(2, 3),

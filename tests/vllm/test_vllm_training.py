@@ -37,19 +37,6 @@ def breaking(lies):
     return Runner
 
 
-@pytest.fixture
-def build():
-    built = []
-
-    def make(config):
-        built.append(config.build_algo())
-        return built[-1]
-
-    yield make
-    for algo in built:
-        algo.stop()
-
-
 def test_distrl_trains_and_exports_what_vllm_samples(build, tmp_path):
     from transformers import AutoModelForCausalLM
 
