@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # Settings of these stages that a recipe gives once, in `[training]` itself.
 _FROM_TRAINING = {
     ("advantage", "gae"): ("gamma", "lambda_"),
+    ("advantage", "best_of_k"): ("lambda_",),
     ("policy_loss", "clip"): ("clip_param", "clip_param_high", "dual_clip"),
     ("shaper", "dltv"): (
         "bonus_coeff",

@@ -49,11 +49,25 @@ def logit_shift(posterior: Tensor, prior: Tensor) -> Tensor:
     return posterior.logit(eps=floor) - prior.logit(eps=floor)
 
 
-def calibrated_edges(shift: Tensor, n: int) -> Tensor:
-    """Proportional odds: e_i = σ(logit(i/N) − shift), i = 0…N, in place of the edges i/N.
+def shifted_edges(edges: Tensor, shift: Tensor) -> Tensor:
+    """Proportional odds: e ↦ σ(logit(e) − shift), which moves a law up where the shift is positive.
 
-    The calibrated value of a state is Σ_i θ_i (e_i − e_{i−1}); a Bernoulli(p) law becomes
-    Bernoulli(σ(logit p + shift)).
+    A Bernoulli(p) law becomes Bernoulli(σ(logit p + shift)).
+
+    Args:
+        edges: (…, N + 1), cumulative probabilities from 0 to 1.
+        shift: (…).
+
+    Returns:
+        (…, N + 1), from 0 to 1.
+    """
+    return torch.sigmoid(edges.logit() - shift.unsqueeze(-1))
+
+
+def calibrated_edges(shift: Tensor, n: int) -> Tensor:
+    """`shifted_edges` of quantiles, whose edges are i/N, i = 0…N.
+
+    The calibrated value of a state is Σ_i θ_i (e_i − e_{i−1}).
 
     Args:
         shift: (B,).
@@ -63,18 +77,4 @@ def calibrated_edges(shift: Tensor, n: int) -> Tensor:
         (B, N + 1), from 0 to 1.
     """
     levels = torch.linspace(0, 1, n + 1, dtype=shift.dtype, device=shift.device)
-    return torch.sigmoid(levels.logit() - shift.unsqueeze(-1))
-
-
-def calibrated_value(quantiles: Tensor, shift: Tensor) -> Tensor:
-    """Σ_i θ_i (e_i − e_{i−1}), the mean of the shifted law at each token.
-
-    Args:
-        quantiles: (B, T, N), θ.
-        shift: (B,), of each row.
-
-    Returns:
-        (B, T).
-    """
-    weights = calibrated_edges(shift, quantiles.shape[-1]).diff(dim=-1)
-    return torch.einsum("btn,bn->bt", quantiles, weights)
+    return shifted_edges(levels, shift)

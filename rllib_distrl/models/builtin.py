@@ -108,6 +108,7 @@ SPECS = {
     spec.name: spec
     for spec in (
         BuiltinSpec("countdown"),
+        BuiltinSpec("graph-path", task="graph_path"),
         # For tests and quick looks: knows the form of an answer, seldom the answer.
         BuiltinSpec(
             "countdown-tiny",

@@ -217,3 +217,42 @@ def test_problems_keep_to_the_rules():
 def test_impossible_difficulties_are_refused(numbers):
     with pytest.raises(ValueError, match=r"numbers=\d.*2\.\.6"):
         CountdownTask(numbers=numbers)
+
+
+@pytest.mark.parametrize(
+    ("completion", "score"),
+    [
+        (SOLVED, 1.0),
+        ("3 * 4 = 12 , 9 - 7 = 2 , 12 + 2 = 14", 0.3 + 0.4 * 0.5),  # 10 away
+        ("3 * 4 = 12 , 9 + 7 = 16 , 16 - 12 = 4", 0.3),  # 20 away is not close
+        ("3 * 4 = 12 , 9 + 7 = 16 , 12 + 16 = 28", 0.3 + 0.4 * 0.8),
+        ("3 * 4 = 12 , 9 - 7 = 2 , 12 * 2 = 25", 0.2),
+        ("3 * 4 = 12 , 9 - 8 = 1 , 12 * 2 = 24", 0.1),
+        ("3 * 4 = 11 , 9 - 7 = 2 , 12 * 2 = 24", 0.0),
+        ("3 * 4 = 12", 0.1),
+        ("3 * 4 = 12 , 9 - 7 =", 0.0),
+        (SOLVED + " , 24 + 0 = 24", 0.7),  # solved, then spoilt
+        ("", 0.0),
+        ("24", 0.0),
+    ],
+)
+def test_partial_credit_by_hand(completion, score):
+    task = CountdownTask(partial_credit=True)
+    grade = task.grade(PROBLEM, completion)
+    assert grade.score == pytest.approx(score, abs=1e-12)
+    strict = TASK.grade(PROBLEM, completion)
+    assert (grade.status, grade.answer) == (strict.status, strict.answer)
+    assert task.grade(PROBLEM, completion, truncated=True).score == grade.score
+
+
+def test_partial_credit_does_not_change_the_problems():
+    graded = CountdownTask("validation", seed=3, partial_credit=True)
+    assert [graded.problem(row) for row in range(5)] == [
+        CountdownTask("validation", seed=3).problem(row) for row in range(5)
+    ]
+
+
+@given(st.one_of(st.text(), st.text(alphabet="0123456789+-*=, \n")))
+def test_only_a_solution_gets_full_partial_credit(text):
+    grade = CountdownTask(partial_credit=True).grade(PROBLEM, text)
+    assert grade.score == 1.0 if grade.status == "correct" else 0.0 <= grade.score <= 0.7 + 1e-12

@@ -19,6 +19,9 @@ LARGEST_NUMBER = 9
 SMALLEST_TARGET = 10
 LARGEST_VALUE = 99
 FEWEST_NUMBERS, MOST_NUMBERS = 2, 6
+# Most that an answer which misses the target can get: for its valid steps and for coming close.
+STEPS_CREDIT, CLOSENESS_CREDIT = 0.3, 0.4
+CLOSE = 20  # further from the target is not close at all
 STEP = re.compile(r"([0-9]{1,4})\s*([-+*])\s*([0-9]{1,4})\s*=\s*([0-9]{1,4})")
 TAGGED = "<answer>", "</answer>"
 
@@ -30,12 +33,19 @@ class CountdownTask(GeneratedTask):
 
     Numbers are 1..9, the target 10..99, every intermediate result 0..99. With n numbers an answer
     has n-1 steps, `3 * 4 = 12 , 7 + 9 = 16 , 12 + 12 = 24` for instance; any valid one counts.
+    With `partial_credit` scores lie between 0 and 1: see `grade`.
     """
 
     name = "countdown"
 
-    def __init__(self, split: str = "train", seed: int = 0, numbers: int = 4):
-        """Chooses the split, the seed and how many numbers a problem has.
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        numbers: int = 4,
+        partial_credit: bool = False,
+    ):
+        """Chooses the split, the seed, how many numbers a problem has, and how it is graded.
 
         Raises:
             ValueError: If the split is unknown or `numbers` is outside 2..6.
@@ -46,6 +56,7 @@ class CountdownTask(GeneratedTask):
                 f"Got numbers={numbers}; Countdown takes {FEWEST_NUMBERS}..{MOST_NUMBERS} numbers."
             )
         self.numbers = numbers
+        self.partial_credit = bool(partial_credit)
         self.max_prompt_tokens = numbers + 3  # the numbers, "->", the target, ":"
         self.max_completion_tokens = 6 * (numbers - 1)  # "a op b = c" and "," or EOS
 
@@ -101,7 +112,11 @@ class CountdownTask(GeneratedTask):
         )
 
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
-        """1.0 for a valid solution, else 0.0.
+        """1.0 for a valid solution, else 0.0 or, with `partial_credit`, up to 0.7.
+
+        Partial credit (our choice) goes to text that consists of steps: 0.3 times the share of
+        steps that are right before the first wrong one, plus, where all n-1 are right, 0.4 times
+        max(0, 1 - |result - target| / 20).
 
         The answer is the last text between answer tags, the whole completion without tags. Steps
         are separated by commas or line ends; nothing else may stand beside them.
@@ -109,11 +124,21 @@ class CountdownTask(GeneratedTask):
         text = _answer_text(completion.translate(SPELLINGS))
         steps = _parse(text)
         answer = _text(steps) if steps is not None else None
-        if steps is not None and _solves(steps, problem.data["numbers"], problem.data["target"]):
+        right, pool = _play(steps or (), problem.data["numbers"])
+        target = problem.data["target"]
+        if steps is not None and right == len(steps) and pool == [target]:
             return Grade(1.0, "correct", answer)
+        score = self._partial(right, pool, target) if self.partial_credit else 0.0
         if truncated:
-            return Grade(0.0, "too_long", answer)
-        return Grade(0.0, "wrong" if STEP.search(text) else "no_answer", answer)
+            return Grade(score, "too_long", answer)
+        return Grade(score, "wrong" if STEP.search(text) else "no_answer", answer)
+
+    def _partial(self, right: int, pool: Sequence[int], target: int) -> float:
+        """The credit for `right` steps that leave `pool`, without the target."""
+        score = STEPS_CREDIT * right / (self.numbers - 1)
+        if len(pool) == 1:
+            score += CLOSENESS_CREDIT * max(0.0, 1.0 - abs(pool[0] - target) / CLOSE)
+        return score
 
 
 def _problem(row: int, numbers: list[int], target: int) -> Problem:
@@ -149,17 +174,19 @@ def _parse(text: str) -> list[Step] | None:
     return steps
 
 
-def _solves(steps: Sequence[Step], numbers: Sequence[int], target: int) -> bool:
+def _play(steps: Sequence[Step], numbers: Sequence[int]) -> tuple[int, list[int]]:
+    """How many steps are right before the first wrong one, and the numbers that they leave."""
     pool = list(numbers)
-    for left, symbol, right, value in steps:
+    for done, (left, symbol, right, value) in enumerate(steps):
+        rest = list(pool)
         for operand in (left, right):
-            if operand not in pool:
-                return False
-            pool.remove(operand)
+            if operand not in rest:
+                return done, pool
+            rest.remove(operand)
         if value != OPERATORS[symbol](left, right) or not 0 <= value <= LARGEST_VALUE:
-            return False
-        pool.append(value)
-    return pool == [target]
+            return done, pool
+        pool = [*rest, value]
+    return len(steps), pool
 
 
 def _search(pool: list[int], target: int, rng: np.random.Generator) -> list[Step] | None:
