@@ -18,6 +18,7 @@ from rllib_distrl.recipe_settings import EvalSettings, RunSettings
 MIN_SEEDS = 2
 _NAME = re.compile(r"[\w][\w.+-]*")
 _VARIANTS_FILE = ("recipe", "base", "variants")
+_ABOUT = ("recipe", "part")  # of a variant, beside its settings
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,8 @@ def make_plan(
 
     Args:
         files: Recipes; or files with `recipe = "…"`, a table `[base]` of settings for all
-            variants, and tables `[variants.NAME]` of settings that replace the recipe's.
+            variants, and tables `[variants.NAME]` of settings that replace the recipe's; a variant
+            may name a recipe of its own.
         overrides: `table.key=value` items for all of them.
         seeds: How many.
         first_seed: They are this one and those that follow.
@@ -153,10 +155,10 @@ def _read_variants(
         )
     contenders = []
     for name, changes in variants.items():
-        recipe = read_toml(file.parent / source)
+        recipe = read_toml(file.parent / changes.get("recipe", source))
         part = changes.get("part", "")
         _replace(recipe, tables.get("base", {}), f"{file}: [base]")
-        settings = {table: values for table, values in changes.items() if table != "part"}
+        settings = {table: values for table, values in changes.items() if table not in _ABOUT}
         _replace(recipe, settings, f"{file}: [variants.{name}]")
         override_tables(recipe, overrides)
         try:
