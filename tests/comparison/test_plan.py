@@ -68,6 +68,14 @@ def test_variants_replace_settings_whole(folder: Path) -> None:
     assert kappa.recipe.tables["training"]["lr"] == 1e-3
 
 
+def test_a_variant_may_have_a_recipe_of_its_own(folder: Path) -> None:
+    own = VARIANTS + 'other = { recipe = "b.toml", training = { gamma = 0.5 } }\n'
+    (folder / "variants.toml").write_text(own)
+    *_, other = plan(folder, "variants.toml").contenders
+    training = other.recipe.tables["training"]
+    assert (training["lr"], training["gamma"], training["minibatch_size"]) == (2e-3, 0.5, 16)
+
+
 def test_the_digest_is_of_the_settings_but_not_of_the_seed(folder: Path) -> None:
     first = plan(folder, "a.toml", "b.toml", run__seed="1").baseline.digest
     assert plan(folder, "a.toml", "b.toml", run__seed="2").baseline.digest == first
