@@ -202,7 +202,7 @@ class DistRLLearner(TorchLearner):
             if not self._refusals.in_a_row:
                 steps.append(self._step_losses)
         values = {
-            **Losses.mean(steps or [self._step_losses]),
+            **Losses.mean(steps or [self._step_losses], rollouts.all_reduce),
             **self._mismatch(),
             **self._coefficients,
             **self._refusals.metrics(),
@@ -215,8 +215,11 @@ class DistRLLearner(TorchLearner):
         return None if _no_metrics_reduce else self.metrics.reduce()
 
     def _mismatch(self) -> dict[str, float]:
-        """Sampler against learner, over all tokens of the first step."""
-        logp, sampler_logp = map(torch.cat, zip(*self._mismatched, strict=True))
+        """Sampler against learner, over all tokens and all learners of the first step."""
+        logps = torch.cat([torch.stack(pair, -1) for pair in self._mismatched])
+        if self.config.num_learners > 1:
+            logps = self._all_gather(logps)
+        logp, sampler_logp = logps.unbind(-1)
         everything = torch.ones_like(logp, dtype=torch.bool)
         return logp_mismatch(logp, sampler_logp, everything, self.config.clip_param)
 
@@ -292,6 +295,13 @@ class DistRLLearner(TorchLearner):
         total = tensor.clone()
         torch.distributed.all_reduce(total)
         return total
+
+    @staticmethod
+    def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
+        """The rows of all learners, which may have different numbers of them."""
+        parts: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(parts, tensor.cpu())
+        return torch.cat(parts)
 
     def _minibatches(
         self,

@@ -8,6 +8,7 @@ import torch
 from rllib_distrl.maths.aggregation import weighted_sum
 from rllib_distrl.maths.losses import squared_value_loss
 from rllib_distrl.maths.quantiles import quantile_huber_loss
+from rllib_distrl.maths.statistics import AllReduce, identity
 from rllib_distrl.stages.batch import SequenceBatch
 
 if TYPE_CHECKING:
@@ -38,12 +39,18 @@ class Losses:
             setattr(self, field.name, getattr(self, field.name) + value)
 
     @staticmethod
-    def mean(steps: list["Losses"]) -> dict[str, float]:
-        """Means over optimiser steps, by RLlib's keys."""
+    def mean(steps: list["Losses"], all_reduce: AllReduce = identity) -> dict[str, float]:
+        """Means over optimiser steps, by RLlib's keys.
+
+        Args:
+            steps: shares of one learner; its weights divide by the tokens of all.
+            all_reduce: sum over learners.
+        """
         names = [field.name for field in fields(Losses)]
-        return {
-            name: sum(float(getattr(step, name)) for step in steps) / len(steps) for name in names
-        }
+        sums = [sum(float(getattr(step, name)) for step in steps) for name in names]
+        device = torch.as_tensor(steps[0].total_loss).device
+        total = all_reduce(torch.tensor(sums, dtype=torch.float64, device=device))
+        return dict(zip(names, (total / len(steps)).tolist(), strict=True))
 
 
 def distrl_losses(

@@ -12,7 +12,7 @@ from ray.rllib.utils.metrics import (
 
 from rllib_distrl.learners.read_critic import critic_metrics
 from rllib_distrl.maths.kl import kl_estimate
-from rllib_distrl.maths.statistics import masked_mean
+from rllib_distrl.maths.statistics import masked_mean, masked_mean_and_std
 from rllib_distrl.stages.batch import SequenceBatch
 
 
@@ -27,13 +27,15 @@ def log_update(
         values: of the optimiser steps.
         gamma: discount.
     """
-    advantages = rollouts.column("advantages")[rollouts.loss_mask]
+    _, advantages_std = masked_mean_and_std(
+        rollouts.column("advantages"), rollouts.loss_mask, rollouts.all_reduce
+    )
     values = {
         **values,
         **rollouts.metrics,
         **reference_metrics(rollouts),
         **critic_metrics(rollouts, gamma),
-        "advantages_std": float(advantages.std(correction=0)),
+        "advantages_std": float(advantages_std),
     }
     metrics.log_dict(values, key=DEFAULT_MODULE_ID, window=1)
     tokens = int(rollouts.loss_mask.sum())
@@ -51,4 +53,4 @@ def reference_metrics(rollouts: SequenceBatch) -> dict[str, float]:
     if rollouts.ref_logp is None:
         return {}
     kl = kl_estimate(rollouts.action_logp, rollouts.ref_logp, "k3", rollouts.loss_mask)
-    return {"ref_kl": float(masked_mean(kl, rollouts.loss_mask))}
+    return {"ref_kl": float(masked_mean(kl, rollouts.loss_mask, rollouts.all_reduce))}

@@ -81,7 +81,7 @@ def logp_mismatch(
         clip_param: Half width of the clip band around 1.
 
     Returns:
-        `logp_mismatch_{p50, p95, max, outside_clip, ess}`; of this learner's tokens only.
+        `logp_mismatch_{p50, p95, max, outside_clip, ess}`.
     """
     difference = (logp - action_logp)[loss_mask].detach().double()
     if difference.numel() == 0:

@@ -173,6 +173,36 @@ def test_two_learners_equal_one(build):
     assert_same_update(policy_state(one), policy_state(two))
 
 
+OF_ALL_LEARNERS = (
+    *("total_loss", "policy_loss", "vf_loss", "entropy", "regularisation", "ref_kl"),
+    *("advantages_std", "importance_weight_mean", "importance_bounded_share"),
+    *(f"logp_mismatch_{name}" for name in ("p50", "p95", "max", "outside_clip", "ess")),
+)
+
+
+@pytest.mark.slow
+def test_two_learners_correct_and_report_what_one_does(build):
+    config = distrl_config(
+        prompts=4,
+        generations=3,
+        init_value=0.5,
+        bonus_coeff=0.0,
+        entropy_coeff=0.01,
+        regularisers=[{"name": "kl", "coeff": 0.1}],
+        importance_correction="masked",
+        importance_bound=1.2,
+    ).rollout(temperature=2.0, top_k=20, dtype="bfloat16")
+    one = build(config.copy(copy_frozen=False))
+    two = build(config.copy(copy_frozen=False).learners(num_learners=2))
+    expected, found = (learner_metrics(algo.train()) for algo in (one, two))
+    for name in OF_ALL_LEARNERS:
+        # Small differences of logps: learners pad their rows differently.
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+    assert 0 < expected["importance_bounded_share"] < 0.5
+    assert expected["logp_mismatch_max"] > 1.3
+    assert_same_update(policy_state(one), policy_state(two))
+
+
 def test_export_loads_in_plain_transformers(build, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

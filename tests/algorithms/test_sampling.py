@@ -6,6 +6,7 @@ import time
 import pytest
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from rllib_distrl.algorithms.sampling import check_weights
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from tests.helpers import distrl_config
 
@@ -118,6 +119,13 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     # Scaling waits for the batch under way and keeps it.
     algo.scale_env_runners(2)
     assert len(seen) == 5 and algo.train()["env_runners"]["weights_version_lag"] == 1
+
+
+@pytest.mark.parametrize("held", [(3, "another"), (2, "this"), (4, "this")])
+def test_weights_are_told_apart_by_version_and_by_hash(held):
+    check_weights("It", (3, "this"), (3, "this"))
+    with pytest.raises(RuntimeError, match=f"It has .* version {held[0]}, hash {held[1]}; exp"):
+        check_weights("It", held, (3, "this"))
 
 
 def test_staleness_is_validated():

@@ -42,6 +42,13 @@ class LyingEngine(TorchEngine):
         return self.true_hash
 
 
+class ForgetfulEngine(TorchEngine):
+    """Loads what it is sent, and numbers it as what it had."""
+
+    def load_weights(self, state, version):
+        return super().load_weights(state, max(self.version, 0))
+
+
 def runner_with(engine_class):
     class Runner(CompletionEnvRunner):
         def _make_engine(self):
@@ -65,6 +72,34 @@ def test_an_engine_that_missed_a_tensor_is_refused(build, engine, message):
     algo = build(config.env_runners(env_runner_cls=runner_with(engine)))
     with pytest.raises(RuntimeError, match=message):
         algo.train()
+
+
+@pytest.mark.slow
+def test_every_remote_engine_is_checked(build):
+    config = distrl_config(init_value=0.5, whiten_advantages=False)
+    algo = build(config.env_runners(num_env_runners=2, num_cpus_per_env_runner=0.5))
+
+    def become(engine_class):
+        algo.env_runner_group.foreach_env_runner(
+            lambda runner: setattr(runner.engine, "__class__", engine_class),
+            remote_worker_ids=[2],
+            local_env_runner=False,
+        )
+
+    for engine_class, message in (
+        (
+            SkippingEngine,
+            r"Env runner 2 .*was sent version 1, hash (\w+) .* loaded version 1, hash ",
+        ),
+        (LyingEngine, "Env runner 2 .*computes other logps than the learner"),
+        (ForgetfulEngine, "Env runner 2 .*was sent version 3, .* loaded version 2, hash "),
+    ):
+        become(engine_class)
+        with pytest.raises(RuntimeError, match=message):
+            algo.train()
+        become(TorchEngine)
+        algo._sync_weights()
+    algo.train()
 
 
 def test_lag_and_probe_error_are_logged(build):

@@ -63,14 +63,16 @@ def update_from_shifted_logps(build, shift, **training):
 
 
 def test_the_weight_multiplies_the_policy_gradient(build):
-    correction = {"importance_correction": "truncated", "importance_bound": 3.0, "grad_clip": None}
-    plain, _ = update_from_shifted_logps(build, 0.0, **correction)
-    half, metrics = update_from_shifted_logps(build, float(np.log(2.0)), **correction)
-    assert float(plain.abs().max()) > 1e-2
-    # Weight 1/2 for every token, while the ratio to the learner's own logps stays 1.
-    torch.testing.assert_close(half, plain / 2, rtol=1e-3, atol=1e-6)
+    correction = {"importance_correction": "truncated", "importance_bound": 1.5, "grad_clip": None}
+    plain, metrics = update_from_shifted_logps(build, float(np.log(2.0)), **correction)
     assert metrics["importance_weight_mean"] == pytest.approx(0.5, rel=1e-4)
     assert metrics["importance_bounded_share"] == 0.0
+    cut, metrics = update_from_shifted_logps(build, -float(np.log(2.0)), **correction)
+    assert float(plain.abs().max()) > 1e-2
+    # Weights 1/2 and 2, cut at 1.5, for every token: the ratio to the learner's own logps stays 1.
+    torch.testing.assert_close(cut, 3 * plain, rtol=1e-3, atol=1e-6)
+    assert metrics["importance_weight_mean"] == 1.5
+    assert metrics["importance_bounded_share"] == 1.0
     assert metrics["logp_mismatch_p50"] == pytest.approx(2.0, rel=1e-4)
     nothing, metrics = update_from_shifted_logps(
         build, 3.0, **{**correction, "importance_correction": "masked"}
@@ -78,15 +80,27 @@ def test_the_weight_multiplies_the_policy_gradient(build):
     assert metrics["importance_bounded_share"] == 1.0 and not nothing.any()
 
 
-def test_top_k_is_corrected_for_and_greedy_refused(build):
+def test_only_what_the_learner_samples_is_learned_from_uncorrected(build):
     algo = build(distrl_config(importance_correction="truncated").rollout(temperature=2.0, top_k=3))
     metrics = algo.train()["learners"]["default_policy"]
     assert 0.3 < metrics["importance_weight_mean"] < 0.99  # mass of the kept three
-    report = algo.env_runner.sample_prompts(algo.prompt_sampler.next(4), 2)
-    sampling = report.episodes[0].infos[0]["sampling"]
-    assert sampling == {"temperature": 2.0, "top_p": 1.0, "top_k": 3, "greedy": False}
-    algo.config._is_frozen = False
-    algo.learner_group._learner.config._is_frozen = False
-    algo.learner_group._learner.config.importance_correction = "none"
-    with pytest.raises(ValueError, match=r"'top_k': 3.*Sample from it"):
-        algo.learner_group.update(episodes=report.episodes)
+    runner, learner = algo.env_runner, algo.learner_group._learner
+    learner.config._is_frozen = False
+
+    def learn(correction, explore=True, **rollout):
+        runner.rollout = {**runner.rollout, "temperature": 2.0, "top_k": 0, "top_p": 1.0, **rollout}
+        episodes = runner.sample(num_episodes=2, explore=explore)
+        sampling = {name: runner.rollout[name] for name in ("temperature", "top_p", "top_k")}
+        assert episodes[0].infos[0]["sampling"] == {**sampling, "greedy": not explore}
+        learner.config.importance_correction = correction
+        learner.update(episodes=episodes)
+
+    others = ({"temperature": 1.5}, {"top_p": 0.9}, {"top_k": 3})
+    for other in others:
+        learn("truncated", **other)
+        with pytest.raises(ValueError, match=f"{next(iter(other))}'.*Sample from it"):
+            learn("none", **other)
+    learn("none")
+    for correction in ("none", "truncated"):
+        with pytest.raises(ValueError, match=r"'greedy': True.*cannot be corrected for"):
+            learn(correction, explore=False)
