@@ -72,6 +72,7 @@ class Recipe:
         """
         from rllib_distrl.algorithms.language_model import check_window, wire_language_model
         from rllib_distrl.algorithms.registry import algorithm_config
+        from rllib_distrl.algorithms.validation_clock import time_validations
         from rllib_distrl.models.loading import load_tokenizer
 
         load_tokenizer(self.run.model)
@@ -83,6 +84,7 @@ class Recipe:
         config.reporting(metrics_num_episodes_for_smoothing=episodes)
         if self.eval.interval:
             config.evaluation(**self._validation_settings())
+        time_validations(config)
         for table in BUILDER_TABLES:
             if table in self.tables:
                 _apply(config, table, self.tables[table])

@@ -123,11 +123,14 @@ def _train(
     algo: Algorithm, checkpoints: TrainingCheckpoints, log: RunLog, row: dict[str, Any]
 ) -> dict[str, Any]:
     """Trains one iteration after that of `row`; if it cannot be done, keeps the state before it."""
+    from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS, optimizer_steps
     from rllib_distrl.algorithms.sampling import RunnersLostError
+    from rllib_distrl.algorithms.validation_clock import without_repeats
     from rllib_distrl.learners.refusals import NonFiniteError
 
     try:
-        return algo.train()
+        result = without_repeats(algo.train())
+        return {**result, OPTIMIZER_STEPS: optimizer_steps(algo)}
     except Exception as error:
         checkpoints.rescue(algo, log, row)
         if not isinstance(error, (RunnersLostError, NonFiniteError)):

@@ -19,6 +19,8 @@ from rllib_distrl.run_log import write_atomic
 
 _POLL_SECONDS = 0.2
 _ERROR_LINES = 12  # of a failed run's output
+# What `distrl train` measures beside and no table of a comparison shows.
+_NOT_COMPARED = ("eval.before=false", "eval.token_problems=0", "eval.critic_prefixes=0")
 
 Report = Callable[[Record], None]
 
@@ -113,7 +115,7 @@ class Execution:
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(recipe, contender.recipe.to_toml())
         command = [sys.executable, "-m", "rllib_distrl.cli", "train", str(recipe)]
-        command += [f"run.seed={seed}", "--out", str(run)]
+        command += [f"run.seed={seed}", *_NOT_COMPARED, "--out", str(run)]
         command += ["--resume"] if is_run_folder(run) else []
         stream = log.open("ab")
         popen = subprocess.Popen(

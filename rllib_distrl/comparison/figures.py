@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
+from rllib_distrl.comparison.matched import front_metrics
 from rllib_distrl.comparison.record import Record
 from rllib_distrl.comparison.results import Results, Row
 from rllib_distrl.comparison.tables import main_metrics
@@ -160,8 +161,7 @@ def _whisker(panel: Any, results: Results, row: Row, metric: str, place: int) ->
 
 def plot_front(results: Results) -> Chart:
     """pass@k over the average score along training: higher at the same place is better."""
-    known = [name for name in results.validation_metrics if name.startswith(("pass@", "best@"))]
-    metrics = [name for name in known if not name.endswith("@1")][-2:]
+    metrics = front_metrics(results)
     groups = _panels(results)
     titles = [f"{metric} {part}".strip() for part in groups for metric in metrics]
     figure, axes = chart(titles, columns=2)

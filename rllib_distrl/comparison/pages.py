@@ -63,15 +63,16 @@ def sections(results: Results) -> list[Section]:
         Section("Learning", "Mean over the seeds; bands from the lowest to the highest seed.",
                 figure=figures.plot_learning(results), picture="learning"),
     ]  # fmt: skip
-    level = results.matched_level()
-    if level is not None:
+    if table := matched_table(results):
         parts.append(
             Section(
-                "At matched average",
-                f"pass@k where the average score first crosses {100 * level:.1f} % along training, "
-                "on validation problems, interpolated between validations; in brackets the paired "
-                f"difference to {baseline}.",
-                matched_table(results),
+                "At equal average score",
+                "Each run is read where its own average score on validation problems first "
+                "crosses a level, interpolated linearly between validations; nothing is "
+                f"extrapolated. The difference to {baseline} there, on the same seeds: mean [95 % "
+                "bootstrap interval over the seeds], p of the sign-flip test, and how many seeds "
+                f"cross the level with both. The line of {baseline} has its values.",
+                table,
                 figures.plot_front(results),
                 "front",
             )
@@ -99,7 +100,9 @@ def _how_measured(results: Results) -> str:
         "of the iteration that reached them), dropped samples and critic warm-up included. Shares "
         f"in %, on {evaluation['problems']} {evaluation['split']} problems x {evaluation['n']} "
         "samples after training; entropy in nats per token, of the sampled tokens. Mean ± sd over "
-        "the seeds. Speed and minutes are of training alone, on whatever else the machine did."
+        "the seeds. A sample counts for pass@k with a score of at least 1; avg@k and best@k, "
+        "the expected best of k samples, take the score itself. Speed and minutes are of training "
+        "alone, on whatever else the machine did; minutes in all have start and evaluations too."
     )
 
 

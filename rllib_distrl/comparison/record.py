@@ -8,11 +8,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS
+from rllib_distrl.algorithms.validation_clock import EVALUATION, SECONDS
 from rllib_distrl.comparison.plan import Contender
 from rllib_distrl.comparison.statistics import value_at
-from rllib_distrl.evaluation.summary import default_ks, per_problem
+from rllib_distrl.evaluation.summary import SampleTable, default_ks, per_problem
+from rllib_distrl.maths.pass_k import best_at_k
 from rllib_distrl.run_folder import open_run
 from rllib_distrl.run_log import read_progress, tokens_generated, write_atomic
 
@@ -27,6 +31,7 @@ CURVES = {
 _POINTS = 50  # of a kept curve
 AVERAGE = "avg@"
 _VALIDATION = "evaluation/env_runners/"
+_VALIDATION_SECONDS = f"{EVALUATION}/{SECONDS}"
 _VALIDATED = (AVERAGE, "pass@", "best@")
 _LEFT_OUT = ("truncated", "unparsable", "tokens")
 
@@ -48,9 +53,13 @@ class Record:
         versions: Of the packages that decide the numbers.
         metrics: avg@n, pass@k, distinct correct solutions and entropy (nats per token) on the
             evaluation's problems after training; shares in [0, 1].
+        scores: Of each problem of that evaluation, as [[score, how many samples], …], ascending.
+        distinct: Distinct correct solutions of each problem.
         tokens: Completion tokens generated in training.
         iterations: Training iterations.
-        seconds: Of training, without start and evaluation.
+        updates: Optimiser steps; None where the optimiser does not count them.
+        seconds: Of training, without start, evaluation and validation.
+        validation_seconds: Of the validations while training.
         wall_seconds: Of the whole process.
         curve: {metric: [[tokens, mean over the iterations since the point before], …]}.
         validation: {"tokens": …, "avg@n": …, "pass@k": …} of each validation while training.
@@ -67,9 +76,13 @@ class Record:
     commit: str | None = None
     versions: dict[str, str] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    scores: list[list[list[float]]] = field(default_factory=list)
+    distinct: list[int] = field(default_factory=list)
     tokens: int = 0
     iterations: int = 0
+    updates: int | None = None
     seconds: float = 0.0
+    validation_seconds: float = 0.0
     wall_seconds: float = 0.0
     curve: dict[str, list[list[float]]] = field(default_factory=dict)
     validation: list[dict[str, float]] = field(default_factory=list)
@@ -105,7 +118,11 @@ class Record:
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
+        lines = (
+            f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}"
+            for name, value in asdict(self).items()
+        )
+        write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def read_record(path: Path) -> Record:
@@ -140,6 +157,10 @@ def finished_record(
     tokens = int((tokens_generated(rows[-1]) or 0) if rows else 0)
     if tokens < budget:
         raise ValueError(f"{run_path} holds {tokens:,} of {budget:,} tokens.")
+    recipe = run.recipe().to_dict()
+    samples = pd.read_parquet(run.samples / "after.parquet")
+    validating = sum(row.get(_VALIDATION_SECONDS) or 0.0 for row in rows)
+    beside = recipe.get("evaluation", {}).get("evaluation_parallel_to_training", False)
     return Record(
         name=contender.name,
         part=contender.part,
@@ -147,28 +168,33 @@ def finished_record(
         digest=contender.digest,
         budget_tokens=budget,
         status=FINISHED,
-        recipe=run.recipe().to_dict(),
+        recipe=recipe,
         commit=meta["commit"],
         versions=meta["versions"],
-        metrics=measure_samples(pd.read_parquet(run.samples / "after.parquet")),
+        metrics=measure_samples(samples),
+        scores=score_counts(samples),
+        distinct=SampleTable(samples).distinct("completion").astype(int).tolist(),
         tokens=tokens,
         iterations=int(rows[-1]["iteration"]),
-        seconds=sum(row.get("time_this_iter_s") or 0.0 for row in rows),
+        updates=rows[-1].get(OPTIMIZER_STEPS),
+        seconds=sum(row.get("time_this_iter_s") or 0.0 for row in rows)
+        - (0.0 if beside else validating),
+        validation_seconds=validating,
         wall_seconds=wall_seconds,
         curve={name: thinned(rows, key) for name, key in CURVES.items()},
-        validation=[found for row in rows if (found := _validation(row))],
+        validation=[_validation(row) for row in rows if row.get(_VALIDATION_SECONDS) is not None],
     )
 
 
 def _validation(row: Mapping[str, Any]) -> dict[str, float]:
-    """What an iteration's validation measured on pools; {} where there was none."""
+    """What an iteration's validation measured on pools."""
     named = {
         key.removeprefix(_VALIDATION): value
         for key, value in row.items()
         if key.startswith(_VALIDATION) and value is not None
     }
     found = {name: float(v) for name, v in named.items() if name.startswith(_VALIDATED)}
-    return {"tokens": float(tokens_generated(row) or 0), **found} if found else {}
+    return {"tokens": float(tokens_generated(row) or 0), **found}
 
 
 def failed_record(contender: Contender, seed: int, error: str, *, wall_seconds: float) -> Record:
@@ -194,15 +220,27 @@ def measure_samples(frame: pd.DataFrame) -> dict[str, float]:
         frame: Graded samples, with the columns of `evaluation.store.SCHEMA`.
 
     Returns:
-        {"avg@64": …, "pass@1": …, "pass@2": …, …, "best@k" as well where scores are graded,
-        "distinct_correct": …, "entropy": nats per token}.
+        {"avg@64": …, "pass@1": …, …, "best@1": …, …, "distinct_correct": …, "entropy": nats per
+        token}. For scores of 0 and 1 best@k is pass@k.
     """
-    n = int(frame.groupby("problem").size().iloc[0])
-    problems = per_problem(frame, default_ks(n), votes=False, distinct_by="completion")
+    table = SampleTable(frame)
+    ks = default_ks(table.n)
+    problems = per_problem(frame, ks, votes=False, distinct_by="completion")
+    for k in ks:
+        problems[f"best@{k}"] = best_at_k(table.scores, k)
     means = dict(zip(problems.columns, problems.to_numpy().mean(axis=0).tolist(), strict=True))
     kept = {name: mean for name, mean in means.items() if not name.startswith(_LEFT_OUT)}
     logp, tokens = frame["logp_sum"].to_numpy().sum(), frame["tokens"].to_numpy().sum()
     return {**kept, ENTROPY: -float(logp / tokens)}
+
+
+def score_counts(frame: pd.DataFrame) -> list[list[list[float]]]:
+    """The scores of each problem, [[score, how many samples], …], ascending by score."""
+    counted = (np.unique(row, return_counts=True) for row in SampleTable(frame).scores)
+    return [
+        [[float(f"{score:.6g}"), int(count)] for score, count in zip(*one, strict=True)]
+        for one in counted
+    ]
 
 
 def thinned(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rllib_distrl.comparison.record import Record
 from rllib_distrl.comparison.statistics import Estimate, PairedTest, estimate, paired_test
+
+_SAME = 1e-9
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ class Results:
 
     @property
     def metrics(self) -> list[str]:
-        """The metrics of the finished runs, in their order."""
-        return list(dict.fromkeys(m for row in self.rows for r in row.records for m in r.metrics))
+        """The metrics of the finished runs, in their order; best@k only where scores are graded."""
+        return self._without_twins(r.metrics for row in self.rows for r in row.records)
 
     @property
     def samples(self) -> int:
@@ -71,42 +73,26 @@ class Results:
     @property
     def validation_metrics(self) -> list[str]:
         """The metrics of the validations while training, by their k."""
-        found = dict.fromkeys(
-            m for row in self.rows for r in row.records for v in r.validation for m in v
-        )
-        shares = [m for m in found if "@" in m]
+        found = [v for row in self.rows for r in row.records for v in r.validation]
+        shares = [m for m in self._without_twins(found) if "@" in m]
         return sorted(shares, key=lambda m: (m.partition("@")[0], int(m.partition("@")[2])))
 
-    def matched_level(self) -> float | None:
-        """An average score that every run crosses while training: the middle of what all share.
-
-        None where there is none.
-        """
-        paths = [
-            [average for average, _ in record.front("pass@1")]
-            for row in self.rows
-            for record in row.records
-        ]
-        if any(len(path) < 2 for path in paths):
-            return None
-        low, high = max(min(path) for path in paths), min(max(path) for path in paths)
-        return (low + high) / 2 if low < high else None
-
-    def matched_test(self, row: Row, level: float, metric: str) -> PairedTest | None:
-        """The paired test of `Record.matched`; None for fewer than 2 common seeds."""
-        ours = {r.seed: v for r in row.records if (v := r.matched(level, metric)) is not None}
-        theirs = {
-            r.seed: v for r in self.baseline.records if (v := r.matched(level, metric)) is not None
-        }
-        return self._paired(row, ours, theirs)
+    @staticmethod
+    def _without_twins(found: Iterable[Mapping[str, float]]) -> list[str]:
+        """All names but best@k where it is pass@k throughout: where every score is 0 or 1."""
+        several = list(found)
+        names = dict.fromkeys(name for one in several for name in one)
+        graded = any(
+            abs(value - one.get(name.replace("best@", "pass@"), value)) > _SAME
+            for one in several
+            for name, value in one.items()
+            if name.startswith("best@")
+        )
+        return [name for name in names if graded or not name.startswith("best@")]
 
     def against_baseline(self, row: Row, metric: str) -> PairedTest | None:
         """The paired test over the seeds that both have; None for fewer than 2."""
-        return self._paired(row, row.values(metric), self.baseline.values(metric))
-
-    def _paired(
-        self, row: Row, ours: dict[int, float], theirs: dict[int, float]
-    ) -> PairedTest | None:
+        ours, theirs = row.values(metric), self.baseline.values(metric)
         seeds = sorted(ours.keys() & theirs.keys())
         if row is self.baseline or len(seeds) < 2:
             return None

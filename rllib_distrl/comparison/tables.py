@@ -6,6 +6,7 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rllib_distrl.comparison.matched import Matched, front_metrics, levels, matched, matched_mean
 from rllib_distrl.comparison.record import DISTINCT, ENTROPY
 from rllib_distrl.comparison.results import Results, Row
 from rllib_distrl.comparison.statistics import Estimate
@@ -79,14 +80,22 @@ def results_table(results: Results) -> Table:
     return Table(head, lines)
 
 
-_COSTS = ("tokens/s", "iterations", "minutes")
+_COSTS = ("tokens/s", "iterations", "updates", "minutes", "minutes in all")
 
 
 def _costs(row: Row) -> list[str]:
     speed = row.estimate_of(lambda record: record.tokens_per_second)
     iterations = row.estimate_of(lambda record: record.iterations)
+    updates = row.estimate_of(lambda record: record.updates)
     minutes = row.estimate_of(lambda record: record.seconds / 60)
-    found = [(speed, ",.0f"), (iterations, ",.0f"), (minutes, ".1f")]
+    wall = row.estimate_of(lambda record: record.wall_seconds / 60)
+    found = [
+        (speed, ",.0f"),
+        (iterations, ",.0f"),
+        (updates, ",.0f"),
+        (minutes, ".1f"),
+        (wall, ".1f"),
+    ]
     return [format(one.mean, form) if one else _NOTHING for one, form in found]
 
 
@@ -118,24 +127,33 @@ def pass_k_table(results: Results) -> Table:
 
 
 def matched_table(results: Results) -> Table | None:
-    """pass@k at the same avg@n along training, and its paired difference to the baseline.
+    """Metrics at the same average score along training, and their paired difference.
 
-    None where the runs have no common avg@n, or were not validated while training.
+    One line per recipe and metric: the mean over the levels, then every level. None where runs
+    have no average score in common, or were not validated while training.
     """
-    level = results.matched_level()
-    if level is None:
+    over = levels(results)
+    if not over:
         return None
-    metrics = [name for name in results.validation_metrics if name.startswith(("pass@", "best@"))]
-    metrics = [name for name in metrics if not name.endswith("@1")]
+    head = ["recipe", "metric", "mean over levels", *(f"at {100 * x:g} %" for x in over)]
     lines = []
-    for row in results.rows:
-        cells = [row.name]
-        for metric in metrics:
-            cell = _interval(metric, row.estimate_of(lambda r, m=metric: r.matched(level, m)))
-            test = results.matched_test(row, level, metric)
-            cells.append(f"{cell} ({_signed(metric, test.difference.mean)})" if test else cell)
-        lines.append(cells)
-    return Table(["recipe", *metrics], lines)
+    for metric in front_metrics(results):
+        for row in results.rows:
+            found = [matched_mean(results, row, metric, over)]
+            found += [matched(results, row, metric, level) for level in over]
+            cells = [_matched_cell(metric, one, row is results.baseline) for one in found]
+            lines.append([row.name, metric, *cells])
+    return Table(head, lines)
+
+
+def _matched_cell(metric: str, found: Matched, baseline: bool) -> str:
+    """The baseline's value, or the difference to it, and how many seeds cross the level."""
+    count = f"{found.pairs} of {found.seeds}"
+    if baseline and found.value is not None:
+        return f"{_interval(metric, found.value)}; {count}"
+    if found.test is None:
+        return f"{_NOTHING}; {count}"
+    return f"{_interval(metric, found.test.difference, signed=True)}, p {found.test.p:.2g}; {count}"
 
 
 def failures_table(results: Results) -> Table:
@@ -146,10 +164,6 @@ def failures_table(results: Results) -> Table:
 
 def _title(metric: str) -> str:
     return metric.replace("_", " ")
-
-
-def _signed(metric: str, value: float) -> str:
-    return number(metric, value, signed=True)
 
 
 def _spread(metric: str, found: Estimate | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from distrl_envs.task import Grade
 from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
-from rllib_distrl.maths.pass_k import distinct_correct, pass_at_k, passes
+from rllib_distrl.maths.pass_k import best_at_k, distinct_correct, pass_at_k, passes
 
 NO_ANSWER = "no_answer"
 
@@ -19,8 +19,9 @@ def pool_metrics(
         equivalent: compares normalised answers in votes; equality when None.
 
     Returns:
-        ``avg@n``; ``pass@k`` and ``maj@k`` for the powers of two k <= n, unbiased; the number
-        ``distinct_correct`` of different right answers; the share ``unparsable``.
+        ``avg@n``; ``pass@k``, ``best@k`` (the same for scores of 0 and 1) and ``maj@k`` for the
+        powers of two k <= n, unbiased; the number ``distinct_correct`` of different right
+        answers; the share ``unparsable``.
     """
     n = len(grades)
     scores = [grade.score for grade in grades]
@@ -30,6 +31,7 @@ def pool_metrics(
     metrics = {f"avg@{n}": sum(scores) / n}
     for k in (1 << power for power in range(n.bit_length())):
         metrics[f"pass@{k}"] = float(pass_at_k(n, int(right.sum()), k)[0])
+        metrics[f"best@{k}"] = float(best_at_k([scores], k)[0])
         metrics[f"maj@{k}"] = majority_at_k(labels, scores, k)
     metrics["distinct_correct"] = float(distinct_correct(answers, right))
     metrics["unparsable"] = sum(grade.status == NO_ANSWER for grade in grades) / n

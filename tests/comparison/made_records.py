@@ -29,7 +29,9 @@ def record(name: str, seed: int, average: float, **more: Any) -> Record:
         },
         "tokens": 1_050,
         "iterations": 7,
+        "updates": 28,
         "seconds": 10.5,
+        "wall_seconds": 30.0,
         "curve": {
             "return": [[150.0, 0.1], [1_050.0, average]],
             "entropy": [[150.0, 0.8], [1_050.0, 0.5]],

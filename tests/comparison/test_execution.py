@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from rllib_distrl.comparison.execution import Execution
 from rllib_distrl.comparison.plan import make_plan
-from rllib_distrl.comparison.record import Record, measure_samples, thinned
+from rllib_distrl.comparison.record import Record, measure_samples, score_counts, thinned
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -25,12 +26,13 @@ model = "builtin:countdown-tiny"
 prompts_per_iteration = 8
 num_generations = 4
 max_completion_tokens = 24
+evaluation_generations = 2
 [eval]
 problems = 4
 n = 4
 k = [1]
-before = false
-token_problems = 0
+interval = 2
+validation_problems = 3
 [environment]
 env = "distrl_envs:distrl/Countdown-v0"
 [training]
@@ -53,6 +55,24 @@ def compare(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def check_validations(good: dict[str, Any], run: Path) -> None:
+    """Every second iteration, on top of the training's tokens and time."""
+    rows = [json.loads(line) for line in (run / "progress.jsonl").read_text().splitlines()]
+    assert good["tokens"] == sum(
+        r["learners/default_policy/num_module_steps_trained"] for r in rows
+    )
+    sampled = [row["num_env_steps_sampled_lifetime"] for row in rows]
+    assert [v["tokens"] for v in good["validation"]] == sampled[1::2]
+    assert good["validation"][0].keys() == {
+        "tokens", "avg@2", "pass@1", "pass@2", "best@1", "best@2"
+    }  # fmt: skip
+    seconds = sum(row["time_this_iter_s"] for row in rows)
+    assert 0.0 < good["validation_seconds"] < seconds
+    assert good["seconds"] + good["validation_seconds"] == pytest.approx(seconds)
+    # Two minibatches of 16 in an iteration of 32 completions.
+    assert good["updates"] == 2 * len(rows) == 2 * good["iterations"]
 
 
 @pytest.mark.slow
@@ -85,9 +105,11 @@ def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
         assert good["status"] == "finished"
         assert 900 <= good["tokens"] < 900 + 8 * 4 * 24
         assert good["metrics"].keys() == {
-            "avg@4", "pass@1", "pass@2", "pass@4", "distinct_correct", "entropy"
+            "avg@4", "pass@1", "pass@2", "pass@4", "best@1", "best@2", "best@4",
+            "distinct_correct", "entropy",
         }  # fmt: skip
         assert good["recipe"]["run"]["seed"] == seed
+        check_validations(good, records / f"good-seed{seed}")
         assert bad["status"] == "failed"
         assert bad["error"].startswith("exit code 1: RuntimeError: value cannot be converted")
     page = (tmp_path / "out" / "results.md").read_text()
@@ -107,13 +129,13 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path) -> None:
     assert [r.seed for r in Execution(plan, tmp_path / "out").records()] == [1]
 
 
-def test_measures_by_hand() -> None:
-    frame = pd.DataFrame(
+def graded_samples() -> pd.DataFrame:
+    return pd.DataFrame(
         {
             "problem": [0, 0, 1, 1],
             "sample": [0, 1, 0, 1],
-            "score": [1.0, 0.0, 1.0, 1.0],
-            "status": ["correct", "wrong", "correct", "correct"],
+            "score": [1.0, 0.25, 0.5, 0.5],
+            "status": ["correct", "wrong", "wrong", "wrong"],
             "finish_reason": ["stop"] * 4,
             "answer": ["24"] * 4,
             "text_hash": ["p", "q", "r", "s"],
@@ -121,10 +143,21 @@ def test_measures_by_hand() -> None:
             "logp_sum": [-1.0, -2.0, -3.0, -4.0],
         }
     )
-    found = measure_samples(frame)
-    assert found == {
-        "avg@2": 0.75, "pass@1": 0.75, "pass@2": 1.0, "distinct_correct": 1.5, "entropy": 0.5
+
+
+def test_measures_by_hand() -> None:
+    frame = graded_samples()
+    assert measure_samples(frame) == {
+        "avg@2": 0.5625, "pass@1": 0.25, "pass@2": 0.5, "best@1": 0.5625, "best@2": 0.75,
+        "distinct_correct": 0.5, "entropy": 0.5,
     }  # fmt: skip
+    right = measure_samples(frame.assign(score=[1.0, 0.0, 1.0, 1.0]))
+    assert right["pass@2"] == right["best@2"] == 1.0
+    assert right["distinct_correct"] == 1.5
+
+
+def test_the_scores_of_each_problem_are_kept() -> None:
+    assert score_counts(graded_samples()) == [[[0.25, 1], [1.0, 1]], [[0.5, 2]]]
 
 
 def test_curves_are_thinned_to_means_of_neighbours() -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from rllib_distrl.comparison.matched import front_metrics
 from rllib_distrl.comparison.results import arrange
 from rllib_distrl.comparison.tables import (
     Table,
     differences_table,
-    matched_table,
     number,
     results_table,
 )
@@ -47,20 +47,18 @@ def test_budgets_agree_and_the_baseline_is_there() -> None:
         arrange([failed("a", 0, "broke"), record("b", 0, 0.1)], ["a", "b"], [0])
 
 
-def test_pass_k_at_the_same_average() -> None:
-    # Averages along training: a 0.1 → 0.5 and b 0.2 → 0.6; both cross 0.2 … 0.5, its middle 0.35.
-    found = arrange(records({"a": [0.3], "b": [0.4]}), ["a", "b"], [0])
-    level = found.matched_level()
-    assert level == pytest.approx(0.35)
-    a, b = (row.records[0].matched(0.35, "pass@2") for row in found.rows)
-    assert (a, b) == (pytest.approx(0.5375), pytest.approx(0.5625))
-    table = matched_table(found)
-    assert table is not None
-    assert table.lines[1][1].startswith("56.2")
-    apart = arrange(records({"a": [0.2], "b": [0.7]}), ["a", "b"], [0])
-    assert apart.matched_level() is None
-    blind = arrange(records({"a": [0.2], "b": [0.2]}, validation=[]), ["a", "b"], [0])
-    assert matched_table(blind) is None
+def test_best_k_is_shown_only_where_it_differs() -> None:
+    graded = {"avg@2": 0.5, "pass@1": 0.1, "pass@2": 0.2, "best@1": 0.5, "best@2": 0.6}
+    binary = {**graded, "best@1": 0.1, "best@2": 0.2}
+    both = {"metrics": graded, "validation": [{"tokens": 1.0, **graded}]}
+    found = arrange(records({"a": [0.2], "b": [0.2]}, **both), ["a", "b"], [0])
+    assert found.metrics == list(graded)
+    assert found.validation_metrics == ["avg@2", "best@1", "best@2", "pass@1", "pass@2"]
+    assert front_metrics(found) == ["pass@2", "best@2"]
+    both = {"metrics": binary, "validation": [{"tokens": 1.0, **binary}]}
+    found = arrange(records({"a": [0.2], "b": [0.2]}, **both), ["a", "b"], [0])
+    assert found.metrics == ["avg@2", "pass@1", "pass@2"]
+    assert found.validation_metrics == found.metrics
 
 
 def test_the_tables_by_hand() -> None:
@@ -72,6 +70,8 @@ def test_the_tables_by_hand() -> None:
     assert row["pass@4"] == "75.0 ± 7.1"
     assert row["distinct correct"] == "2.00 ± 0.00"
     assert row["tokens/s"] == "100"
+    assert (row["iterations"], row["updates"], row["minutes"]) == ("7", "28", "0.2")
+    assert row["minutes in all"] == "0.5"
     differences = differences_table(found)
     cells = dict(zip(differences.head, differences.lines[0], strict=True))
     assert cells["avg@4"] == "+5.0 [+0.0, +10.0], p 1"

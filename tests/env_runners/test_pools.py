@@ -17,6 +17,9 @@ def test_a_pool_of_four_by_hand():
             "pass@1": 0.25,
             "pass@2": 0.5,
             "pass@4": 1.0,
+            "best@1": 0.25,
+            "best@2": 0.5,
+            "best@4": 1.0,
             "maj@1": 0.25,
             "maj@2": (0.5 + 0.5 + 1.0) / 6,
             "maj@4": 0.0,
@@ -24,6 +27,14 @@ def test_a_pool_of_four_by_hand():
             "unparsable": 0.25,
         }
     )
+
+
+def test_partial_credit_counts_for_the_best_but_not_as_passed():
+    metrics = pool_metrics([RIGHT, Grade(0.5, "partial", "3"), WRONG, SILENT])
+    assert metrics["avg@4"] == pytest.approx(0.375)
+    # Pairs by their best: 1, 1, 1, 0.5, 0.5, 0.
+    assert metrics["best@2"] == pytest.approx(4.0 / 6)
+    assert metrics["pass@2"] == pytest.approx(0.5)
 
 
 def test_equivalent_answers_vote_together():

@@ -1,0 +1,37 @@
+"""How long RLlib's evaluation took, and in which iterations there was one.
+
+Ray 2.60 repeats an evaluation's metrics in the result of the next iteration and fills them with
+NaN from then on; only a result with `evaluation/seconds` has an evaluation of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+EVALUATION, SECONDS = "evaluation", "seconds"
+
+
+def time_validations(config: Any) -> None:
+    """Makes a configuration report `evaluation/seconds`, without the transfer of weights.
+
+    Args:
+        config: Any `AlgorithmConfig`.
+    """
+    config.callbacks(on_evaluate_start=_start, on_evaluate_end=_end)
+
+
+def without_repeats(result: Mapping[str, Any]) -> dict[str, Any]:
+    """A training result without the evaluation of an earlier iteration."""
+    if SECONDS in result.get(EVALUATION, {}):
+        return dict(result)
+    return {key: value for key, value in result.items() if key != EVALUATION}
+
+
+def _start(algorithm: Any, **kwargs: Any) -> None:
+    algorithm.validation_started = time.perf_counter()
+
+
+def _end(algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
+    evaluation_metrics[SECONDS] = time.perf_counter() - algorithm.validation_started

@@ -1,0 +1,78 @@
+"""Equal average score along training: which levels, which seeds, and the numbers by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from rllib_distrl.comparison.matched import front_metrics, levels, matched, matched_mean
+from rllib_distrl.comparison.results import Results, arrange
+from rllib_distrl.comparison.tables import matched_table
+from tests.comparison.made_records import record, records
+
+# Average scores along training: a 0.1 to 0.5 with both seeds, b 0.2 to 0.6 and 0.3 to 0.7, while
+# pass@2 falls from 0.6 to 0.5. So a has 0.625 - x / 4 at the average x, b 0.65 - x / 4 and
+# 0.675 - x / 4.
+AVERAGES = {"a": [0.3, 0.3], "b": [0.4, 0.5]}
+
+
+@pytest.fixture
+def found() -> Results:
+    return arrange(records(AVERAGES), ["a", "b"], [0, 1])
+
+
+def test_levels_are_round_and_shared(found: Results) -> None:
+    assert levels(found) == [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
+    assert front_metrics(found) == ["pass@2"]
+    apart = arrange(records({"a": [0.2], "b": [0.7]}), ["a", "b"], [0])
+    assert levels(apart) == []
+    assert matched_table(apart) is None
+    blind = arrange(records({"a": [0.2], "b": [0.2]}, validation=[]), ["a", "b"], [0])
+    assert matched_table(blind) is None
+
+
+def test_differences_by_hand(found: Results) -> None:
+    baseline, row = found.rows
+    at = matched(found, row, "pass@2", 0.3)
+    assert (at.pairs, at.seeds) == (2, 2)
+    assert at.value is not None
+    assert at.value.mean == pytest.approx((0.575 + 0.6) / 2)
+    assert at.test is not None
+    assert at.test.difference.mean == pytest.approx((0.025 + 0.05) / 2)
+    assert at.test.p == pytest.approx(0.5)
+    own = matched(found, baseline, "pass@2", 0.3)
+    assert own.value is not None
+    assert (own.value.mean, own.test) == (pytest.approx(0.55), None)
+
+
+def test_a_level_that_a_seed_does_not_cross_is_counted_not_extrapolated(found: Results) -> None:
+    row = found.rows[1]
+    at = matched(found, row, "pass@2", 0.25)
+    assert (at.pairs, at.seeds, at.test) == (1, 2, None)
+    beyond = matched(found, row, "pass@2", 0.6)
+    assert (beyond.pairs, beyond.value, beyond.test) == (0, None, None)
+
+
+def test_the_mean_over_levels_weighs_seeds_alike(found: Results) -> None:
+    # Seed 0 crosses seven levels and seed 1 five; their differences are 0.025 and 0.05.
+    over = matched_mean(found, found.rows[1], "pass@2", levels(found))
+    assert over.test is not None
+    assert over.test.difference.mean == pytest.approx(0.0375)
+    assert over.test.difference.low == pytest.approx(0.025)
+    assert over.test.difference.high == pytest.approx(0.05)
+
+
+def test_only_seeds_of_both_are_paired() -> None:
+    made = [*records({"a": [0.3, 0.3]}), record("b", 1, 0.4), record("b", 2, 0.4)]
+    found = arrange(made, ["a", "b"], [0, 1, 2])
+    at = matched(found, found.rows[1], "pass@2", 0.3)
+    assert (at.pairs, at.seeds, at.test) == (1, 1, None)
+
+
+def test_the_table(found: Results) -> None:
+    table = matched_table(found)
+    assert table is not None
+    assert table.head[:5] == ["recipe", "metric", "mean over levels", "at 20 %", "at 25 %"]
+    baseline, row = (dict(zip(table.head, line, strict=True)) for line in table.lines)
+    assert baseline["at 30 %"] == "55.0 [55.0, 55.0]; 2 of 2"
+    assert row["at 30 %"] == "+3.7 [+2.5, +5.0], p 0.5; 2 of 2"
+    assert row["at 25 %"] == "–; 1 of 2"
