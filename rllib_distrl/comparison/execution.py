@@ -156,7 +156,7 @@ def _stop(running: list[_Process]) -> None:
     """Asks runs to finish their iteration and checkpoint, and waits for them."""
     for process in running:
         if process.popen.poll() is None:
-            process.popen.send_signal(signal.SIGINT)
+            process.popen.terminate()  # what runs in the background may ignore SIGINT
     for process in running:
         process.popen.wait()
         process.log.close()
