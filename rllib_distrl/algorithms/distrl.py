@@ -78,9 +78,9 @@ class DistRL(Algorithm):
         env.close()
         sampler = registry.resolve(PROMPT_SAMPLER, self.config.prompt_sampler)
         self.prompt_sampler = sampler(n_rows, self.config.seed or 0)
-        rollout = self.config.rollout_settings
-        coarse = "bfloat16" if self.config.precision == "bf16" else rollout.dtype
-        self._check_probes = ProbeCheck(self.learner_group, coarse, self.config.sample_timeout_s)
+        self._check_probes = ProbeCheck(
+            self.learner_group, self.config.model_config, self.config.sample_timeout_s
+        )
         self.fleet = EnvRunnerFleet(self.env_runner_group, self.config, self._check_probes)
         # The batch that runners are sampling, and the prompt sampler as it was before.
         self._under_way: GroupSampling | None = None

@@ -54,6 +54,12 @@ def _check_model(config: "DistRLConfig") -> None:
             "No model is named. Use rl_module(model_config={'model': 'builtin:countdown'}) or "
             "the path or id of a Hugging Face causal language model ([run] model in a recipe)."
         )
+    if taken := sorted(set(settings) & set(config._model_config_auto_includes)):
+        raise ValueError(
+            f"rl_module(model_config=...) has {', '.join(taken)}, which would contradict what the "
+            "rest of the configuration says. Use training(), rollout() or debugging() for it "
+            "([training], [rollout] or [debugging] in a recipe)."
+        )
     check_window(model, config.rollout_settings.max_completion_tokens)
     if lora := settings.get("lora"):
         check_lora(lora, load_config(model))

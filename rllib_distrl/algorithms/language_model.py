@@ -21,6 +21,7 @@ from rllib_distrl.models.loading import (
     load_tokenizer,
     resolve,
 )
+from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.causal_lm_module import POLICY_PREFIX, CausalLMModule
 from rllib_distrl.modules.critic_folder import HEAD, TRUNK, save_critic
 from rllib_distrl.modules.lora import check_lora
@@ -88,6 +89,9 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             "[rollout] max_staleness is for our algorithms. RLlib's APPO and IMPALA sample while "
             "they learn by themselves; its PPO does not. Remove max_staleness."
         )
+    precision = config._model_config.get("precision", PRECISIONS[0])
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
     if lora := config._model_config.get("lora"):
         check_lora(lora, load_config(model))
     # Only the sampled token's logp is kept, so there is no KL over the whole vocabulary.

@@ -15,13 +15,15 @@ class ProbeCheck:
 
     Args:
         learner_group: the algorithm's.
-        dtype: the coarser one of the types in which engines and learners compute, ``"float32"``
-            or ``"bfloat16"``.
+        model_config: of its module: the types in which engines and learners compute, the coarser
+            one of which decides what is tolerated.
         timeout_s: how long the learners may take.
     """
 
-    def __init__(self, learner_group: Any, dtype: str, timeout_s: float):
-        self._learner_group, self._dtype, self._timeout_s = learner_group, dtype, timeout_s
+    def __init__(self, learner_group: Any, model_config: Mapping[str, Any], timeout_s: float):
+        self._learner_group, self._timeout_s = learner_group, timeout_s
+        low = model_config.get("precision") == "bf16"
+        self._dtype = "bfloat16" if low else model_config["rollout"]["dtype"]
         self.error = 0.0
 
     def __call__(self, probes: Mapping[str, Probe]) -> None:

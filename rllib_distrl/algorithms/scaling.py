@@ -30,7 +30,7 @@ def scale_env_runners(algo: Any, n: int) -> None:
         return
     check_scale(algo.config, n)
     dtype = algo.config.model_config["rollout"]["dtype"]
-    check = ProbeCheck(algo.learner_group, dtype, algo.config.sample_timeout_s)
+    check = ProbeCheck(algo.learner_group, algo.config.model_config, algo.config.sample_timeout_s)
     fleet = EnvRunnerFleet(algo.env_runner_group, algo.config, check)
     known = fleet.present()
     fleet.set_weights(*runner_weights(algo.learner_group, dtype))

@@ -39,14 +39,14 @@ def build_episode(
     Returns:
         The episode. Its first info holds ``prompt_ids``, ``row``, ``sample``, ``visit`` and
         ``sampling``;
-        extra model outputs: ``action_logp``, ``action_dist_inputs`` (logp, entropy) and
-        the weights' version.
+        extra model outputs: ``action_logp``, ``action_dist_inputs`` (logp, and entropy, which is
+        NaN where the engine was not asked for it) and the weights' version.
     """
     steps = len(rewards)
     _, row, sample, visit = request.key
     logps = np.asarray(completion.logps, dtype=np.float32)
     entropies = (
-        np.zeros_like(logps)
+        np.full_like(logps, np.nan)
         if completion.entropies is None
         else np.asarray(completion.entropies, dtype=np.float32)
     )

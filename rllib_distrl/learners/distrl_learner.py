@@ -221,7 +221,10 @@ class DistRLLearner(TorchLearner):
             logps = self._all_gather(logps)
         logp, sampler_logp = logps.unbind(-1)
         everything = torch.ones_like(logp, dtype=torch.bool)
-        return logp_mismatch(logp, sampler_logp, everything, self.config.clip_param)
+        config = self.config
+        return logp_mismatch(
+            logp, sampler_logp, everything, config.clip_param, config.clip_param_high
+        )
 
     def _columns(self, episodes: list[Any]) -> dict[str, torch.Tensor]:
         batch = self._learner_connector(

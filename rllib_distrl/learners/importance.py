@@ -45,7 +45,8 @@ def correct_importance(
 
     The decoupled form of truncated importance sampling: the loss clips the policy against itself
     before the update, and what separates that from the sampler is a weight without gradient.
-    Tokens that top-p or top-k removed are never seen, which no weight can make up for.
+    Tokens that top-p or top-k removed are never seen, which no weight can make up for. Where a loss
+    is that of a whole sequence at each of its tokens, the mean of their weights is the sequence's.
 
     Args:
         learner_logp: (B, T) before the first step.

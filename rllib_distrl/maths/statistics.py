@@ -67,7 +67,11 @@ def masked_mean_and_std(
 
 
 def logp_mismatch(
-    logp: Tensor, action_logp: Tensor, loss_mask: Tensor, clip_param: float = 0.2
+    logp: Tensor,
+    action_logp: Tensor,
+    loss_mask: Tensor,
+    clip_param: float = 0.2,
+    clip_param_high: float | None = None,
 ) -> dict[str, float]:
     """How far the learner's policy is from the one that sampled, before the first step.
 
@@ -78,7 +82,8 @@ def logp_mismatch(
         logp: (B, T), the learner's log-probabilities of the sampled tokens.
         action_logp: (B, T), those reported by what sampled.
         loss_mask: (B, T), bool.
-        clip_param: Half width of the clip band around 1.
+        clip_param: ε of the clip band [1 − ε, 1 + ε_high].
+        clip_param_high: ε_high; None: ε.
 
     Returns:
         `logp_mismatch_{p50, p95, max, outside_clip, ess}`.
@@ -89,11 +94,13 @@ def logp_mismatch(
     spread = difference.abs().sort().values
     weights = difference.exp()
     count = spread.numel()
+    high = clip_param if clip_param_high is None else clip_param_high
+    outside = (weights < 1 - clip_param) | (weights > 1 + high)
     return {
         "logp_mismatch_p50": math.exp(spread[(count - 1) // 2]),
         "logp_mismatch_p95": math.exp(spread[math.ceil(0.95 * count) - 1]),
         "logp_mismatch_max": math.exp(min(float(spread[-1]), 700.0)),
-        "logp_mismatch_outside_clip": float(((weights - 1).abs() > clip_param).double().mean()),
+        "logp_mismatch_outside_clip": float(outside.double().mean()),
         "logp_mismatch_ess": float(weights.sum() ** 2 / (count * weights.square().sum())),
     }
 

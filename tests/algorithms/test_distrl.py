@@ -66,23 +66,33 @@ def test_resuming_is_bit_exact(build, tmp_path):
         reward_transforms=[{"name": "kl_penalty", "coeff": 0.01}],
         regularisers=[{"name": "kl", "coeff": 0.1}],
         controllers=[{"name": "adaptive_entropy", "target": 9.0, "step": 1e-3}],
+        lr_schedule="cosine",
+        lr_warmup_iterations=3,
+        lr_decay_iterations=6,
     )
     straight = build(config.copy(copy_frozen=False))
     straight.train()
     straight.train()
     path = straight.save_to_path(str(tmp_path / "checkpoint"))
-    expected = [learner_metrics(straight.train())["total_loss"] for _ in range(3)]
+
+    def three_more(algo):
+        metrics = [learner_metrics(algo.train()) for _ in range(3)]
+        rates = [values["default_optimizer_learning_rate"] for values in metrics]
+        assert rates == pytest.approx([1e-3, 7.5e-4, 2.5e-4])  # 3/3, then the cosine's (1 +- 1/2)/2
+        return [values["total_loss"] for values in metrics]
+
+    expected = three_more(straight)
     weights = policy_state(straight)
 
     resumed = build(config.copy(copy_frozen=False))
     resumed.restore_from_path(path)
     assert resumed.iteration == 2
-    assert [learner_metrics(resumed.train())["total_loss"] for _ in range(3)] == expected
+    assert three_more(resumed) == expected
     assert_same_weights(policy_state(resumed), weights)
 
     # In place: back from iteration 5, which RLlib alone does not manage.
     straight.restore_from_path(path)
-    assert [learner_metrics(straight.train())["total_loss"] for _ in range(3)] == expected
+    assert three_more(straight) == expected
 
 
 def test_a_curriculum_sees_results_and_resumes(build, tmp_path):
@@ -181,7 +191,7 @@ OF_ALL_LEARNERS = (
 
 
 @pytest.mark.slow
-def test_two_learners_correct_and_report_what_one_does(build):
+def test_two_learners_of_adapters_correct_and_report_what_one_does(build):
     config = distrl_config(
         prompts=4,
         generations=3,
@@ -191,7 +201,9 @@ def test_two_learners_correct_and_report_what_one_does(build):
         regularisers=[{"name": "kl", "coeff": 0.1}],
         importance_correction="masked",
         importance_bound=1.2,
+        micro_batch_tokens=80,
     ).rollout(temperature=2.0, top_k=20, dtype="bfloat16")
+    config.rl_module(model_config={**config._model_config, "lora": {"r": 4, "alpha": 8}})
     one = build(config.copy(copy_frozen=False))
     two = build(config.copy(copy_frozen=False).learners(num_learners=2))
     expected, found = (learner_metrics(algo.train()) for algo in (one, two))

@@ -107,6 +107,16 @@ def test_a_model_must_be_named():
         DistRLConfig().environment(COUNTDOWN).validate()
 
 
+def test_the_modules_settings_are_said_once():
+    twice = {"model": TINY, "temperature": 0.7, "precision": "bf16"}
+    with pytest.raises(ValueError, match=r"model_config=.*has precision, temperature, which"):
+        distrl_config().rl_module(model_config=twice).validate()
+    stock = algorithm_config("PPO").environment(COUNTDOWN)
+    stock.rl_module(model_config={"precision": "bf17"})
+    with pytest.raises(ValueError, match="precision is 'bf17'; it must be one of fp32, bf16"):
+        wire_language_model(stock, TINY, RolloutSettings(max_completion_tokens=24))
+
+
 def test_an_unknown_rollout_setting_is_named():
     with pytest.raises(ValueError, match="num_generation"):
         DistRLConfig().rollout(num_generation=3)

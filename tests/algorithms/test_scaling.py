@@ -108,11 +108,10 @@ def test_one_three_one_inside_a_tune_trial(tmp_path):
 
 @pytest.mark.slow
 def test_rllibs_own_algorithms_are_scaled_by_the_same_function():
-    algo = (
-        stock("PPO", train_batch_size_per_learner=128, minibatch_size=64, num_epochs=1)
-        .env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25)
-        .build_algo()
-    )
+    config = stock("PPO", train_batch_size_per_learner=128, minibatch_size=64, num_epochs=1)
+    # The probes of new runners are then held to what bfloat16 can hold.
+    config.rl_module(model_config={**config._model_config, "precision": "bf16"})
+    algo = config.env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25).build_algo()
     try:
         algo.train()
         scale_env_runners(algo, 2)

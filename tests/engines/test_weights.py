@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.engines import SamplingParams, TorchEngine, content_hash
+from rllib_distrl.engines import SamplingParams, TorchEngine, content_hash, torch_engine
+from rllib_distrl.engines.weights import copy_weights
 from tests.engines.engine_models import CONFIGS, EOS, make_engine, make_model, make_requests
 
 PARAMS = SamplingParams(max_tokens=8)
@@ -120,6 +121,20 @@ def test_the_hash_of_another_type_is_that_of_the_cast_weights():
     returned = engine.load_weights(model.state_dict(), 0)
     assert returned == content_hash(model.state_dict(), dtype=torch.bfloat16)
     assert returned != content_hash(model.state_dict())
+
+
+def test_the_receipt_is_read_back_from_the_engine(monkeypatch):
+    model, other = make_model("qwen2-gqa"), make_model("qwen2-gqa", 1)
+    engine, lost = make_engine(model), "model.layers.1.mlp.down_proj.weight"
+    monkeypatch.setattr(
+        torch_engine,
+        "copy_weights",
+        lambda state, views: copy_weights(
+            state, {name: view for name, view in views.items() if name != lost}
+        ),
+    )
+    mixed = {**other.state_dict(), lost: model.state_dict()[lost]}
+    assert engine.load_weights(other.state_dict(), 1) == content_hash(mixed)
 
 
 @pytest.mark.parametrize("decoder", ["fast", "generic"])

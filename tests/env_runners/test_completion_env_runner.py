@@ -87,6 +87,9 @@ def test_logp_is_that_of_a_full_forward_pass(runner):
         expected = logps[torch.arange(len(completion)), torch.tensor(completion)]
         got = torch.tensor(episode.extra_model_outputs[Columns.ACTION_LOGP].data)
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-4)
+        inputs = episode.extra_model_outputs[Columns.ACTION_DIST_INPUTS].data
+        np.testing.assert_array_equal(inputs[:, 0], got)
+        assert np.isnan(inputs[:, 1]).all()  # nobody has computed the entropy
 
 
 def test_rllib_sampling_by_episodes_and_by_steps(runner):

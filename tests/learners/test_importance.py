@@ -6,6 +6,7 @@ from rllib_distrl.algorithms.language_model import policy_state
 from rllib_distrl.learners.importance import correct_importance
 from rllib_distrl.stages.batch import SequenceBatch
 from tests.helpers import distrl_config
+from tests.learners.rig import hot_config, make_learner, sample
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -78,6 +79,28 @@ def test_the_weight_multiplies_the_policy_gradient(build):
         build, 3.0, **{**correction, "importance_correction": "masked"}
     )
     assert metrics["importance_bounded_share"] == 1.0 and not nothing.any()
+
+
+@pytest.mark.parametrize("correction", ["none", "truncated"])
+def test_the_mismatch_is_that_before_the_first_step(correction):
+    training = {"minibatch_size": 6, "micro_batch_tokens": 80, "lr": 1e-2}
+    training |= {"clip_param": 0.25, "clip_param_high": 0.1}
+    config = hot_config(importance_correction=correction, **training)
+    episodes = sample(config)
+    for episode in episodes:
+        episode.extra_model_outputs["action_logp"].data[:] += np.log(1.3)  # a weight of 0.77
+    learner = make_learner(config)
+    parameters = list(learner._policy_module.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    result = learner.update(episodes=episodes, num_epochs=3, minibatch_size=6)["default_policy"]
+    moved = [
+        float((p.detach() - old).abs().max()) for p, old in zip(parameters, before, strict=True)
+    ]
+    assert max(moved) > 0.03
+    for name in ("p50", "p95", "max"):
+        assert result[f"logp_mismatch_{name}"].peek() == pytest.approx(1.3, rel=1e-4)
+    assert result["logp_mismatch_outside_clip"].peek() == 0.0
+    assert result["logp_mismatch_ess"].peek() == pytest.approx(1.0, rel=1e-6)
 
 
 def test_only_what_the_learner_samples_is_learned_from_uncorrected(build):

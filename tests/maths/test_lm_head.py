@@ -80,18 +80,26 @@ def test_half_precision_logits_are_not_rounded():
     assert torch.allclose(logp, expected, atol=1e-4)
 
 
-def test_autocast_hidden_with_float32_weight():
-    hidden, weight, bias, targets = case(20, 64, 50)
+@pytest.mark.parametrize("chunk", [7, None])
+def test_under_autocast_only_the_inputs_are_rounded(chunk):
+    hidden, weight, bias, targets = case(20, 16, 50)
     low = hidden.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logp, entropy = token_logps(low, weight, targets, bias=bias, chunk=7)
-    loss_of(logp, entropy).backward()
-    assert logp.dtype == torch.float32
+        found = token_logps(low, weight, targets, bias=bias, temperature=0.7, chunk=chunk)
+        loss_of(*found).backward()
+    assert {tensor.dtype for tensor in found} == {torch.float32}
     assert (low.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
-    reference = weight.detach().bfloat16().float().requires_grad_()
-    expected = plain(low.detach(), reference, bias.detach(), targets, 1.0)
+    rounded = [low.detach().float(), weight.detach().bfloat16().float(), bias.detach()]
+    for tensor in rounded:
+        tensor.requires_grad_()
+    expected = plain(*rounded, targets, 0.7)
     loss_of(*expected).backward()
-    assert torch.allclose(weight.grad, reference.grad, rtol=0.05, atol=0.05)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip((weight, bias), rounded[1:], strict=True):
+        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+    # The gradient of bfloat16 states is rounded once, at its end: to 2^-9 of each number.
+    assert torch.allclose(low.grad.float(), rounded[0].grad, rtol=2**-8, atol=1e-5)
 
 
 def test_no_tokens():

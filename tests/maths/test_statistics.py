@@ -72,6 +72,8 @@ def test_logp_mismatch_by_hand():
     new = torch.tensor([[0.0, 0.0, math.log(1.1), math.log(0.5), math.nan]])
     mask = torch.tensor([[True, True, True, True, False]])
     metrics = logp_mismatch(new, old, mask)
+    for band, share in (((0.55, None), 0.0), ((0.05, None), 0.5), ((0.05, 0.15), 0.25)):
+        assert logp_mismatch(new, old, mask, *band)["logp_mismatch_outside_clip"] == share
     assert metrics["logp_mismatch_p50"] == pytest.approx(1.0)
     assert metrics["logp_mismatch_p95"] == pytest.approx(2.0)
     assert metrics["logp_mismatch_max"] == pytest.approx(2.0)

@@ -2,6 +2,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
+from rllib_distrl.learners import distrl_learner
+from rllib_distrl.learners.before_update import model_columns
 from rllib_distrl.modules import lora
 from tests.learners.rig import hot_config, make_learner, sample
 
@@ -135,6 +137,45 @@ def test_only_adapters_and_value_head_learn(episodes, critic):
     owners = {name.split(".")[0] for name in moved}
     assert owners == ({"policy", "value_head"} | ({"critic"} if critic == "separate" else set()))
     assert result["default_policy"]["regularisation"].peek() > 0
+
+
+KL_AND_ENTROPY = {
+    "regularisers": [{"name": "kl", "coeff": 0.5}],
+    "shapers": [{"name": "entropy_shaped"}],
+    "entropy_coeff": 0.01,
+    "activation_checkpointing": True,
+    "lr": 1e-2,
+}
+
+
+def test_before_the_update_the_reference_is_the_base_and_the_policy_is_the_adapted_one(episodes):
+    learner = make_learner(lora_config(**KL_AND_ENTROPY))
+    learner.update(episodes=episodes, timesteps={"training_iteration": 1})
+    module, columns = learner._policy_module, learner._columns(episodes)
+    found = model_columns(module, learner._reference, columns, {"ref_logp", "entropy"})
+    own = module.compute_logps(columns)
+
+    plain = make_learner(hot_config())._policy_module  # has never had adapters
+    torch.testing.assert_close(found["ref_logp"], plain.compute_logps(columns))
+    assert float((found["ref_logp"] - own).abs().max()) > 0.01
+    plain.policy.load_state_dict(lora.merged_state(module.policy))
+    merged = model_columns(plain, None, columns, {"entropy"})
+    torch.testing.assert_close(found["entropy"], merged["entropy"], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(own, plain.compute_logps(columns), rtol=1e-4, atol=1e-5)
+
+
+def test_the_references_pass_between_forward_and_backward_changes_nothing(episodes, monkeypatch):
+    def gradients():
+        learner = make_learner(lora_config(**KL_AND_ENTROPY))
+        for k in (1, 2):
+            learner.update(episodes=episodes, timesteps={"training_iteration": k})
+        return {name: p.grad for name, p in learner._policy_module.named_parameters()}
+
+    once = gradients()
+    monkeypatch.setattr(distrl_learner, "training_forward", lambda *_: None)
+    for name, gradient in gradients().items():
+        if gradient is not None:
+            torch.testing.assert_close(once[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_separate_critic_shares_the_frozen_weights():

@@ -3,9 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from rllib_distrl.engines import Request, RolloutEngine, SamplingParams, TorchEngine, content_hash
+from rllib_distrl.engines.handshake import PROBE_TOLERANCE
 from tests.engines.engine_models import EOS, VOCAB, make_requests, reference_logps
 
 pytestmark = pytest.mark.vllm
@@ -89,20 +91,40 @@ def test_greedy_tokens_are_those_of_transformers_and_of_the_torch_engine(engine,
         np.testing.assert_allclose(completion.logps, other.logps, atol=5e-5)
 
 
-def test_logps_are_of_the_distribution_sampled_from(engine, model):
-    params = SamplingParams(12, temperature=0.7, top_p=0.8, top_k=5)
+def kept_probs(logits, temperature, top_p, top_k):
+    """{token: probability} after temperature, top-k and top-p, by its definition."""
+    best = torch.softmax(logits.double() / temperature, -1).sort(descending=True)
+    top = best.values[: top_k or None] / best.values[: top_k or None].sum()
+    kept = top[top.cumsum(0) - top < top_p]
+    tokens = best.indices[: len(kept)].tolist()
+    return dict(zip(tokens, (kept / kept.sum()).tolist(), strict=True))
+
+
+@pytest.mark.parametrize(("top_p", "top_k"), [(0.8, 5), (1.0, 3), (0.7, 0)])
+def test_logps_are_of_the_distribution_sampled_from(engine, model, top_p, top_k):
+    params = SamplingParams(12, temperature=0.7, top_p=top_p, top_k=top_k)
     requests = make_requests(prompts=4, samples=3)
     for request, completion in zip(requests, engine.generate(requests, params), strict=True):
         ids = torch.tensor([[*request.prompt_ids, *completion.tokens.tolist()]])
         with torch.no_grad():
-            logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1].double()
-        for t, token in enumerate(completion.tokens):
-            best = torch.softmax(logits[t] / 0.7, -1).sort(descending=True)
-            top = best.values[:5] / best.values[:5].sum()
-            size = int((top.cumsum(0) < 0.8).sum()) + 1
-            kept = top[:size] / top[:size].sum()
-            at = best.indices[:size].tolist().index(token)
-            assert completion.logps[t] == pytest.approx(kept[at].log().item(), abs=5e-5)
+            logits = model(ids).logits[0, len(request.prompt_ids) - 1 : -1]
+        for t, token in enumerate(completion.tokens.tolist()):
+            kept = kept_probs(logits[t], 0.7, top_p, top_k)
+            assert completion.logps[t] == pytest.approx(np.log(kept[token]), abs=5e-5)
+
+
+def test_frequencies_follow_the_reported_logps(engine, model):
+    prompt, params = [5, 9, 17], SamplingParams(1, temperature=2.0, top_k=6)
+    with torch.no_grad():
+        kept = kept_probs(model(torch.tensor([prompt])).logits[0, -1], 2.0, 1.0, 6)
+    requests = [Request(prompt, (0, 0, sample, 0)) for sample in range(600)]
+    completions = engine.generate(requests, params)
+    drawn = [int(completion.tokens[0]) for completion in completions]
+    counts = [drawn.count(token) for token in kept]
+    assert sum(counts) == 600
+    assert stats.chisquare(counts, 600 * np.array(list(kept.values()))).pvalue > 1e-3
+    for token, completion in zip(drawn, completions, strict=True):
+        assert completion.logps[0] == pytest.approx(np.log(kept[token]), abs=5e-5)
 
 
 def test_neither_order_nor_company_change_what_is_sampled(engine, model):
@@ -148,6 +170,36 @@ def test_every_tensor_is_part_of_the_hash_and_of_what_is_computed(engine, model)
             assert [c.logps.tolist() for c in engine.generate(requests, params)] != before, key
         state[key].copy_(kept)
     assert len(hashes) == 1 + len(engine._shapes)
+
+
+def test_bfloat16_updates_arrive_and_agree_with_a_float32_learner():
+    from rllib_distrl.engines.vllm_engine import VllmEngine
+
+    name, requests = "llama-gqa", make_requests(prompts=6, samples=3)
+    engine = VllmEngine(CONFIGS[name], [EOS], dtype=torch.bfloat16)
+    assert {view.dtype for view in engine._views.values()} == {torch.bfloat16}
+    pointers = {key: view.data_ptr() for key, view in engine._views.items()}
+    learners = [make_model(name, seed) for seed in (0, 1)]
+    for version, learner in enumerate(learners):
+        expected = content_hash(learner.state_dict(), dtype=torch.bfloat16)
+        assert engine.load_weights(learner.state_dict(), version) == expected
+        completions = engine.generate(requests, SAMPLED)
+        errors = [
+            np.concatenate(
+                [
+                    np.abs(completion.logps - reference_logps(other, request, completion, 1.4))
+                    for request, completion in zip(requests, completions, strict=True)
+                ]
+            ).mean()
+            for other in (learner, learners[1 - version])
+        ]
+        # Rounding of weights and activations on one side alone, and another model's logps.
+        assert 1e-3 < errors[0] < PROBE_TOLERANCE["bfloat16"] / 2
+        assert errors[1] > 5 * PROBE_TOLERANCE["bfloat16"]
+    assert {key: view.data_ptr() for key, view in engine._views.items()} == pointers
+    with torch.no_grad():  # vLLM's own tensor, under its own name
+        dict(engine._model.named_parameters())["model.layers.1.mlp.down_proj.weight"][-1, -1] += 1
+    assert engine.weights_hash() != expected
 
 
 def test_bad_input_is_refused(engine, model):
