@@ -9,6 +9,7 @@ stopped and repeats what failed.
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ import typer
 
 from rllib_distrl.cli.errors import exit_code_of
 from rllib_distrl.cli.quiet import silence_libraries
+from rllib_distrl.cli.ray_session import cpus_needed
 from rllib_distrl.comparison.execution import Execution
 from rllib_distrl.comparison.outputs import About, write_outputs
-from rllib_distrl.comparison.plan import make_plan
+from rllib_distrl.comparison.plan import Plan, make_plan
 from rllib_distrl.comparison.record import Record
 
 
@@ -49,6 +51,7 @@ def main(
             files, overrides, seeds=seeds, first_seed=first_seed, budget_tokens=budget_tokens
         )
         execution = Execution(plan, out)
+        at_once = _at_once(plan, jobs)
         about = About(
             title=title,
             note=note,
@@ -59,7 +62,7 @@ def main(
         about.write(out)
         total = len(plan.jobs())
         print(f"{len(plan.contenders)} recipes x {seeds} seeds = {total} runs in {out}", flush=True)
-        execution.run(jobs, lambda record: _say(record, execution, total))
+        execution.run(at_once, lambda record: _say(record, execution, total))
         for path in write_outputs(out):
             print(f"Wrote {path}")
         failed = sum(not record.finished for record in execution.records())
@@ -72,14 +75,24 @@ def main(
         raise typer.Exit(1)
 
 
+def _at_once(plan: Plan, jobs: int) -> int:
+    """`jobs`, or as many as the cores can take: each has a driver and what its actors reserve."""
+    needed = max(cpus_needed(contender.recipe.build_config()) for contender in plan.contenders)
+    cores = len(os.sched_getaffinity(0))
+    most = max(1, cores // max(needed, 1))
+    if jobs > most:
+        print(f"{most} at once instead of {jobs}: {cores} cores, {max(needed, 1)} for each run.")
+    return min(jobs, most)
+
+
 def _say(record: Record, execution: Execution, total: int) -> None:
     done = len(execution.records())
     head = f"[{done}/{total}] {record.name} seed {record.seed}"
     if not record.finished:
         print(f"{head} failed: {record.error}", flush=True)
         return
-    shares = [f"{name} {100 * v:.1f} %" for name, v in record.metrics.items() if "@" in name]
-    ends = ", ".join([shares[0], shares[-1]])
+    shown = [name for name in record.metrics if name.startswith(("avg@", "pass@"))]
+    ends = ", ".join(f"{name} {100 * record.metrics[name]:.1f} %" for name in (shown[0], shown[-1]))
     print(f"{head}: {ends}, {record.tokens:,} tokens, {record.wall_seconds:.0f} s", flush=True)
 
 

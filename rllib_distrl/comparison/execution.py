@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import IO
 
 from rllib_distrl.comparison.plan import Contender, Plan
+from rllib_distrl.comparison.processes import start_distrl
 from rllib_distrl.comparison.record import Record, failed_record, finished_record, read_record
-from rllib_distrl.run_folder import is_run_folder
+from rllib_distrl.run_folder import is_locked, is_run_folder
 from rllib_distrl.run_log import write_atomic
 
 _POLL_SECONDS = 0.2
 _ERROR_LINES = 12  # of a failed run's output
+# Until a run whose comparison was killed has written its checkpoint and let go of its folder.
+_UNLOCK_SECONDS = 60.0
 # What `distrl train` measures beside and no table of a comparison shows.
 _NOT_COMPARED = ("eval.before=false", "eval.token_problems=0", "eval.critic_prefixes=0")
 
@@ -31,8 +32,8 @@ class _Process:
 
     contender: Contender
     seed: int
-    popen: subprocess.Popen[bytes]
-    log: IO[bytes]
+    process: ForkServerProcess
+    log: Path
     started: float
 
 
@@ -82,7 +83,7 @@ class Execution:
                 while waiting and len(running) < jobs:
                     running.append(self._start(*waiting.pop(0)))
                 time.sleep(_POLL_SECONDS)
-                for process in [p for p in running if p.popen.poll() is not None]:
+                for process in [p for p in running if p.process.exitcode is not None]:
                     running.remove(process)
                     report(self._finish(process))
         except KeyboardInterrupt:
@@ -114,34 +115,32 @@ class Execution:
         for path in (recipe, run, log):
             path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(recipe, contender.recipe.to_toml())
-        command = [sys.executable, "-m", "rllib_distrl.cli", "train", str(recipe)]
-        command += [f"run.seed={seed}", *_NOT_COMPARED, "--out", str(run)]
+        _wait_until_free(run)
+        started = time.monotonic()
+        command = ["train", recipe, f"run.seed={seed}", *_NOT_COMPARED, "--out", run]
         command += ["--resume"] if is_run_folder(run) else []
-        stream = log.open("ab")
-        popen = subprocess.Popen(
-            command,
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-            start_new_session=True,
-        )
-        return _Process(contender, seed, popen, stream, time.monotonic())
+        return _Process(contender, seed, start_distrl(command, log), log, started)
 
     def _finish(self, process: _Process) -> Record:
         """Reads what became of a process and writes its record."""
-        process.log.close()
         contender, seed = process.contender, process.seed
         seconds = time.monotonic() - process.started
         file = self.record_file(contender, seed)
         try:
-            if code := process.popen.returncode:
-                raise ValueError(f"exit code {code}: {_last_lines(Path(process.log.name))}")
+            if code := process.process.exitcode:
+                raise ValueError(f"exit code {code}: {_last_lines(process.log)}")
             record = finished_record(contender, seed, file.with_suffix(""), wall_seconds=seconds)
         except (ValueError, OSError) as error:
             record = failed_record(contender, seed, str(error), wall_seconds=seconds)
         record.write(file)
         return record
+
+
+def _wait_until_free(run: Path) -> None:
+    """Waits for another process to leave a run folder; one that stays is the run's error."""
+    give_up = time.monotonic() + _UNLOCK_SECONDS
+    while run.is_dir() and is_locked(run) and time.monotonic() < give_up:
+        time.sleep(_POLL_SECONDS)
 
 
 def _last_lines(log: Path) -> str:
@@ -155,11 +154,10 @@ def _last_lines(log: Path) -> str:
 def _stop(running: list[_Process]) -> None:
     """Asks runs to finish their iteration and checkpoint, and waits for them."""
     for process in running:
-        if process.popen.poll() is None:
-            process.popen.terminate()  # what runs in the background may ignore SIGINT
+        if process.process.exitcode is None:
+            process.process.terminate()  # what runs in the background may ignore SIGINT
     for process in running:
-        process.popen.wait()
-        process.log.close()
+        process.process.join()
 
 
 def _raise_interrupt(signum: int, frame: object) -> None:

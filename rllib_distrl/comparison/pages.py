@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rllib_distrl.comparison import figures
+from rllib_distrl.comparison.claims import claims
 from rllib_distrl.comparison.results import Results
 from rllib_distrl.comparison.tables import (
     Table,
+    costs_table,
     differences_table,
     failures_table,
     matched_table,
@@ -19,6 +21,12 @@ from rllib_distrl.comparison.tables import (
 from rllib_distrl.viewer.charts import Chart
 from rllib_distrl.viewer.page import fill_template, policy, read_asset
 
+_COLOURS = "Blue: the interval is above zero; orange: below; grey: it holds zero."
+_COSTS = (
+    "Means over the seeds. Speed and minutes are of training alone, on whatever else the machine "
+    "did; minutes in all have start, validations and evaluation too."
+)
+
 
 @dataclass(frozen=True)
 class Section:
@@ -27,6 +35,7 @@ class Section:
     Attributes:
         title: Its headline.
         words: What a reader must know.
+        points: Sentences in a list.
         table: Of numbers.
         figure: A picture.
         picture: Names the picture's file.
@@ -37,18 +46,28 @@ class Section:
     table: Table | None = None
     figure: Chart | None = None
     picture: str = ""
+    points: Sequence[str] = ()
 
 
 def sections(results: Results) -> list[Section]:
-    """Everything that is shown of a comparison."""
+    """Everything that is shown of a comparison, what came out first."""
     baseline = results.baseline.name
     parts = [
-        Section("Results", _how_measured(results), results_table(results)),
         Section(
-            f"Against {baseline}",
+            "What came out",
+            f"Differences to {baseline} on the same seeds, in points of %, with the 95 % "
+            "bootstrap interval over the seeds. No correction for the number of recipes.",
+            points=claims(results),
+        )
+    ]
+    parts += _at_equal_average(results)
+    parts += [
+        Section("After training", _how_measured(results), results_table(results)),
+        Section(
+            f"After training, against {baseline}",
             f"Difference to {baseline} on the same seeds: mean [95 % bootstrap interval over the "
-            "seeds], p of the two-sided sign-flip test, which is 2^(1-S) at least for S seeds. No "
-            "correction for the number of recipes.",
+            "seeds], p of the two-sided sign-flip test, which is 2^(1-S) at least for S seeds. "
+            f"{_COLOURS}",
             differences_table(results),
             figures.plot_differences(results),
             "differences",
@@ -60,28 +79,43 @@ def sections(results: Results) -> list[Section]:
             figures.plot_pass_k(results),
             "pass_k",
         ),
-        Section("Learning", "Mean over the seeds; bands from the lowest to the highest seed.",
+        Section("Learning", "Mean over the seeds; bands from the lowest to the highest seed, where "
+                "there are few recipes.",
                 figure=figures.plot_learning(results), picture="learning"),
+        Section("What it cost", _COSTS, costs_table(results)),
     ]  # fmt: skip
-    if table := matched_table(results):
-        parts.append(
-            Section(
-                "At equal average score",
-                "Each run is read where its own average score on validation problems first "
-                "crosses a level, interpolated linearly between validations; nothing is "
-                f"extrapolated. The difference to {baseline} there, on the same seeds: mean [95 % "
-                "bootstrap interval over the seeds], p of the sign-flip test, and how many seeds "
-                f"cross the level with both. The line of {baseline} has its values.",
-                table,
-                figures.plot_front(results),
-                "front",
-            )
-        )
     if results.failed:
         parts.append(Section("Failed runs", table=failures_table(results)))
     if results.missing:
         parts.append(Section("Not run", f"{_listed(results.missing)}. The command continues."))
     return parts
+
+
+def _at_equal_average(results: Results) -> list[Section]:
+    table, baseline = matched_table(results), results.baseline.name
+    if table is None:
+        return []
+    return [
+        Section(
+            "At equal average score",
+            "Each run is read where its own average score on validation problems first crosses a "
+            "level, interpolated linearly between validations; nothing is extrapolated. Drawn is "
+            f"the difference to {baseline} there, on the same seeds, as the mean over the levels "
+            f"that both cross. {_COLOURS} In the table: mean [95 % bootstrap interval over the "
+            "seeds], p of the sign-flip test, and how many seeds cross the level with both; the "
+            f"line of {baseline} has its values.",
+            table,
+            figures.plot_matched(results),
+            "matched",
+        ),
+        Section(
+            "On the way there",
+            "Each point is a validation, the mean over the seeds; higher at the same place is "
+            f"better. Black: {baseline}.",
+            figure=figures.plot_front(results),
+            picture="front",
+        ),
+    ]
 
 
 def _listed(jobs: Sequence[tuple[str, int]]) -> str:
@@ -101,8 +135,7 @@ def _how_measured(results: Results) -> str:
         f"in %, on {evaluation['problems']} {evaluation['split']} problems x {evaluation['n']} "
         "samples after training; entropy in nats per token, of the sampled tokens. Mean ± sd over "
         "the seeds. A sample counts for pass@k with a score of at least 1; avg@k and best@k, "
-        "the expected best of k samples, take the score itself. Speed and minutes are of training "
-        "alone, on whatever else the machine did; minutes in all have start and evaluations too."
+        "the expected best of k samples, take the score itself."
     )
 
 
@@ -127,6 +160,7 @@ def markdown_page(
     for part in parts:
         blocks.append(f"## {part.title}")
         blocks += [part.words] if part.words else []
+        blocks += ["\n".join(f"* {point}" for point in part.points)] if part.points else []
         blocks += [f"![{part.title}]({pictures}/{part.picture}.png)"] if part.figure else []
         blocks += [part.table.to_markdown()] if part.table else []
     blocks += ["## How it was made", _made_by(results, command), f"```sh\n{command}\n```"]
@@ -141,6 +175,8 @@ def html_page(
     for number, part in enumerate(parts):
         words = f"<p>{html.escape(part.words)}</p>" if part.words else ""
         figure = part.figure.to_svg(f"figure{number}") if part.figure else ""
+        points = "".join(f"<li>{html.escape(point)}</li>" for point in part.points)
+        words += f"<ul>{points}</ul>" if points else ""
         table = part.table.to_html() if part.table else ""
         if figure and table:
             table = f"<details><summary>Numbers</summary>{table}</details>"

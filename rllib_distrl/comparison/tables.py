@@ -21,10 +21,12 @@ class Table:
     Attributes:
         head: Names of the columns.
         lines: One per row; the first cell names it.
+        wraps: Whether cells are texts that may be broken into lines.
     """
 
     head: Sequence[str]
     lines: Sequence[Sequence[str]]
+    wraps: bool = False
 
     def to_markdown(self) -> str:
         """A Markdown table."""
@@ -41,7 +43,8 @@ class Table:
             + "</tr>"
             for line in self.lines
         )
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        kind = "" if self.wraps else ' class="numbers"'
+        return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def number(metric: str, value: float, *, signed: bool = False) -> str:
@@ -66,21 +69,25 @@ def results_table(results: Results) -> Table:
     """One row per contender: mean ± sd over the seeds."""
     metrics = main_metrics(results)
     parts = any(row.part for row in results.rows)
-    head = ["recipe", *(["part"] if parts else []), "seeds", *map(_title, metrics), *_COSTS]
+    head = ["recipe", *(["part"] if parts else []), "seeds", *map(_title, metrics)]
     lines = [
         [
             row.name,
             *([row.part] if parts else []),
             str(len(row.records)),
             *(_spread(metric, row.estimate(metric)) for metric in metrics),
-            *_costs(row),
         ]
         for row in results.rows
     ]
     return Table(head, lines)
 
 
-_COSTS = ("tokens/s", "iterations", "updates", "minutes", "minutes in all")
+def costs_table(results: Results) -> Table:
+    """One row per contender: means over the seeds of speed, iterations, optimiser steps, time."""
+    return Table(["recipe", *_COSTS], [[row.name, *_costs(row)] for row in results.rows])
+
+
+_COSTS = ("tokens/s", "iterations", "optimiser steps", "minutes", "minutes in all")
 
 
 def _costs(row: Row) -> list[str]:
@@ -159,7 +166,7 @@ def _matched_cell(metric: str, found: Matched, baseline: bool) -> str:
 def failures_table(results: Results) -> Table:
     """The runs that failed, with what they said."""
     lines = [[r.name, str(r.seed), " ".join(r.error.split())] for r in results.failed]
-    return Table(["recipe", "seed", "error"], lines)
+    return Table(["recipe", "seed", "error"], lines, wraps=True)
 
 
 def _title(metric: str) -> str:

@@ -132,6 +132,7 @@ def _tuner(recipe: Recipe, space: Space, out: Path, resume: bool, max_concurrent
             scheduler=scheduler(space, recipe),
             num_samples=1 if settings.search == "grid" else settings.trials,
             max_concurrent_trials=max_concurrent or None,
+            reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name=_TRIALS,

@@ -8,13 +8,14 @@ from typing import Any
 
 from ray.tune import PlacementGroupFactory, Stopper, Trainable
 
+from rllib_distrl.algorithms.validation_clock import EVALUATION, without_repeats
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_log import flatten_result, tokens_generated
 from rllib_distrl.sweeps.space import with_settings
 
 ITERATIONS = "iterations"
 MISSING_METRIC = "missing_metric"
-_PROGRESS = "progress.json"
+_REPORT = "report.json"
 
 
 class RecipeTrial(Trainable):
@@ -26,8 +27,14 @@ class RecipeTrial(Trainable):
     def setup(self, config: dict[str, Any]) -> None:
         """Builds the algorithm."""
         self._recipe = trial_recipe(config)
-        self._iterations = 0
+        self._report: dict[str, Any] = {ITERATIONS: 0, "done": False}
         self._algo = self._recipe.build_config().build_algo()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Becomes another trial in the same process, which saves the imports."""
+        self._algo.stop()
+        self.setup(new_config)
+        return True
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> Any:
@@ -39,17 +46,34 @@ class RecipeTrial(Trainable):
         return algorithm_config.algo_class.default_resource_request(algorithm_config)
 
     def step(self) -> dict[str, Any]:
-        """Trains up to the next validation."""
-        run, interval = self._recipe.run, self._recipe.eval.interval or 1
+        """Trains up to the next validation, or to the end and validates there.
+
+        A trial that was over when it was saved trains no more; it reports the same again.
+        """
+        if self._report["done"]:
+            return self._report
+        interval = self._recipe.eval.interval or 1
+        iterations, over = self._report[ITERATIONS], False
         for _ in range(interval):
-            result: dict[str, Any] = self._algo.train()
-            self._iterations += 1
-            row = flatten_result(result)
-            tokens = tokens_generated(row) or 0
-            over = self._iterations >= run.iterations
-            if tokens >= run.budget_tokens if run.budget_tokens else over:
-                over = True
+            result = without_repeats(self._algo.train())
+            iterations += 1
+            tokens = tokens_generated(flatten_result(result)) or 0
+            over = self._is_over(iterations, tokens)
+            if over:
                 break
+        if self._recipe.eval.interval and EVALUATION not in result:
+            result[EVALUATION] = self._algo.evaluate()
+        self._report = self._reported(result, iterations, tokens, over)
+        return self._report
+
+    def _is_over(self, iterations: int, tokens: float) -> bool:
+        run = self._recipe.run
+        return tokens >= run.budget_tokens if run.budget_tokens else iterations >= run.iterations
+
+    def _reported(
+        self, result: dict[str, Any], iterations: int, tokens: float, over: bool
+    ) -> dict[str, Any]:
+        row = flatten_result(result)
         kept: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
         for name in ("done", "training_iteration", "pid", "timestamp"):
             kept.pop(name, None)  # Tune's own
@@ -57,20 +81,18 @@ class RecipeTrial(Trainable):
         if missing:
             kept[MISSING_METRIC] = ", ".join(sorted(kept))
             kept[self.config["metric"]] = float("nan")
-        return {**kept, ITERATIONS: self._iterations, "tokens": tokens, "done": over or missing}
+        return {**kept, ITERATIONS: iterations, "tokens": tokens, "done": over or missing}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Writes the algorithm's state and how far it is."""
+        """Writes the algorithm's state and what it reported last."""
         self._algo.save_to_path(str(Path(checkpoint_dir).resolve() / "algorithm"))
-        progress = json.dumps({ITERATIONS: self._iterations})
-        (Path(checkpoint_dir) / _PROGRESS).write_text(progress, encoding="utf-8")
+        (Path(checkpoint_dir) / _REPORT).write_text(json.dumps(self._report), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Continues from there."""
         folder = Path(checkpoint)
         self._algo.restore_from_path(str((folder / "algorithm").resolve()))
-        progress = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
-        self._iterations = progress[ITERATIONS]
+        self._report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
 
     def cleanup(self) -> None:
         """Stops the algorithm's actors."""

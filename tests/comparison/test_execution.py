@@ -17,6 +17,7 @@ import pytest
 from rllib_distrl.comparison.execution import Execution
 from rllib_distrl.comparison.plan import make_plan
 from rllib_distrl.comparison.record import Record, measure_samples, score_counts, thinned
+from rllib_distrl.run_log import read_progress
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -45,7 +46,7 @@ good = {}
 # More than a float32 holds: the optimiser refuses it.
 bad = { training = { lr = 1e38 } }
 """
-SETTINGS = ("--seeds", "2", "--budget-tokens", "900", "--jobs", "2")
+SETTINGS = ("--seeds", "2", "--budget-tokens", "8000", "--jobs", "2")
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -76,20 +77,23 @@ def check_validations(good: dict[str, Any], run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_comparison_is_stopped_and_continues(tmp_path: Path, how: signal.Signals) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     (tmp_path / "variants.toml").write_text(VARIANTS)
     stopped = compare(tmp_path)
     records = tmp_path / "out" / "runs"
     give_up = time.monotonic() + 200
-    while not list(records.glob("good-seed*.json")) and time.monotonic() < give_up:
+    second = records / "good-seed1"
+    while len(read_progress(second / "progress.jsonl")) < 2 and time.monotonic() < give_up:
         assert stopped.poll() is None, stopped.communicate()
-        time.sleep(0.1)
-    stopped.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
+    stopped.send_signal(how)
     out, _ = stopped.communicate(timeout=100)
-    assert stopped.returncode == 130, out
-    assert "Stopped. The same command continues." in out
+    assert stopped.returncode == (130 if how == signal.SIGTERM else -how), out
+    assert ("Stopped. The same command continues." in out) == (how == signal.SIGTERM)
     first = {path.name: path.read_text() for path in records.glob("good-*.json")}
+    assert first.keys() == {"good-seed0.json"}
 
     process = compare(tmp_path)
     out, _ = process.communicate(timeout=280)
@@ -97,13 +101,14 @@ def test_a_comparison_from_the_command_line(tmp_path: Path) -> None:
     assert "2 of 4 runs failed" in out
     for name, text in first.items():
         assert (records / name).read_text() == text
-        assert f"{name.removesuffix('.json').replace('-seed', ' seed ')}: avg@4" not in out
+        assert "good seed 0: avg@4" not in out
+    assert "Resuming after iteration" in (tmp_path / "out/logs/good-seed1.log").read_text()
     found = {path.stem: json.loads(path.read_text()) for path in records.glob("*.json")}
     assert found.keys() == {f"{name}-seed{seed}" for name in ("good", "bad") for seed in (0, 1)}
     for seed in (0, 1):
         good, bad = found[f"good-seed{seed}"], found[f"bad-seed{seed}"]
         assert good["status"] == "finished"
-        assert 900 <= good["tokens"] < 900 + 8 * 4 * 24
+        assert 8_000 <= good["tokens"] < 8_000 + 8 * 4 * 24
         assert good["metrics"].keys() == {
             "avg@4", "pass@1", "pass@2", "pass@4", "best@1", "best@2", "best@4",
             "distinct_correct", "entropy",

@@ -44,12 +44,14 @@ def test_everything_is_written_from_the_records(tmp_path: Path, part: str) -> No
     folder = fill(tmp_path, part)
     written = {path.name for path in write_outputs(folder)}
     assert written == {"results.md", "report.html", "differences.png", "pass_k.png",
-                       "learning.png", "front.png"}  # fmt: skip
+                       "learning.png", "front.png", "matched.png"}  # fmt: skip
     text = (folder / "results.md").read_text()
     for words in ("| a | ", "35.0 ± 7.1", "+5.0 [+0.0, +10.0], p 1", "1,000 completion tokens",
                   "exit code 2: <it> \\| broke", "c (seed 0). The command continues",
                   "Seeds 0, 1; commit c0ffee",
-                  "10 test problems x 4 samples", ABOUT.command):  # fmt: skip
+                  "10 test problems x 4 samples", ABOUT.command,
+                  "* pass@2 at equal average score: above a: none; interval holds zero: 1.",
+                  "| b | 100 | 7 | 28 | 0.2 | 0.5 |"):  # fmt: skip
         assert words in text, words
     for name in written - {"results.md", "report.html"}:
         assert imread(folder / name).std() > 0.01, name
@@ -60,7 +62,7 @@ def test_a_page_elsewhere_finds_the_pictures(tmp_path: Path) -> None:
     write_outputs(folder, tmp_path / "page.md")
     text = (tmp_path / "page.md").read_text()
     found = re.findall(r"!\[[^]]*\]\(([^)]*)\)", text)
-    assert len(found) == 4
+    assert len(found) == 5
     assert all((tmp_path / picture).is_file() for picture in found)
 
 
@@ -68,7 +70,7 @@ def test_the_html_page_stands_alone(tmp_path: Path) -> None:
     write_outputs(fill(tmp_path))
     text = (tmp_path / "report.html").read_text()
     page = Page(text)
-    assert page.tags.count("svg") == 4
+    assert page.tags.count("svg") == 5
     assert "script" not in page.tags
     assert all(link.startswith("#") for link in page.links)
     assert "A &lt;title&gt;" in text
