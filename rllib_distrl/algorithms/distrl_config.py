@@ -189,7 +189,7 @@ class DistRLConfig(AlgorithmConfig):
                 (another engine or type, stale weights, top-p, top-k): ``none``, ``truncated`` or
                 ``masked`` importance weights.
             importance_bound: C > 1: weights are cut at C, or masked outside of [1/C, C].
-            micro_batch_tokens: tokens, padding included, in one forward and backward pass.
+            micro_batch_tokens: tokens, shared prompts once, in one forward and backward pass.
             max_sampling_rounds: above 1, groups whose returns are all equal are sampled anew with
                 other prompts, in so many rounds at most (DAPO's dynamic sampling).
             max_nonfinite_steps: optimiser steps in a row that may be refused because their loss

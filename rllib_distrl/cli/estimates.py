@@ -139,7 +139,7 @@ def learner_memory(
         shape: The model.
         critic: "separate" (own trunk), "shared", "detached" or "none".
         critic_outputs: Outputs of the value head.
-        micro_batch_tokens: Tokens, padding included, of one forward and backward pass.
+        micro_batch_tokens: Tokens that are computed in one forward and backward pass.
         precision: "fp32" or "bf16", whose products are half as large, and which keeps a copy
             of the trunks' weights for the backward pass.
         activation_checkpointing: Whether blocks keep their inputs alone.

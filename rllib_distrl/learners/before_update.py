@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rllib_distrl.learners.minibatches import model_inputs
 from rllib_distrl.learners.reference import Reference
-from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.modules.sequences import Sequences, from_columns
 
 # What needs the policy's own hidden states.
@@ -42,7 +41,7 @@ def model_columns(
     widths = {"prompt_logp": int(sequences.prompt_lens.max())}
     found: dict[str, Tensor] = {}
     with torch.no_grad():
-        for index in split_by_token_budget(sequences.lengths, module.micro_batch_tokens):
+        for index in module.micro_batches(sequences):
             for name, part in _read(module, reference, sequences.rows(index), needs).items():
                 if name not in found:
                     width = widths.get(name, steps)
@@ -69,7 +68,7 @@ def training_forward(
         micro-batches.
     """
     sequences = from_columns(columns)
-    parts = split_by_token_budget(sequences.lengths, budget)
+    parts = module[DEFAULT_MODULE_ID].unwrapped().micro_batches(sequences, budget)
     if len(parts) > 1:
         return None
     inputs = {DEFAULT_MODULE_ID: model_inputs(sequences.rows(parts[0]))}

@@ -43,7 +43,6 @@ from rllib_distrl.learners.reference import Reference
 from rllib_distrl.learners.refusals import EPISODE, Refusals
 from rllib_distrl.learners.uncertainty import make_uncertainty
 from rllib_distrl.learners.update_metrics import log_update
-from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.statistics import identity, logp_mismatch
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages.batch import SequenceBatch
@@ -327,8 +326,8 @@ class DistRLLearner(TorchLearner):
         whole = batch[DEFAULT_MODULE_ID]
         for optimizer in self._optimizer_parameters:
             optimizer.zero_grad(set_to_none=True)
-        lengths = from_columns(whole).lengths
-        parts = split_by_token_budget(lengths, self.config.micro_batch_tokens)
+        sequences, budget = from_columns(whole), self.config.micro_batch_tokens
+        parts = self._policy_module.micro_batches(sequences, budget)
         self._step_losses = Losses()
         loss_per_module: dict[str, torch.Tensor] = {}
         for number, rows in enumerate(parts):

@@ -14,7 +14,6 @@ from rllib_distrl.learners.minibatches import CRITIC_WEIGHTS, ROLLOUTS, micro_ba
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.aggregation import weighted_sum
 from rllib_distrl.maths.calibration import explained_variance
-from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.modules.sequences import from_columns
 
 LOSS, EXPLAINED_VARIANCE = "critic_pretraining_loss", "critic_pretraining_explained_variance"
@@ -134,7 +133,7 @@ def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> 
 def _backward(module: Any, whole: dict[str, Any], config: Any) -> float:
     """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
     total = 0.0
-    for rows in split_by_token_budget(from_columns(whole).lengths, config.micro_batch_tokens):
+    for rows in module.micro_batches(from_columns(whole), config.micro_batch_tokens):
         part = micro_batch(whole, rows)
         quantiles = module.compute_quantiles({}, module._critic_states(from_columns(part)))
         loss = weighted_sum(critic_loss(quantiles, part[ROLLOUTS], config), part[CRITIC_WEIGHTS])

@@ -8,6 +8,7 @@ import torch
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.models.loading import load_model
 from rllib_distrl.modules.lora import adapters_off
+from rllib_distrl.modules.packing import let_pack_rows
 from rllib_distrl.modules.sequences import Sequences
 
 
@@ -31,6 +32,7 @@ class Reference:
             device = next(module.parameters()).device
             self._policy = load_model(module.model_config["model"], device=device)
             self._policy.requires_grad_(False)
+            let_pack_rows(self._policy)
 
     def logp(self, sequences: Sequences) -> torch.Tensor:
         """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""

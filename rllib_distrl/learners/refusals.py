@@ -40,7 +40,7 @@ class Refusals:
         """
         self._limit = limit
         self._refused = 0
-        self._suspects: list[tuple[str, torch.Tensor, torch.Tensor]] = []
+        self._suspects: list[tuple[str, torch.Tensor, SequenceBatch]] = []
         self._names: list[str] = []
         self.in_a_row = 0
         self.last = ""
@@ -56,7 +56,7 @@ class Refusals:
         self._names = [f"episode {e.id_} (row {e.infos[0]['row']})" for e in episodes]
 
     def watch(self, rollouts: SequenceBatch, **outputs: torch.Tensor | float | None) -> None:
-        """Remembers which rows of a micro-batch are finite, in case its step is refused.
+        """Remembers the numbers of a micro-batch, in case its step is refused.
 
         Args:
             rollouts: Its rows, with advantages and targets.
@@ -65,10 +65,7 @@ class Refusals:
         inputs = {name: getattr(rollouts, name) for name in _INPUTS}
         for name, column in {**inputs, **outputs}.items():
             if isinstance(column, torch.Tensor):
-                finite = torch.isfinite(column.detach())
-                finite = finite if finite.dim() == 2 else finite.all(-1)
-                finite_rows = (finite | ~rollouts.loss_mask).all(-1)
-                self._suspects.append((name, finite_rows, rollouts.column(EPISODE)))
+                self._suspects.append((name, column.detach(), rollouts))
 
     def refuse(
         self, losses: "Losses", module: torch.nn.Module, k: int, all_reduce: AllReduce
@@ -83,7 +80,10 @@ class Refusals:
         """
         total = torch.as_tensor(losses.total_loss).detach()
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        finite = torch.stack([torch.isfinite(g).all() for g in (total, *gradients)]).all()
+        # One number that is not finite makes the sum of its tensor so, and finite ones only where
+        # they are beyond any use.
+        sums = torch.stack([total, *(g.sum() for g in gradients)])
+        finite = torch.isfinite(sums).all()
         suspects, self._suspects = self._suspects, []
         if not bool(all_reduce((~finite).float())):
             self.in_a_row = 0
@@ -97,11 +97,17 @@ class Refusals:
         return True
 
     def _where(
-        self, suspects: list[tuple[str, Any, Any]], losses: "Losses", module: torch.nn.Module
+        self,
+        suspects: list[tuple[str, torch.Tensor, SequenceBatch]],
+        losses: "Losses",
+        module: torch.nn.Module,
     ) -> str:
-        for name, finite_rows, episodes in suspects:
+        for name, column, rollouts in suspects:
+            finite = torch.isfinite(column)
+            finite = finite if finite.dim() == 2 else finite.all(-1)
+            finite_rows = (finite | ~rollouts.loss_mask).all(-1)
             if not bool(finite_rows.all()):
-                row = int(episodes[~finite_rows][0])
+                row = int(rollouts.column(EPISODE)[~finite_rows][0])
                 return f"{name} of {self._names[row]}"
         for name, parameter in module.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):

@@ -13,7 +13,6 @@ from torch import Tensor
 from rllib_distrl.connectors.sequences_from_episodes import SequencesFromEpisodes
 from rllib_distrl.learners.distrl_learner import DistRLLearner
 from rllib_distrl.maths.advantages import gae, whiten
-from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.optimism import bonus_statistic
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages.batch import SequenceBatch
@@ -76,7 +75,7 @@ def policy_columns(module: Any, columns: dict[str, Tensor], n_top: int) -> dict[
         "top_ids": torch.zeros(rows, steps, n_top, dtype=torch.long, device=head.weight.device),
         "top_logps": torch.zeros(rows, steps, n_top, device=head.weight.device),
     }
-    for index in split_by_token_budget(sequences.lengths, module.micro_batch_tokens):
+    for index in module.micro_batches(sequences):
         part = sequences.rows(index)
         states = module._states(module.policy.base_model, part)
         width = part.actions.shape[1]

@@ -28,15 +28,56 @@ def split_by_token_budget(lengths: torch.Tensor, budget: int) -> list[torch.Tens
     Raises:
         ValueError: if one row alone exceeds the budget.
     """
+    _check_longest(lengths, budget)
+    order = torch.argsort(lengths, stable=True)
+    cuts = _cuts(lengths[order].cpu().numpy(), budget)
+    return [order[start:end] for start, end in pairwise(cuts)]
+
+
+def split_packed(
+    prompt: torch.Tensor, prompt_lens: torch.Tensor, lengths: torch.Tensor, budget: int
+) -> list[torch.Tensor]:
+    """Groups rows so that what packed rows compute is at most ``budget`` tokens.
+
+    Rows with the same prompt stay together, so that it is computed once; only a group that fills
+    the budget is cut. Groups come in the order of their longest rows, because attention pads.
+
+    Args:
+        prompt: (B,) int64, equal for rows with the same prompt.
+        prompt_lens: (B,) int64.
+        lengths: (B,) int64, tokens of each row, prompt included.
+        budget: most tokens of one micro-batch: each prompt once, and completions.
+
+    Returns:
+        Index tensors that together hold every row once, on the device of ``lengths``.
+
+    Raises:
+        ValueError: if one row alone exceeds the budget.
+    """
+    _check_longest(lengths, budget)
+    longest = torch.zeros_like(lengths).scatter_reduce(0, prompt, lengths, "amax")[prompt]
+    order = np.lexsort([x.cpu().numpy() for x in (lengths, prompt, longest)])
+    prompts, of_prompt, whole = (x.tolist() for x in (prompt, prompt_lens, lengths))
+    parts: list[list[int]] = []
+    tokens, seen = budget, -1
+    for row in order.tolist():
+        alone = whole[row]
+        more = alone if prompts[row] != seen else alone - of_prompt[row]
+        if tokens + more > budget:
+            parts.append([])
+            tokens, more = 0, alone
+        parts[-1].append(row)
+        tokens, seen = tokens + more, prompts[row]
+    return [torch.tensor(part, device=lengths.device) for part in parts]
+
+
+def _check_longest(lengths: torch.Tensor, budget: int) -> None:
     longest = int(lengths.max())
     if longest > budget:
         raise ValueError(
             f"A sequence of {longest} tokens exceeds micro_batch_tokens={budget}. "
             f"Set micro_batch_tokens to at least {longest}."
         )
-    order = torch.argsort(lengths, stable=True)
-    cuts = _cuts(lengths[order].cpu().numpy(), budget)
-    return [order[start:end] for start, end in pairwise(cuts)]
 
 
 def _cuts(lengths: np.ndarray, budget: int) -> list[int]:

@@ -13,12 +13,14 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from torch import nn
 
 from rllib_distrl.maths.lm_head import token_logps
-from rllib_distrl.maths.micro_batches import split_by_token_budget
+from rllib_distrl.maths.micro_batches import split_by_token_budget, split_packed
+from rllib_distrl.maths.packing import first_of_prompt
 from rllib_distrl.models.loading import load_model
 from rllib_distrl.modules.activations import autocast, checkpoint_activations
 from rllib_distrl.modules.critic_folder import load_critic
 from rllib_distrl.modules.distributions import SampledTokenDistribution
 from rllib_distrl.modules.lora import add_adapters, merged_state, trunk_beside
+from rllib_distrl.modules.packing import let_pack_rows, packs_rows
 from rllib_distrl.modules.sequences import (
     INPUT_IDS,
     Sequences,
@@ -58,6 +60,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         # Env runners sample with the merged weights and know nothing of adapters.
         self.lora = None if self.inference_only else self.model_config.get("lora")
         self.action_dist_cls = SampledTokenDistribution
+        let_pack_rows(self.policy)
         if not self.inference_only:
             self._prepare_training()
 
@@ -133,13 +136,51 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """The token rows of a batch of either world."""
         return from_columns(batch) if INPUT_IDS in batch else from_incremental_obs(batch)
 
+    def micro_batches(self, sequences: Sequences, budget: int | None = None) -> list[torch.Tensor]:
+        """Cuts rows into micro-batches of at most ``budget`` tokens, by what is computed of them.
+
+        Args:
+            sequences: the rows.
+            budget: tokens; None: the module's own ``micro_batch_tokens``.
+
+        Returns:
+            Index tensors that together hold every row once.
+
+        Raises:
+            ValueError: if one row alone exceeds the budget.
+        """
+        budget = budget or self.micro_batch_tokens
+        if not packs_rows(self.policy.base_model):
+            return split_by_token_budget(sequences.lengths, budget)
+        prompt = first_of_prompt(sequences.input_ids, sequences.prompt_lens)
+        return split_packed(prompt, sequences.prompt_lens, sequences.lengths, budget)
+
     def hidden(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
-        """Last hidden states (B, S, H) of ``trunk`` at every position of the rows."""
-        with autocast(self.precision, sequences.input_ids.device):
-            return trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        """Last hidden states (B, S, H) of ``trunk`` at every position of the rows.
+
+        Of packed rows without the place of the last token, which no completion token follows.
+        """
+        if not packs_rows(trunk):
+            with autocast(self.precision, sequences.input_ids.device):
+                return trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+        return self._packed_hidden(trunk, sequences)[sequences.packing.rows]
+
+    def _packed_hidden(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
+        packing = sequences.packing
+        with autocast(self.precision, packing.input_ids.device):
+            outputs = trunk(
+                input_ids=packing.input_ids.unsqueeze(0),
+                position_ids=packing.positions.unsqueeze(0),
+                use_cache=False,
+                packing=packing,
+            )
+        return outputs.last_hidden_state.squeeze(0)
 
     def _states(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
-        return sequences.states(self.hidden(trunk, sequences))
+        """(B, T, H), the states before each completion token."""
+        if not packs_rows(trunk):
+            return sequences.states(self.hidden(trunk, sequences))
+        return self._packed_hidden(trunk, sequences)[sequences.packed_states]
 
     def token_logps(
         self, policy: Any, states: torch.Tensor, tokens: torch.Tensor
@@ -170,7 +211,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         sequences = self.sequences(batch)
         logps = torch.zeros(sequences.actions.shape, device=sequences.actions.device)
         with torch.no_grad():
-            for index in split_by_token_budget(sequences.lengths, self.micro_batch_tokens):
+            for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
                 states = self._states(self.policy.base_model, rows)
                 sampled = self._sampled_tokens(self.policy, states, rows)[..., 0]
@@ -207,7 +248,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             *sequences.actions.shape, self.n_value_outputs, dtype=self.value_head.weight.dtype
         )
         with torch.no_grad():
-            for index in split_by_token_budget(sequences.lengths, self.micro_batch_tokens):
+            for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
                 values = self.value_outputs({}, self._critic_states(rows))
                 outputs[index, : values.shape[1]] = values

@@ -1,10 +1,13 @@
 """The layout of sequences: row = prompt, completion, right padding."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from ray.rllib.core.columns import Columns
+
+from rllib_distrl.maths.packing import Packing, pack
 
 INPUT_IDS = "input_ids"
 PROMPT_LENS = "prompt_lens"
@@ -34,11 +37,26 @@ class Sequences:
         """(B,) tokens per row, prompt included."""
         return self.prompt_lens + self.mask.sum(-1)
 
+    @cached_property
+    def packing(self) -> Packing:
+        """These rows packed, without each row's last token, whose state nothing reads."""
+        lengths = torch.maximum(self.lengths - 1, self.prompt_lens)
+        return pack(self.input_ids, self.prompt_lens, lengths)
+
     def states(self, hidden: torch.Tensor) -> torch.Tensor:
         """Picks s_0 ... s_{T-1} from ``hidden`` (B, S, H): shape (B, T, H)."""
-        steps = torch.arange(self.actions.shape[1], device=hidden.device)
-        index = (self.prompt_lens[:, None] - 1 + steps).clamp(max=hidden.shape[1] - 1)
+        index = self._state_places(hidden.shape[1])
         return hidden.gather(1, index[..., None].expand(-1, -1, hidden.shape[-1]))
+
+    @cached_property
+    def packed_states(self) -> torch.Tensor:
+        """(B, T) int64: which of the packed tokens' states s_0 ... s_{T-1} are."""
+        rows = self.packing.rows
+        return rows.gather(1, self._state_places(rows.shape[1]))
+
+    def _state_places(self, width: int) -> torch.Tensor:
+        steps = torch.arange(self.actions.shape[1], device=self.actions.device)
+        return (self.prompt_lens[:, None] - 1 + steps).clamp(max=width - 1)
 
     def rows(self, index: torch.Tensor) -> "Sequences":
         """The chosen rows, cut to the longest completion and the longest row among them."""

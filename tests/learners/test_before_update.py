@@ -4,7 +4,6 @@ from ray.rllib.core.columns import Columns
 
 from rllib_distrl.learners import distrl_learner
 from rllib_distrl.learners.before_update import model_columns
-from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages import registry
 from tests.learners.rig import hot_config, make_learner, sample
@@ -51,7 +50,7 @@ def test_one_pass_per_model_that_is_needed_and_none_per_epoch(episodes, training
         trunks["reference"] = learner._reference._policy.base_model
     counts = passes_of(trunks)
     columns = learner._columns(episodes)
-    parts = len(split_by_token_budget(from_columns(columns).lengths, 80))
+    parts = len(module.micro_batches(from_columns(columns), 80))
     assert parts > 1
     learner._prepare(columns, 1)
     expected = {name: n * parts for name, n in before.items()}

@@ -1,0 +1,75 @@
+"""Which models can compute packed rows, and the attention with which they do."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from rllib_distrl.maths.packed_attention import packed_attention
+from rllib_distrl.maths.packing import Packing
+
+ATTENTION = "packed_rows"
+_FULL = "full_attention"
+
+
+def let_pack_rows(model: Any) -> None:
+    """Gives a model the attention that knows packed rows, if its blocks allow it.
+
+    The one rule for all models: their attention can be exchanged, and every block sees all that
+    precedes a token. A sliding window or a recurrence is bound to the order of the row that it
+    runs over; such models compute padded rows, each with its own prompt.
+
+    Args:
+        model: A Hugging Face causal LM, changed in place; on other rows it stays as it was.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    window = getattr(config, "sliding_window", None) if kinds is None else None
+    if (
+        model._supports_attention_backend
+        and model._can_set_attn_implementation()
+        and not model._is_stateful
+        and window is None
+        and set(kinds or [_FULL]) == {_FULL}
+    ):
+        model.set_attn_implementation(ATTENTION)
+
+
+def packs_rows(trunk: Any) -> bool:
+    """Whether `let_pack_rows` has changed the model of this trunk."""
+    return trunk.config._attn_implementation == ATTENTION
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: Packing | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention (1, N, heads, D) of queries, keys and values (1, heads, N, D)."""
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    # Under autocast rotated queries and keys are float32, and values are not.
+    queries, keys, values = (
+        x.squeeze(0).transpose(0, 1).to(value.dtype) for x in (query, key, value)
+    )
+    if query.device.type == "cpu":
+        scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
+        return packed_attention(queries, keys, values, packing, scale).unsqueeze(0), None
+    return _attention_of_rows(module, queries, keys, values, packing, **kwargs).unsqueeze(0), None
+
+
+def _attention_of_rows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, **kwargs: Any
+) -> Tensor:
+    """PyTorch's own attention (N, heads, D) on any device, prompts attended once per row."""
+    padded = (x[packing.rows].transpose(1, 2) for x in (query, key, value))
+    seen, _ = sdpa_attention_forward(module, *padded, None, **kwargs)
+    return seen[packing.owners, packing.positions]
+
+
+AttentionInterface.register(ATTENTION, _attention)
