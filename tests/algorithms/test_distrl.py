@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from rllib_distrl.algorithms.language_model import policy_state
+from rllib_distrl.algorithms.probe_check import ProbeCheck
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -213,6 +214,9 @@ def test_two_learners_of_adapters_correct_and_report_what_one_does(build):
     assert 0 < expected["importance_bounded_share"] < 0.5
     assert expected["logp_mismatch_max"] > 1.3
     assert_same_update(policy_state(one), policy_state(two))
+    impatient = ProbeCheck(two.learner_group, two.config.model_config, timeout_s=0.0)
+    with pytest.raises(TimeoutError, match="No learner has scored the probes within 0 s"):
+        impatient({"It": two.env_runner.held_weights().probe})
 
 
 def test_export_loads_in_plain_transformers(build, tmp_path):

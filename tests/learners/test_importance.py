@@ -84,11 +84,11 @@ def test_the_weight_multiplies_the_policy_gradient(build):
 @pytest.mark.parametrize("correction", ["none", "truncated"])
 def test_the_mismatch_is_that_before_the_first_step(correction):
     training = {"minibatch_size": 6, "micro_batch_tokens": 80, "lr": 1e-2}
-    training |= {"clip_param": 0.25, "clip_param_high": 0.1}
+    training |= {"clip_param": 0.25, "clip_param_high": 0.4}
     config = hot_config(importance_correction=correction, **training)
     episodes = sample(config)
     for episode in episodes:
-        episode.extra_model_outputs["action_logp"].data[:] += np.log(1.3)  # a weight of 0.77
+        episode.extra_model_outputs["action_logp"].data[:] -= np.log(1.3)  # a weight of 1.3
     learner = make_learner(config)
     parameters = list(learner._policy_module.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
