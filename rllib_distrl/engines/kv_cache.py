@@ -13,7 +13,9 @@ _COLUMN_STEP = 64
 
 
 class KVCache:
-    """Keys and values of rows 0 … n - 1; time-major, see `attention`.
+    """Keys and values of rows 0 … n - 1.
+
+    Time is the outermost axis: the columns in use are one stretch of memory.
 
     Attributes:
         rows: n, rows in use.

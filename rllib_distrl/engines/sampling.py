@@ -5,11 +5,13 @@ request is part of nor the order of requests can change what is sampled.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
 from rllib_distrl.engines.engine import SamplingParams
+from rllib_distrl.engines.kernels import kernels
 
 # SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
@@ -142,13 +144,39 @@ def sample(
         entropies (B,) float32 in nats (None unless asked for).
     """
     logits = logits.float()
-    if not params.greedy:
-        if params.temperature != 1.0:
-            logits = logits.div_(params.temperature)
-        if params.top_k or params.top_p < 1.0:
-            logits = filter_logits(logits, params.top_k, params.top_p)
+    if (params.top_k or params.top_p < 1.0) and not params.greedy:
+        logits = filter_logits(logits / params.temperature, params.top_k, params.top_p)
+        params = replace(params, temperature=1.0)
+    return _draw_compiled(logits, u, params) if logits.is_cpu else draw(logits, u, params)
+
+
+def draw(
+    logits: torch.Tensor, u: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Draws in plain PyTorch, on any device, from logits in float32; as `sample`, unfiltered."""
+    if not params.greedy and params.temperature != 1.0:
+        logits = logits / params.temperature
     probs = torch.softmax(logits, dim=-1)
     tokens = logits.argmax(-1) if params.greedy else invert_cdf(probs, u)
     logps = probs.gather(-1, tokens.unsqueeze(-1)).squeeze(-1).log_()
     entropies = torch.special.entr(probs).sum(-1) if params.entropy else None
     return tokens, logps, entropies
+
+
+def _draw_compiled(
+    logits: torch.Tensor, u: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Draws in one pass on CPU; as `draw`."""
+    rows = len(logits)
+    tokens, logps = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    entropies = torch.empty(rows if params.entropy else 0)
+    temperature = np.float32(1.0 if params.greedy else params.temperature)
+    arrays = (tensor.numpy() for tensor in (tokens, logps, entropies))
+    uniforms = u.contiguous().numpy()
+    bad = kernels().draw(logits.contiguous().numpy(), uniforms, temperature, params.greedy, *arrays)
+    if bad >= 0:
+        raise RuntimeError(
+            f"The logits of row {bad} are not finite: the weights have diverged. "
+            "Lower the learning rate."
+        )
+    return tokens, logps, entropies if params.entropy else None

@@ -9,11 +9,9 @@ import torch
 from rllib_distrl.engines.engine import Completion, Request, SamplingParams
 from rllib_distrl.engines.sampling import sample, uniforms
 
-# Computing a few prompts costs about as much as a step: with requests waiting, finished rows are
-# carried along until they are this share of the batch.
+# Computing a few prompts costs about as much as a step: requests wait until this share of the batch
+# is empty or finished.
 _REFILL_SHARE = 0.25
-# Closing the gaps costs about a tenth of a step.
-_SHRINK_SHARE = 0.0625
 
 Prompt = tuple[int, ...]
 
@@ -24,6 +22,8 @@ class Decoder(Protocol):
     joins_midway: bool
     row_step: int
     """A shrinking batch keeps a multiple of this many rows."""
+    shrink_share: float
+    """Finished rows stay in the batch until they are this share of it."""
 
     def canonical(self) -> Mapping[str, torch.Tensor]:
         """Hugging Face names to views whose row-major order is that of the named tensor."""
@@ -117,19 +117,19 @@ class Call:
         tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
         while True:
             finished = int((rows == self.count).sum())
-            waiting = len(queue)
+            refill = len(queue) and finished + batch - len(rows) >= _REFILL_SHARE * batch
             if finished == len(rows):
-                if not waiting:
+                if not len(queue):
                     return
                 self.decoder.open(batch, width, width + self.params.max_tokens)
                 rows, counts, tokens = rows[:0], counts[:0], tokens[:0]
-            elif finished >= (_REFILL_SHARE if waiting else _SHRINK_SHARE) * len(rows):
-                kept = self._survivors(rows, 1 if waiting else self.decoder.row_step)
+            elif finished and (refill or finished >= self.decoder.shrink_share * len(rows)):
+                kept = self._survivors(rows, 1 if refill else self.decoder.row_step)
                 if len(kept) < len(rows):
                     self.decoder.keep(kept)
                     rows, counts = rows[kept], counts[kept]
                     tokens = tokens[torch.from_numpy(kept).to(self.device)]
-            if waiting and len(rows) < batch:
+            if refill:
                 new, queue = np.split(queue, [batch - len(rows)])
                 first = np.zeros_like(new)
                 tokens = torch.cat((tokens, self._admit(new, first)))

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedConfig
 
+from rllib_distrl.engines.compiled_decoder import CompiledDecoder, not_compiled
 from rllib_distrl.engines.engine import (
     UNKNOWN_VERSION,
     Completion,
@@ -20,7 +21,17 @@ from rllib_distrl.engines.generic_decoder import GenericDecoder
 from rllib_distrl.engines.scheduler import Call, Decoder
 from rllib_distrl.engines.weights import check_names, content_hash, copy_weights
 
-_DECODERS = {"fast": FastDecoder, "generic": GenericDecoder}
+_DECODERS = {"compiled": CompiledDecoder, "fast": FastDecoder, "generic": GenericDecoder}
+DecoderName = Literal["auto", "compiled", "fast", "generic"]
+
+
+def choose_decoder(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> DecoderName:
+    """What "auto" stands for."""
+    if not not_compiled(config, device, dtype):
+        return "compiled"
+    return "generic" if unsupported(config) else "fast"
 
 
 class TorchEngine:
@@ -35,10 +46,11 @@ class TorchEngine:
         max_seq_len: Longest prompt and completion together, in tokens; None: the model's window.
         device: A torch device.
         dtype: Type of weights and cache, float32 or bfloat16.
-        decoder: "fast" (Qwen2, Qwen3, Llama), "generic" (any causal LM), or "auto".
+        decoder: "compiled" (Qwen2, Qwen3, Llama on CPU in float32), "fast" (the same models in
+            PyTorch's operators, on any device), "generic" (any causal LM), or "auto".
 
     Raises:
-        ValueError: An argument outside its range, or "fast" for a model it does not compute.
+        ValueError: An argument outside its range, or a decoder that does not compute this model.
     """
 
     def __init__(
@@ -50,7 +62,7 @@ class TorchEngine:
         max_seq_len: int | None = None,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
-        decoder: Literal["auto", "fast", "generic"] = "auto",
+        decoder: DecoderName = "auto",
     ) -> None:
         self.version = UNKNOWN_VERSION
         self.config, self.device, self.dtype = model_config, torch.device(device), dtype
@@ -61,9 +73,11 @@ class TorchEngine:
         if max_batch_size < 1:
             raise ValueError(f"max_batch_size={max_batch_size}: must be at least 1.")
         if decoder not in ("auto", *_DECODERS):
-            raise ValueError(f'decoder={decoder!r}: must be "auto", "fast" or "generic".')
+            raise ValueError(
+                f'decoder={decoder!r}: must be "auto", "compiled", "fast" or "generic".'
+            )
         if decoder == "auto":
-            decoder = "generic" if unsupported(model_config) else "fast"
+            decoder = choose_decoder(model_config, self.device, dtype)
         self.decoder: Decoder = _DECODERS[decoder](model_config, self.device, dtype)
         self._is_eos = self._eos_table(eos_token_ids, text_config.vocab_size)
 

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rllib_distrl.engines.compiled_decoder import CompiledDecoder
 from rllib_distrl.engines.engine import SamplingParams
-from rllib_distrl.engines.fast_decoder import FastDecoder
 from rllib_distrl.engines.sampling import sample
 from rllib_distrl.maths.quantiles import center_delta, quantile_huber_loss
 from rllib_distrl.maths.targets import TARGETS
@@ -19,7 +19,7 @@ class DecodeLoop:
     """Our decoder in the shortest loop there is: rows never end, nothing is kept but tensors."""
 
     def __init__(self, model: Any):
-        self.decoder = FastDecoder(model.config, torch.device("cpu"), torch.float32)
+        self.decoder = CompiledDecoder(model.config, torch.device("cpu"), torch.float32)
         for name, view in self.decoder.canonical().items():
             view.copy_(model.state_dict()[name].reshape(view.shape))
 

@@ -16,14 +16,14 @@ from rllib_distrl.engines import Request, TorchEngine
 VOCAB, WINDOW, EOS = 61, 96, 3
 SIZES = {
     "vocab_size": VOCAB,
-    "hidden_size": 32,
+    "hidden_size": 64,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": WINDOW,
     "bos_token_id": 1,
     "eos_token_id": EOS,
-    "initializer_range": 0.25,
+    "initializer_range": 0.18,
 }
 LLAMA3_ROPE = {
     "rope_type": "llama3",
