@@ -72,6 +72,7 @@ def _distrl(arguments: list[str], output: str, folder: str, environment: Mapping
     os.close(stream)
     os.environ.update(environment)
     os.chdir(folder)
+    sys.path.insert(0, folder)  # as `python -m` does
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.argv = ["distrl", *arguments]
     runpy.run_module("rllib_distrl.cli", run_name="__main__")
