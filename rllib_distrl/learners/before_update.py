@@ -4,11 +4,8 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from rllib_distrl.learners.minibatches import model_inputs
 from rllib_distrl.learners.reference import Reference
 from rllib_distrl.modules.sequences import Sequences, from_columns
 
@@ -48,45 +45,6 @@ def model_columns(
                     found[name] = part.new_zeros(rows, width, *part.shape[2:])
                 found[name][index, : part.shape[1]] = part
     return found
-
-
-def training_forward(
-    module: Any, columns: dict[str, Tensor], budget: int
-) -> tuple[Tensor, dict[str, Any]] | None:
-    """The forward pass, with gradients, of a batch that is a single micro-batch.
-
-    If it also is a single optimiser step, the weights of that step are those of the pass before
-    it, and one forward pass serves both.
-
-    Args:
-        module: RLlib's module of modules.
-        columns: of `SequencesFromEpisodes`.
-        budget: most tokens of a micro-batch.
-
-    Returns:
-        The order of the rows, as a step takes them, and the outputs; None for several
-        micro-batches.
-    """
-    sequences = from_columns(columns)
-    parts = module[DEFAULT_MODULE_ID].unwrapped().micro_batches(sequences, budget)
-    if len(parts) > 1:
-        return None
-    inputs = {DEFAULT_MODULE_ID: model_inputs(sequences.rows(parts[0]))}
-    return parts[0], module.forward_train(inputs)[DEFAULT_MODULE_ID]
-
-
-@torch.no_grad()
-def columns_of_forward(
-    module: Any, rows: Tensor, outputs: dict[str, Any], needs: Collection[str]
-) -> dict[str, Tensor]:
-    """What `training_forward` tells about the batch: quantiles and entropy, where needed."""
-    found = {}
-    if "quantiles" in needs:
-        found["quantiles"] = module.compute_quantiles({}, outputs[Columns.EMBEDDINGS])
-    if "entropy" in needs:
-        found["entropy"] = outputs[Columns.ACTION_DIST_INPUTS][..., 1].detach()
-    back = torch.argsort(rows)
-    return {name: column[back] for name, column in found.items()}
 
 
 def _read(

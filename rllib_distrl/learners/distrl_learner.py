@@ -3,8 +3,6 @@
 import contextlib
 import functools
 import threading
-from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,19 +13,11 @@ from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllib_distrl.connectors.sequences_from_episodes import GROUPS
-from rllib_distrl.learners.before_update import (
-    MODEL_COLUMNS,
-    columns_of_forward,
-    model_columns,
-    training_forward,
-)
 from rllib_distrl.learners.controllers import Controllers
 from rllib_distrl.learners.importance import (
     IMPORTANCE_WEIGHTS,
     SAMPLER_LOGP,
     check_behaviour,
-    correct_importance,
 )
 from rllib_distrl.learners.losses import Losses, distrl_losses
 from rllib_distrl.learners.method import Method
@@ -36,14 +26,16 @@ from rllib_distrl.learners.minibatches import (
     ROLLOUTS,
     WEIGHTS,
     micro_batch,
-    minibatch,
+    minibatches,
 )
 from rllib_distrl.learners.optimizers import register_optimizers, set_learning_rates
+from rllib_distrl.learners.preparation import prepare
 from rllib_distrl.learners.reference import Reference
-from rllib_distrl.learners.refusals import EPISODE, Refusals
+from rllib_distrl.learners.refusals import Refusals
+from rllib_distrl.learners.single_step import SingleStep
 from rllib_distrl.learners.uncertainty import make_uncertainty
 from rllib_distrl.learners.update_metrics import log_update
-from rllib_distrl.maths.statistics import identity, logp_mismatch
+from rllib_distrl.maths.statistics import logp_mismatch
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages.batch import SequenceBatch
 
@@ -74,13 +66,12 @@ class DistRLLearner(TorchLearner):
     _module: Any
     _params: Any
     _learner_connector: Any
-    _single_step = False
-    _forward: dict[str, Any] | None = None
 
     def __init__(self, **kwargs: Any):
         """Keeps RLlib's arguments for `build`."""
         super().__init__(**kwargs)
         self._turn = threading.RLock()
+        self._single_step = SingleStep()
 
     def build(self) -> None:
         """Builds module and optimisers and resolves the stages."""
@@ -177,11 +168,9 @@ class DistRLLearner(TorchLearner):
         check_behaviour(episodes, self.config)
         columns = self._columns(episodes)
         self._mismatched = []
-        self._single_step = (
-            num_epochs == 1
-            and (minibatch_size or len(episodes)) >= len(episodes)
-            and self.config.num_learners <= 1
-        )
+        alone = self.config.num_learners <= 1
+        one_step = num_epochs == 1 and (minibatch_size or len(episodes)) >= len(episodes)
+        self._single_step.start(possible=alone and one_step)
         rollouts = self._prepare(columns, timesteps.get(TRAINING_ITERATION, 1))
         self._refusals.start_iteration(episodes)
         self._weights_seq_no += 1
@@ -191,9 +180,8 @@ class DistRLLearner(TorchLearner):
         if self._uncertainty is not None:
             rollouts.metrics.update(self._uncertainty.learn(columns, rollouts))
         steps = []
-        for part in self._minibatches(
-            columns, rollouts, num_epochs, minibatch_size, shuffle_batch_per_epoch
-        ):
+        orders = self._orders(rollouts, num_epochs, shuffle_batch_per_epoch)
+        for part in minibatches(columns, rollouts, orders, minibatch_size, self.config):
             if self._refusals.exhausted:
                 break
             self._first_step = not steps
@@ -209,7 +197,7 @@ class DistRLLearner(TorchLearner):
         }
         log_update(self.metrics, rollouts, values, self.config.gamma)
         self._log_trainable_parameters()  # Ray 2.60 logs them once, and NaN from then on
-        self._single_step = False
+        self._single_step.start(possible=False)
         self.after_gradient_based_update(timesteps=timesteps)
         return None if _no_metrics_reduce else self.metrics.reduce()
 
@@ -237,55 +225,17 @@ class DistRLLearner(TorchLearner):
 
     def _prepare(self, columns: dict[str, torch.Tensor], k: int) -> SequenceBatch:
         """The one pass before the update, and the stages on the whole batch."""
-        rollouts = SequenceBatch(
-            rewards=columns[Columns.REWARDS],
-            loss_mask=columns[Columns.LOSS_MASK],
-            action_logp=columns[Columns.ACTION_LOGP],
-            group=columns[GROUPS],
-            k=k,
-            width=self.config.rollout_settings.max_completion_tokens,
-            generator=self._generator(k),
-            all_reduce=self._all_reduce if self.config.num_learners > 1 else identity,
-            extras={EPISODE: torch.arange(len(columns[GROUPS]), device=self._device)},
-        )
-        module = self._policy_module
-        needs = self._method.needs & MODEL_COLUMNS
-        if self._uncertainty is not None:
-            needs |= self._uncertainty.needs
-        if not module.has_critic:
-            needs -= {"quantiles"}
-        elif not bool(module.value_initialised):
-            self._initialise_values(module, rollouts)
-        found = self._columns_of_forward(columns, needs) if self._single_step else {}
-        found |= model_columns(module, self._reference, columns, needs - found.keys())
-        rollouts = replace(rollouts, **found)
-        correction = self.config.importance_correction
-        if correction != "none":
-            logp = module.compute_logps(columns)
-            correct_importance(logp, rollouts, correction, self.config.importance_bound)
-        if self._uncertainty is not None:
-            statistic = self._uncertainty.statistic(columns, rollouts)
-            rollouts.extras[self.config.bonus_stat] = statistic
-        self._method.prepare(rollouts, self.config)
-        return rollouts
+        return prepare(self, columns, k)
 
-    def _columns_of_forward(self, columns: dict[str, torch.Tensor], needs: Any) -> dict[str, Any]:
-        """Runs and keeps the forward pass of the only step, if it is one micro-batch."""
-        forward = training_forward(self.module, columns, self.config.micro_batch_tokens)
-        if forward is None:
-            return {}
-        rows, self._forward = forward
-        return columns_of_forward(self._policy_module, rows, self._forward, needs)
-
-    def _initialise_values(self, module: Any, rollouts: SequenceBatch) -> None:
-        value = self.config.init_value
-        if value is None:
-            returns = rollouts.returns
-            total, count = rollouts.all_reduce(
-                torch.stack([returns.sum(), returns.new_tensor(len(rollouts))])
-            )
-            value = float(total / count)
-        module.initialise_values(value)
+    def _orders(self, rollouts: SequenceBatch, epochs: int, shuffle: bool) -> list[torch.Tensor]:
+        """The order of the rows in each epoch."""
+        n = len(rollouts)
+        if not shuffle or self._single_step.possible:
+            return [torch.arange(n, device=self._device)] * epochs
+        return [
+            torch.randperm(n, generator=self._generator(rollouts.k, epoch)).to(self._device)
+            for epoch in range(epochs)
+        ]
 
     def _generator(self, *numbers: int) -> torch.Generator:
         """Randomness that depends on the seed and ``numbers`` alone, so that resuming is exact."""
@@ -305,22 +255,6 @@ class DistRLLearner(TorchLearner):
         torch.distributed.all_gather_object(parts, tensor.cpu())
         return torch.cat(parts)
 
-    def _minibatches(
-        self,
-        columns: dict[str, torch.Tensor],
-        rollouts: SequenceBatch,
-        num_epochs: int,
-        minibatch_size: int | None,
-        shuffle: bool,
-    ) -> Iterator[dict[str, Any]]:
-        n = len(rollouts)
-        for epoch in range(num_epochs):
-            generator = self._generator(rollouts.k, epoch)
-            shuffled = shuffle and not self._single_step
-            order = torch.randperm(n, generator=generator) if shuffled else torch.arange(n)
-            for rows in order.split(minibatch_size or n):
-                yield minibatch(columns, rollouts, rows.to(self._device), self.config)
-
     def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         """One optimiser step, accumulated over micro-batches."""
         whole = batch[DEFAULT_MODULE_ID]
@@ -333,7 +267,7 @@ class DistRLLearner(TorchLearner):
         for number, rows in enumerate(parts):
             part = {DEFAULT_MODULE_ID: micro_batch(whole, rows)}
             with self._gradient_sync(last=number == len(parts) - 1):
-                fwd_out = self._take_forward() or self.module.forward_train(part)
+                fwd_out = self._single_step.take() or self.module.forward_train(part)
                 loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=part)
                 # DDP averages gradients; the weights already divide by all learners' tokens.
                 loss = loss_per_module[DEFAULT_MODULE_ID] * max(self.config.num_learners, 1)
@@ -345,11 +279,6 @@ class DistRLLearner(TorchLearner):
         ):
             self.apply_gradients(self.postprocess_gradients(gradients))
         return {}, loss_per_module, {}
-
-    def _take_forward(self) -> dict[str, Any] | None:
-        """The forward pass that was kept; it serves once."""
-        forward, self._forward = self._forward, None
-        return None if forward is None else {DEFAULT_MODULE_ID: forward}
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         if self.config.num_learners > 1 and not last:

@@ -1,5 +1,6 @@
 """Cutting a batch into minibatches of sequences, and these into micro-batches."""
 
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
 ROLLOUTS = "rollouts"
 WEIGHTS = "weights"
 CRITIC_WEIGHTS = "critic_weights"
+
+
+def minibatches(
+    columns: dict[str, torch.Tensor],
+    rollouts: SequenceBatch,
+    orders: Sequence[torch.Tensor],
+    size: int | None,
+    config: "DistRLConfig",
+) -> Iterator[dict[str, Any]]:
+    """The minibatches of all epochs, see `minibatch`.
+
+    Args:
+        columns: what `SequencesFromEpisodes` made.
+        rollouts: the same rows after the stages.
+        orders: of the rows, one of each epoch.
+        size: sequences of a minibatch; None: all.
+        config: names the aggregation.
+    """
+    for order in orders:
+        for rows in order.split(size or len(rollouts)):
+            yield minibatch(columns, rollouts, rows, config)
 
 
 def minibatch(

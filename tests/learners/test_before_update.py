@@ -2,7 +2,7 @@ import pytest
 import torch
 from ray.rllib.core.columns import Columns
 
-from rllib_distrl.learners import distrl_learner
+from rllib_distrl.learners import single_step
 from rllib_distrl.learners.before_update import model_columns
 from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages import registry
@@ -91,7 +91,7 @@ def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(
 
     once, gradients = update()
     assert set(once.values()) == {1}
-    monkeypatch.setattr(distrl_learner, "training_forward", lambda *_: None)
+    monkeypatch.setattr(single_step, "training_forward", lambda *_: None)
     twice, expected = update()
     assert set(twice.values()) == {2}
     for name, gradient in expected.items():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from rllib_distrl.learners import distrl_learner
+from rllib_distrl.learners import single_step
 from rllib_distrl.learners.before_update import model_columns
 from rllib_distrl.modules import lora
 from tests.learners.rig import hot_config, make_learner, sample
@@ -172,7 +172,7 @@ def test_the_references_pass_between_forward_and_backward_changes_nothing(episod
         return {name: p.grad for name, p in learner._policy_module.named_parameters()}
 
     once = gradients()
-    monkeypatch.setattr(distrl_learner, "training_forward", lambda *_: None)
+    monkeypatch.setattr(single_step, "training_forward", lambda *_: None)
     for name, gradient in gradients().items():
         if gradient is not None:
             torch.testing.assert_close(once[name], gradient, rtol=1e-4, atol=1e-6)
