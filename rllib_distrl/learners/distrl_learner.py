@@ -1,6 +1,5 @@
 """The learner: whole sequences, micro-batched, with a quantile critic."""
 
-import contextlib
 import functools
 import threading
 from typing import Any
@@ -8,26 +7,20 @@ from typing import Any
 import numpy as np
 import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
-from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from rllib_distrl.learners.controllers import Controllers
-from rllib_distrl.learners.importance import (
-    IMPORTANCE_WEIGHTS,
-    SAMPLER_LOGP,
-    check_behaviour,
+from rllib_distrl.learners.gradients import (
+    accumulate_gradients,
+    micro_batch_loss,
+    trained_gradients,
 )
-from rllib_distrl.learners.losses import Losses, distrl_losses
+from rllib_distrl.learners.importance import check_behaviour
+from rllib_distrl.learners.losses import Losses
 from rllib_distrl.learners.method import Method
-from rllib_distrl.learners.minibatches import (
-    CRITIC_WEIGHTS,
-    ROLLOUTS,
-    WEIGHTS,
-    micro_batch,
-    minibatches,
-)
+from rllib_distrl.learners.minibatches import ROLLOUTS, minibatches
 from rllib_distrl.learners.optimizers import register_optimizers, set_learning_rates
 from rllib_distrl.learners.preparation import prepare
 from rllib_distrl.learners.reference import Reference
@@ -36,7 +29,6 @@ from rllib_distrl.learners.single_step import SingleStep
 from rllib_distrl.learners.uncertainty import make_uncertainty
 from rllib_distrl.learners.update_metrics import log_update
 from rllib_distrl.maths.statistics import logp_mismatch
-from rllib_distrl.modules.sequences import from_columns
 from rllib_distrl.stages.batch import SequenceBatch
 
 TRAINING_ITERATION = "training_iteration"
@@ -258,40 +250,15 @@ class DistRLLearner(TorchLearner):
     def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         """One optimiser step, accumulated over micro-batches."""
         whole = batch[DEFAULT_MODULE_ID]
-        for optimizer in self._optimizer_parameters:
-            optimizer.zero_grad(set_to_none=True)
-        sequences, budget = from_columns(whole), self.config.micro_batch_tokens
-        parts = self._policy_module.micro_batches(sequences, budget)
         self._step_losses = Losses()
-        loss_per_module: dict[str, torch.Tensor] = {}
-        for number, rows in enumerate(parts):
-            part = {DEFAULT_MODULE_ID: micro_batch(whole, rows)}
-            with self._gradient_sync(last=number == len(parts) - 1):
-                fwd_out = self._single_step.take() or self.module.forward_train(part)
-                loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=part)
-                # DDP averages gradients; the weights already divide by all learners' tokens.
-                loss = loss_per_module[DEFAULT_MODULE_ID] * max(self.config.num_learners, 1)
-                loss.backward()
-        gradients: Any = self._gradients()
+        loss_per_module = accumulate_gradients(self, whole)
+        gradients: Any = trained_gradients(self)
         rollouts: SequenceBatch = whole[ROLLOUTS]
         if not self._refusals.refuse(
             self._step_losses, self._policy_module, rollouts.k, rollouts.all_reduce
         ):
             self.apply_gradients(self.postprocess_gradients(gradients))
         return {}, loss_per_module, {}
-
-    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if self.config.num_learners > 1 and not last:
-            return self._module[DEFAULT_MODULE_ID].no_sync()
-        return contextlib.nullcontext()
-
-    def _gradients(self) -> dict[Any, torch.Tensor]:
-        if self._warming_up:
-            critic = {id(parameter) for parameter in self._policy_module.critic_parameters()}
-            for parameter in self._params.values():
-                if id(parameter) not in critic:
-                    parameter.grad = None
-        return {ref: p.grad for ref, p in self._params.items() if p.grad is not None}
 
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
@@ -307,37 +274,4 @@ class DistRLLearner(TorchLearner):
         Returns:
             A scalar; the sum over micro-batches and learners is the loss.
         """
-        module = self._module[module_id].unwrapped()
-        logp, entropy = fwd_out[Columns.ACTION_DIST_INPUTS].unbind(-1)
-        quantiles = None
-        if module.has_critic:
-            quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
-        rollouts: SequenceBatch = batch[ROLLOUTS]
-        policy_loss = self._method.policy_loss(logp, rollouts)
-        if IMPORTANCE_WEIGHTS in rollouts.extras:
-            policy_loss = policy_loss * rollouts.extras[IMPORTANCE_WEIGHTS]
-        penalty = self._method.regularisation(logp, rollouts)
-        losses = distrl_losses(
-            policy_loss,
-            penalty,
-            entropy,
-            quantiles,
-            rollouts,
-            batch[WEIGHTS],
-            batch[CRITIC_WEIGHTS],
-            config,
-            self._coefficients["entropy_coeff"],
-        )
-        self._step_losses.add(losses)
-        self._refusals.watch(
-            rollouts,
-            policy_loss=policy_loss,
-            regularisation=penalty,
-            entropy=entropy,
-            quantiles=quantiles,
-        )
-        if self._first_step:
-            sampler_logp = rollouts.extras.get(SAMPLER_LOGP, rollouts.action_logp)
-            mask = rollouts.loss_mask
-            self._mismatched.append((logp.detach()[mask], sampler_logp[mask]))
-        return losses.total
+        return micro_batch_loss(self, self._module[module_id].unwrapped(), batch, fwd_out)
