@@ -1,25 +1,20 @@
 """What lies between the matrix products of a decoding step, compiled for this processor.
 
-CPU, float32, one thread. Numba compiles each function once per machine and keeps the result under
-the cache directory of `rllib_distrl`; no compiler is needed. Matrix products are BLAS's.
+CPU, float32, one thread. Matrix products are BLAS's.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 
-import hashlib
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numba
 import numpy as np
-from filelock import FileLock
 from numba import njit
 
 from rllib_distrl.engines import lanes
+from rllib_distrl.engines.kernel_cache import compile_once
 from rllib_distrl.engines.lanes import LANES, add, add_product, fill, load, store, swap
-from rllib_distrl.models.cached_folder import ROOT_VARIABLE, cache_root, say
 
 PAGE = LANES
 """Columns (tokens) per page of the key-value cache."""
@@ -292,36 +287,6 @@ _SIGNATURES = {
 
 @cache
 def kernels() -> Any:
-    """The compiled functions of this module, by name; loaded or compiled at the first call.
-
-    One process compiles while others wait: Numba's cache is not made for several writers.
-
-    Raises:
-        ValueError: If the cache directory cannot be written to.
-    """
-    sources = b"".join(Path(str(file)).read_bytes() for file in (__file__, lanes.__file__))
-    folder = cache_root() / f"kernels-{hashlib.sha256(sources).hexdigest()[:16]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
-            if not any(folder.rglob("*.nbi")):
-                say("Compiling the rollout engine's kernels for this machine, once.")
-            return _compiled(folder)
-    except OSError as error:
-        raise ValueError(
-            f"The rollout engine's compiled kernels are kept under {folder}, which cannot be "
-            f"written to: {error}. Set {ROOT_VARIABLE} to a directory of yours."
-        ) from None
-
-
-def _compiled(folder: Path) -> SimpleNamespace:
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(folder)
-    try:
-        return SimpleNamespace(
-            **{
-                function.__name__: njit(signature, cache=True, nogil=True, **_OPTIONS)(function)
-                for function, signature in _SIGNATURES.items()
-            }
-        )
-    finally:
-        numba.config.CACHE_DIR = before
+    """The compiled functions of this module, by name; compiled or loaded at the first call."""
+    options = {**_OPTIONS, "nogil": True}
+    return compile_once(_SIGNATURES, options, [Path(__file__), Path(str(lanes.__file__))])
