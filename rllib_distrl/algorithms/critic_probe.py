@@ -121,14 +121,15 @@ def _in_states(
         rows = [columns[name][cut] for columns, cut in zip(scored, cuts, strict=True)]
         return torch.from_numpy(np.stack(rows))
 
-    values = at_cuts("value")
+    values, positions = at_cuts("value"), torch.tensor(cuts)
     found = state_metrics(values, means)
     if "quantiles" in scored[0]:
         spread = at_cuts("quantiles").std(-1, correction=0)
-        found.update(ignorance_metrics(spread, values, means))
+        found.update(ignorance_metrics(spread, values, means, positions))
     if "bonus_statistic" in scored[0]:
         statistic = at_cuts("bonus_statistic")
-        found.update(ignorance_metrics(statistic, values, means, name="optimism_stat"))
+        known = ignorance_metrics(statistic, values, means, positions, name="optimism_stat")
+        found.update(known)
     return found
 
 

@@ -24,8 +24,10 @@ _ROWS = {
     "quantile_spread": "spread",
     "quantile_spread_error_correlation": "spread and error, rank correlation",
     "quantile_spread_error_partial_correlation": "... given the value",
+    "quantile_spread_error_partial_correlation_given_position": "... and the position",
     "optimism_stat_error_correlation": "bonus statistic and error",
     "optimism_stat_error_partial_correlation": "... given the value",
+    "optimism_stat_error_partial_correlation_given_position": "... and the position",
 }
 
 

@@ -9,14 +9,18 @@ from rllib_distrl.comparison.results import Results, Row
 from rllib_distrl.comparison.statistics import PairedTest
 from rllib_distrl.comparison.tables import main_metrics, number
 
+_MOST_NAMED = 4
+_SIGNIFICANT = 0.05
+
 
 def claims(results: Results) -> list[str]:
     """A sentence per metric at equal average score, and per metric after training.
 
     Each names the recipes whose 95 % interval of the paired difference to the baseline is above
-    zero, those below, and counts the others.
+    zero, those below, the furthest first and four at most, and counts the others. Before them
+    stands a warning where there are too few seeds for any of it.
     """
-    found = []
+    found = _warning(results)
     if over := levels(results):
         for metric in front_metrics(results):
             found.append(
@@ -40,6 +44,17 @@ def claims(results: Results) -> list[str]:
     return found
 
 
+def _warning(results: Results) -> list[str]:
+    seeds = max(len(row.records) for row in results.rows)
+    least = 2.0 ** (1 - seeds)
+    if least <= _SIGNIFICANT:
+        return []
+    return [
+        f"{seeds} seeds cannot show a difference, whatever its size: the smallest p is {least:g}, "
+        "and the intervals are too narrow. What follows are directions."
+    ]
+
+
 def _sentence(
     results: Results, metric: str, what: str, test_of: Callable[[Row], PairedTest | None]
 ) -> str:
@@ -52,11 +67,17 @@ def _sentence(
     below = [_named(metric, *one) for one in told if one[1].difference.high < 0]
     unclear = len(told) - len(above) - len(below)
     untold = len(tests) - len(told)
-    parts = [f"above {results.baseline.name}: {', '.join(above) or 'none'}"]
-    parts += [f"below: {', '.join(below)}"] if below else []
+    parts = [f"above {results.baseline.name}: {_listed(above) or 'none'}"]
+    parts += [f"below: {_listed(below[::-1])}"] if below else []
     parts += [f"interval holds zero: {unclear}"] if unclear else []
     parts += [f"too few seeds to tell: {untold}"] if untold else []
     return f"{what}: {'; '.join(parts)}."
+
+
+def _listed(names: list[str]) -> str:
+    """The first four, and how many more there are."""
+    more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
+    return ", ".join([*names[:_MOST_NAMED], *more])
 
 
 def _named(metric: str, name: str, test: PairedTest) -> str:

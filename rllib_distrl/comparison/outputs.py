@@ -54,21 +54,26 @@ def read_about(folder: Path) -> About:
         raise ValueError(f"{folder} is not a comparison: {error}.") from error
 
 
-def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
+def write_outputs(folder: Path, page: Path | None = None, baseline: str = "") -> list[Path]:
     """Writes the pages and pictures of a comparison from its `comparison.json` and `runs/*.json`.
 
     Args:
         folder: Of the comparison.
-        page: The Markdown file; `results.md` in the folder if None. The rest lies in the folder.
+        page: The Markdown file; `results.md` beside the rest if None. That lies in the folder.
+        baseline: Another contender than the first to compare with; everything then lies in
+            `against-NAME` below the folder.
 
     Returns:
         The files.
 
     Raises:
-        ValueError: If there is nothing to show.
+        ValueError: If there is nothing to show, or no such contender.
     """
     about = read_about(folder)
-    results = arrange(read_records(folder / "runs"), about.names, about.seeds)
+    names = _with_baseline(about.names, baseline)
+    results = arrange(read_records(folder / "runs"), names, about.seeds)
+    folder = folder / f"against-{baseline}" if baseline else folder
+    folder.mkdir(exist_ok=True)
     parts = sections(results)
     page = page or folder / "results.md"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -83,3 +88,12 @@ def write_outputs(folder: Path, page: Path | None = None) -> list[Path]:
             pictures.append(folder / f"{part.picture}.png")
             part.figure.savefig(pictures[-1], dpi=_DPI, facecolor="white")
     return [page, report, *pictures]
+
+
+def _with_baseline(names: tuple[str, ...], baseline: str) -> tuple[str, ...]:
+    """The names, the baseline's first."""
+    if not baseline:
+        return names
+    if baseline not in names:
+        raise ValueError(f"{baseline!r} is not among what was compared: {', '.join(names)}.")
+    return (baseline, *(name for name in names if name != baseline))

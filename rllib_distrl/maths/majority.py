@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -104,8 +105,7 @@ def _expected_winner(sizes: npt.NDArray[np.int64], means: FloatArray, n: int, k:
     tables = [_powers(int(size), prob, roots) for size in distinct]
     for count in _winning_counts(int(distinct[-1]), n, k):
         ties = min(k // count, sizes.size)
-        node, weight = np.polynomial.legendre.leggauss(ties // 2 + 1)
-        node, weight = (node[:, None] + 1) / 2, weight / 2
+        node, weight = _quadrature(ties // 2 + 1)
         everyone = np.broadcast_to(silent, (node.size, points.size))
         won = np.zeros_like(everyone)
         for (terms, sums), many, worth in zip(tables, multiplicity, class_score, strict=True):
@@ -120,6 +120,13 @@ def _expected_winner(sizes: npt.NDArray[np.int64], means: FloatArray, n: int, k:
     pairs = np.where((points == 0) | (2 * points == n + 1), 1.0, 2.0)
     chosen = (pairs * coefficient * roots ** (-k)).real.sum() / (n + 1)
     return float(np.clip(chosen / _binomial(n, prob)[k], means.min(initial=0.0), means.max()))
+
+
+@cache
+def _quadrature(size: int) -> tuple[FloatArray, FloatArray]:
+    """Gauss-Legendre nodes (size, 1) and weights (size,) on [0, 1]."""
+    node, weight = np.polynomial.legendre.leggauss(size)
+    return (node[:, None] + 1) / 2, weight / 2
 
 
 def _winning_counts(largest: int, n: int, k: int) -> range:

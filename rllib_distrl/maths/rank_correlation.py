@@ -1,4 +1,4 @@
-"""Spearman's rank correlation, raw and given a third quantity."""
+"""Spearman's rank correlation, raw and given other quantities."""
 
 import torch
 from torch import Tensor
@@ -35,23 +35,26 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     return _correlation(average_ranks(x), average_ranks(y))
 
 
-def partial_rank_correlation(x: Tensor, y: Tensor, given: Tensor) -> float:
-    """Correlation of the ranks of x and y that the ranks of a third quantity do not explain.
+def partial_rank_correlation(x: Tensor, y: Tensor, *given: Tensor) -> float:
+    """Correlation of the ranks of x and y that the ranks of other quantities do not explain.
 
-    Both are regressed on a polynomial of degree 4 in the third's rank (our choice: the usual
-    straight line would leave most of a bump-shaped dependence in, and flatter).
+    Both are regressed on the sum of a polynomial of degree 4 in the rank of each of these (our
+    choice: the usual straight line would leave most of a bump-shaped dependence in, and flatter).
 
     Args:
         x: (K,), such as the spread.
         y: (K,), such as |V − empirical return|.
-        given: (K,), such as V.
+        *given: (K,) each, such as V and the position in the completion; at least one.
 
     Returns:
         In [−1, 1]; NaN where nothing is left of one of them.
     """
-    position = average_ranks(given)
-    position = 2 * (position - position.mean()) / max(len(position), 1)
-    basis = torch.stack([position**d for d in range(_CONTROL_DEGREE + 1)], dim=1)
+    powers = [torch.ones_like(x, dtype=torch.float64)]
+    for control in given:
+        place = average_ranks(control)
+        place = 2 * (place - place.mean()) / max(len(place), 1)
+        powers += [place**degree for degree in range(1, _CONTROL_DEGREE + 1)]
+    basis = torch.stack(powers, dim=1)
     ranks = torch.stack([average_ranks(x), average_ranks(y)], dim=1)
     left = ranks - basis @ torch.linalg.lstsq(basis, ranks, driver="gelsd").solution
     # What is left of a perfectly explained rank is rounding, not signal.

@@ -6,10 +6,10 @@ from typing import Any
 
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.sweeps.space import Space
-from rllib_distrl.sweeps.trial import ITERATIONS
+from rllib_distrl.sweeps.trial import ITERATIONS, TOKENS
 
 _REDUCTION = 3  # ASHA keeps the best third at each rung
-_NEVER = 1_000_000_000  # iterations; where only a budget of tokens ends trials
+_NEVER = 10**12  # tokens
 
 
 def search_algorithm(space: Space) -> Any:
@@ -37,16 +37,19 @@ def search_algorithm(space: Space) -> Any:
 
 
 def scheduler(space: Space, recipe: Recipe) -> Any:
-    """The scheduler; trials are compared at equal iterations."""
+    """The scheduler; "asha" compares trials at equal tokens if they have a budget of them."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
 
     settings = space.settings
-    longest = _NEVER if recipe.run.budget_tokens else recipe.run.iterations
+    budget = recipe.run.budget_tokens
     if settings.scheduler == "asha":
+        longest = budget or recipe.run.iterations
+        grace = min(settings.grace_tokens if budget else settings.grace_iterations, longest)
         return ASHAScheduler(
-            time_attr=ITERATIONS,
-            max_t=max(longest, settings.grace_iterations),
-            grace_period=settings.grace_iterations,
+            time_attr=TOKENS if budget else ITERATIONS,
+            # The budget ends a trial itself, and may be passed within an iteration.
+            max_t=_NEVER if budget else longest,
+            grace_period=grace,
             reduction_factor=_REDUCTION,
         )
     if settings.scheduler == "pbt":

@@ -29,6 +29,8 @@ class SweepSettings:
         trials: How many are drawn; a grid has as many as it has combinations.
         seed: Of the drawing.
         grace_iterations: No trial is stopped by "asha" before.
+        grace_tokens: The same where the recipe has a budget of tokens: trials are then compared
+            at equal tokens, whatever an iteration of theirs generates.
         perturbation_interval: Iterations between the changes of "pbt".
     """
 
@@ -39,6 +41,7 @@ class SweepSettings:
     trials: int = 8
     seed: int = 0
     grace_iterations: int = 10
+    grace_tokens: int = 50_000
     perturbation_interval: int = 10
 
 
@@ -148,7 +151,7 @@ def _settings(table: Mapping[str, Any]) -> SweepSettings:
     for key, value in table.items():
         check_value(f"sweep.{key}", value, annotations[key])
     settings = SweepSettings(**table)
-    for key in ("trials", "grace_iterations", "perturbation_interval"):
+    for key in ("trials", "grace_iterations", "grace_tokens", "perturbation_interval"):
         if getattr(settings, key) < 1:
             raise ValueError(f"sweep.{key}: wanted at least 1, got {getattr(settings, key)}.")
     return settings

@@ -16,7 +16,13 @@ from rllib_distrl.recipe_schema import nearest
 from rllib_distrl.run_log import write_atomic
 from rllib_distrl.sweeps.search import scheduler, search_algorithm
 from rllib_distrl.sweeps.space import Space, with_settings
-from rllib_distrl.sweeps.trial import ITERATIONS, MISSING_METRIC, RecipeTrial, StopWithoutMetric
+from rllib_distrl.sweeps.trial import (
+    ITERATIONS,
+    MISSING_METRIC,
+    TOKENS,
+    RecipeTrial,
+    StopWithoutMetric,
+)
 
 _SWEEP_FILE = "sweep.json"
 _TRIALS = "tune"
@@ -161,7 +167,7 @@ def _frame(trials: Sequence[Any], space: Space) -> pd.DataFrame:
             **{key: trial.config["space"][key] for key in space.ranges},
             metric: trial.last_result.get(metric, math.nan),
             ITERATIONS: trial.last_result.get(ITERATIONS, 0),
-            "tokens": trial.last_result.get("tokens", 0),
+            TOKENS: trial.last_result.get(TOKENS, 0),
             "seconds": trial.last_result.get("time_total_s", 0.0),
             _ERROR: _last_line(trial.get_error()),
             "folder": str(trial.path),

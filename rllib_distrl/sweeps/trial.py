@@ -13,7 +13,7 @@ from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_log import flatten_result, tokens_generated
 from rllib_distrl.sweeps.space import with_settings
 
-ITERATIONS = "iterations"
+ITERATIONS, TOKENS = "iterations", "tokens"
 MISSING_METRIC = "missing_metric"
 _REPORT = "report.json"
 
@@ -81,7 +81,7 @@ class RecipeTrial(Trainable):
         if missing:
             kept[MISSING_METRIC] = ", ".join(sorted(kept))
             kept[self.config["metric"]] = float("nan")
-        return {**kept, ITERATIONS: iterations, "tokens": tokens, "done": over or missing}
+        return {**kept, ITERATIONS: iterations, TOKENS: tokens, "done": over or missing}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Writes the algorithm's state and what it reported last."""

@@ -66,6 +66,19 @@ def test_a_page_elsewhere_finds_the_pictures(tmp_path: Path) -> None:
     assert all((tmp_path / picture).is_file() for picture in found)
 
 
+def test_another_baseline_has_pages_of_its_own(tmp_path: Path) -> None:
+    folder = fill(tmp_path)
+    write_outputs(folder)
+    before = (folder / "results.md").read_text()
+    written = write_outputs(folder, baseline="b")
+    assert {path.parent for path in written} == {folder / "against-b"}
+    text = (folder / "against-b" / "results.md").read_text()
+    assert "| a | -5.0 [-10.0, +0.0], p 1 |" in text
+    assert (folder / "results.md").read_text() == before
+    with pytest.raises(ValueError, match="'d' is not among what was compared: a, b, c"):
+        write_outputs(folder, baseline="d")
+
+
 def test_the_html_page_stands_alone(tmp_path: Path) -> None:
     write_outputs(fill(tmp_path))
     text = (tmp_path / "report.html").read_text()

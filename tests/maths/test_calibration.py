@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -143,10 +144,40 @@ def test_spread_that_only_knows_the_value_has_no_partial_correlation():
     values = torch.rand(3000, generator=generator, dtype=torch.float64)
     spread = (values * (1 - values)).sqrt()
     noise = torch.randn(3000, generator=generator, dtype=torch.float64)
-    metrics = ignorance_metrics(spread, values, values + 0.2 * spread * noise)
+    positions = torch.randint(0, 24, (3000,), generator=generator)
+    metrics = ignorance_metrics(spread, values, values + 0.2 * spread * noise, positions)
     assert metrics["quantile_spread_error_correlation"] > 0.25
     # A smooth function of V is what is left of the spread; it must not pass for knowledge.
     assert abs(metrics["quantile_spread_error_partial_correlation"]) < 0.06
     # A spread that knows the error keeps its correlation.
     knowing = spread * noise.abs()
     assert partial_rank_correlation(knowing, (spread * noise).abs(), values) > 0.9
+
+
+def test_spread_that_only_knows_value_and_position_has_nothing_left_given_both():
+    # Errors fall with the position, as do the spreads; V is another matter.
+    generator = torch.Generator().manual_seed(2)
+    values = torch.rand(3000, generator=generator, dtype=torch.float64)
+    positions = torch.randint(0, 24, (3000,), generator=generator)
+    spread = (values * (1 - values)).sqrt() + (24 - positions) / 24
+    noise = torch.randn(3000, generator=generator, dtype=torch.float64)
+    metrics = ignorance_metrics(spread, values, values + 0.2 * spread * noise, positions)
+    assert metrics["quantile_spread_error_partial_correlation"] > 0.25
+    assert abs(metrics["quantile_spread_error_partial_correlation_given_position"]) < 0.06
+
+
+def test_partial_correlation_given_two_is_that_of_regression_residuals():
+    generator = torch.Generator().manual_seed(3)
+    x, y, a, b = torch.rand(4, 40, generator=generator, dtype=torch.float64)
+    design = np.column_stack(
+        [np.ones(40)]
+        + [((rank - 20.5) / 20) ** d for rank in (ranks(a), ranks(b)) for d in range(1, 5)]
+    )
+    hat = design @ np.linalg.pinv(design)
+    left_x, left_y = (ranks(one) - hat @ ranks(one) for one in (x, y))
+    wanted = np.corrcoef(left_x, left_y)[0, 1]
+    assert partial_rank_correlation(x, y, a, b) == pytest.approx(wanted, abs=1e-9)
+
+
+def ranks(values):
+    return np.argsort(np.argsort(values.numpy())) + 1.0

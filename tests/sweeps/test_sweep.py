@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -75,6 +76,33 @@ def test_a_grid_with_trials_that_fail_and_its_resumption(recipe: Recipe, tmp_pat
         run_sweep(recipe, other, tmp_path / "out", resume=True)
     with pytest.raises(ValueError, match="no sweep to resume"):
         run_sweep(recipe, same, tmp_path / "elsewhere", resume=True)
+
+
+def test_a_trial_that_fails_in_training_is_listed(recipe: Recipe, tmp_path: Path) -> None:
+    # More than a float32 holds: the optimiser refuses it.
+    found = sweep(recipe, tmp_path, '"training.lr" = { choice = [1e38, 1e-3] }', search="grid")
+    frame = found.frame
+    assert frame["training.lr"].tolist() == [1e-3, 1e38]
+    assert frame["iterations"].tolist() == [4, 0]
+    assert frame["error"][0] == ""
+    assert "value cannot be converted" in frame["error"][1]
+    assert found.best.tables["training"]["lr"] == 1e-3
+
+
+def test_asha_compares_at_equal_tokens(recipe: Recipe, tmp_path: Path) -> None:
+    # Four completions an iteration or sixteen: at 300 tokens these are many iterations or few.
+    budget = replace(recipe, run=replace(recipe.run, budget_tokens=900))
+    found = sweep(
+        budget, tmp_path, '"rollout.num_generations" = { choice = [1, 4] }',
+        search="random", scheduler="asha", trials=4, grace_tokens=300, seed=2,
+    )  # fmt: skip
+    frame = found.frame
+    assert frame["rollout.num_generations"].nunique() == 2
+    assert (frame["error"] == "").all()
+    stopped = frame[frame["tokens"] < 900]
+    # None is stopped before the first rung, nor much after it.
+    assert len(stopped) >= 1
+    assert stopped["tokens"].between(300, 300 + 16 * 24).all()
 
 
 def test_a_metric_that_never_appears_ends_the_sweep(recipe: Recipe, tmp_path: Path) -> None:
