@@ -165,9 +165,7 @@ def plot_front(results: Results) -> Chart:
     metrics there then is the largest k alone.
     """
     metrics = front_metrics(results)
-    groups = _panels(results)
-    together = len(groups) == 1 and len(results.rows) > _MOST_TOGETHER
-    if together:
+    if len(results.rows) > _MOST_TOGETHER:
         metric = metrics[-1]
         figure, axes = chart([row.name for row in results.rows[1:]], columns=5, height=0.8)
         figure.suptitle(f"{metric} (%) over average score (%)", fontsize=10, color=INK)
@@ -175,6 +173,7 @@ def plot_front(results: Results) -> Chart:
             _front_beside_others(panel, results, number, metric)
         figure.set_size_inches(11.5, 2.1 * -(-len(axes) // 5) + 0.4)
         return figure
+    groups = _panels(results)
     figure, axes = chart(
         [f"{metric} {part}".strip() for part in groups for metric in metrics], columns=2, height=1.3
     )
