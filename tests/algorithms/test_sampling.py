@@ -107,6 +107,7 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     algo._update_learners = lambda groups: (update(groups), update(groups))[1]
     assert algo.train()["env_runners"]["weights_version_lag"] == 1
     algo._update_learners = update
+    under_way = [prompt.row for prompt in algo._under_way.prompts]
     with caplog.at_level(logging.WARNING):
         result = algo.train()["env_runners"]
     assert result["num_stale_episodes_dropped"] == 8
@@ -115,6 +116,7 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     assert seen[-1][1] == {3}
     rows = [rows for _, _, rows in seen]
     assert rows[1] == rows[2] and not set(rows[3]) & set(rows[0] + rows[1])
+    assert rows[3] == under_way
     assert algo.train()["env_runners"]["num_stale_episodes_dropped"] == 0
     # Scaling waits for the batch under way and keeps it.
     algo.scale_env_runners(2)
