@@ -1,8 +1,8 @@
 """Memory: what `distrl explain` estimates against what is measured, and the chunked LM head.
 
-    python -m tests.benchmarks.memory [--out FILE.json] [--head-tokens 4096]
+    python -m tests.benchmarks.memory
 
-The first table is of one learner's update in three configurations of a random Qwen2 on the CPU;
+Writes tests/benchmarks/results/memory.json and renews the tables of docs/memory.md. The first table is of one learner's update in three configurations of a random Qwen2 on the CPU;
 peaks are those of PyTorch's allocator. The second compares one forward and backward pass of the
 chunked head with the plain log-softmax at a vocabulary of 151,936.
 """
@@ -10,6 +10,7 @@ chunked head with the plain log-softmax at a vocabulary of 151,936.
 import argparse
 import json
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +22,27 @@ from rllib_distrl.cli.estimates import learner_memory, model_shape
 from rllib_distrl.cli.explain import size
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.modules.lora import count_adapter_parameters
+from tests.benchmarks.run import BEGIN, END, ROOT, git, machine
 from tests.helpers import distrl_config
 from tests.learners.rig import make_learner, sample
 
+RESULTS, PAGE = ROOT / "tests/benchmarks/results/memory.json", ROOT / "docs/memory.md"
 VOCABULARY, HEAD_WIDTH = 151_936, 64
+HEAD_TOKENS = (1024, 4096)
 LORA = {"r": 8, "alpha": 16}
 MICRO_BATCH_TOKENS = 2048
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "fp32, separate critic": {},
-    "bf16, shared critic, checkpointing, KL": {
+    "bf16, shared critic, activation checkpointing, KL to a reference": {
         "precision": "bf16",
         "critic": "shared",
         "activation_checkpointing": True,
         "regularisers": [{"name": "kl"}],
     },
-    "fp32, LoRA, separate critic, KL": {"lora": LORA, "regularisers": [{"name": "kl"}]},
+    "fp32, LoRA, separate critic, KL to a reference": {
+        "lora": LORA,
+        "regularisers": [{"name": "kl"}],
+    },
 }
 
 
@@ -140,36 +147,51 @@ def head(tokens: int, *, chunked: bool) -> int:
     return peak_growth(run)
 
 
+def tables(results: dict[str, Any]) -> str:
+    """The Markdown tables of docs/memory.md."""
+    lines = []
+    for name, found in results["configurations"].items():
+        lines += [f"**{name}**", "", "| part | estimated | measured | ratio |", "|---|---|---|---|"]
+        rows = {part: [found[kind].get(part, 0) for kind in found] for part in found["measured"]}
+        rows["total"] = [sum(parts.values()) for parts in found.values()]
+        for part, (guess, real) in rows.items():
+            lines.append(f"| {part} | {size(guess)} | {size(real)} | {guess / max(real, 1):.2f} |")
+        lines.append("")
+    lines += [
+        f"**LM head**, forward and backward at a vocabulary of {VOCABULARY:,} (width {HEAD_WIDTH}, "
+        "float32), beyond its inputs:",
+        "",
+        "| tokens | chunked | plain log-softmax |",
+        "|---|---|---|",
+    ]
+    for row in results["head"]:
+        lines.append(f"| {row['tokens']:,} | {size(row['chunked'])} | {size(row['plain'])} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--head-tokens", type=int, default=4096)
-    arguments = parser.parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"configurations": {}}
+    results: dict[str, Any] = {
+        "machine": machine(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "-s") else ""),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
+        "configurations": {},
+    }
     with tempfile.TemporaryDirectory() as folder:
         save_model(Path(folder))
         for name, settings in CONFIGURATIONS.items():
-            found = measure(folder, settings)
-            results["configurations"][name] = found
-            print(f"\n{name}\n| part | estimated | measured | ratio |\n|---|---|---|---|")
-            totals = {kind: sum(parts.values()) for kind, parts in found.items()}
-            rows = {
-                part: [found[kind].get(part, 0) for kind in found] for part in found["measured"]
-            }
-            for part, (guess, real) in {**rows, "total": list(totals.values())}.items():
-                print(f"| {part} | {size(guess)} | {size(real)} | {guess / max(real, 1):.2f} |")
-    tokens = arguments.head_tokens
-    results["head"] = {
-        "vocabulary": VOCABULARY,
-        "tokens": tokens,
-        "chunked": head(tokens, chunked=True),
-        "plain": head(tokens, chunked=False),
-    }
-    print(f"\nLM head, {tokens:,} tokens, vocabulary {VOCABULARY:,}:")
-    print(f"chunked {size(results['head']['chunked'])}, plain {size(results['head']['plain'])}")
-    if arguments.out:
-        arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            results["configurations"][name] = measure(folder, settings)
+    results["head"] = [
+        {"tokens": n, "chunked": head(n, chunked=True), "plain": head(n, chunked=False)}
+        for n in HEAD_TOKENS
+    ]
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+    page = f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.split(END)[1]}"
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

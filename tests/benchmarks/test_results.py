@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.benchmarks import memory
 from tests.benchmarks.ratios import RATIOS, Ratio, summary
 from tests.benchmarks.run import BEGIN, END, PAGES, RESULTS
 
@@ -39,3 +40,19 @@ def test_a_ratio_is_the_median_of_neighbouring_runs():
     assert (found["low"], found["median"], found["high"]) == (1.5, 2.0, 3.0)
     assert found["median_wall"] == pytest.approx(8.0)
     assert (found["ours_tokens_per_s"], found["theirs_tokens_per_s"]) == (10.0, 5.0)
+
+
+def test_the_page_on_memory_shows_the_committed_results():
+    results = json.loads(memory.RESULTS.read_text())
+    shown = memory.PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
+    assert shown == memory.tables(results)
+    assert list(results["configurations"]) == list(memory.CONFIGURATIONS)
+    assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
+
+
+@pytest.mark.parametrize("name", memory.CONFIGURATIONS)
+def test_estimated_memory_is_within_a_fifth_of_the_measured(name):
+    found = json.loads(memory.RESULTS.read_text())["configurations"][name]
+    assert found["estimated"].keys() == found["measured"].keys()
+    for part, measured in found["measured"].items():
+        assert abs(found["estimated"][part] / measured - 1) < 0.2, part
