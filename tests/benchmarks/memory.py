@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.memory
 
-Writes tests/benchmarks/results/memory.json and renews the tables of docs/memory.md. The first table is of one learner's update in three configurations of a random Qwen2 on the CPU;
-peaks are those of PyTorch's allocator. The second compares one forward and backward pass of the
-chunked head with the plain log-softmax at a vocabulary of 151,936.
+Writes tests/benchmarks/results/memory.json and renews the tables of docs/memory.md. The first
+tables are of one learner's update in three configurations of a random Qwen2 on the CPU; peaks are
+those of PyTorch's allocator. The last compares one forward and backward pass of the chunked head
+with the plain log-softmax at a vocabulary of 151,936.
 """
 
 import argparse
