@@ -1,11 +1,9 @@
 """DistRL: PPO on a language model with a critic that knows the return distribution."""
 
-import logging
 import threading
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.rllib.algorithms.algorithm import Algorithm
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.env_context import EnvContext
@@ -24,7 +22,9 @@ from rllib_distrl.algorithms.critic_pretraining import pretrain
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.dynamic_sampling import sample_informative
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
+from rllib_distrl.algorithms.fresh_batches import FreshBatches
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
+from rllib_distrl.algorithms.learner_shards import update_learners
 from rllib_distrl.algorithms.probe_check import ProbeCheck
 from rllib_distrl.algorithms.restoring import (
     SETTINGS,
@@ -34,9 +34,7 @@ from rllib_distrl.algorithms.restoring import (
     module_settings,
 )
 from rllib_distrl.algorithms.sampling import (
-    GroupSampling,
     SampledGroups,
-    check_finite,
     check_weights,
     prompt_results,
 )
@@ -45,8 +43,6 @@ from rllib_distrl.learners.distrl_learner import TRAINING_ITERATION
 from rllib_distrl.learners.refusals import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.models.loading import resolve
 from rllib_distrl.stages import registry
-
-logger = logging.getLogger(__name__)
 
 PROMPT_SAMPLER = "prompt_sampler"
 CRITIC_PRETRAINED = "critic_pretrained"
@@ -82,9 +78,7 @@ class DistRL(Algorithm):
             self.learner_group, self.config.model_config, self.config.sample_timeout_s
         )
         self.fleet = EnvRunnerFleet(self.env_runner_group, self.config, self._check_probes)
-        # The batch that runners are sampling, and the prompt sampler as it was before.
-        self._under_way: GroupSampling | None = None
-        self._served_before: dict[str, Any] = {}
+        self._batches = FreshBatches(self)
         # Another thread that scales waits for the end of the iteration.
         self._scaling = threading.RLock()
         self._refused_in_a_row = 0
@@ -120,7 +114,7 @@ class DistRL(Algorithm):
                 with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                     self._send_weights()
                     self.fleet.admit()
-                self._start_sampling(self.config.rollout_settings.prompts_per_iteration)
+                self._batches.start(self.config.rollout_settings.prompts_per_iteration)
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 learner_results = self._update_learners(batch.groups)
                 self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
@@ -146,7 +140,7 @@ class DistRL(Algorithm):
         )
 
     def _sample(self) -> SampledGroups:
-        before = self._prompts_learned
+        before = self._batches.prompts_learned
         try:
             batch, counts = sample_informative(
                 self._sample_fresh,
@@ -163,57 +157,9 @@ class DistRL(Algorithm):
         return batch
 
     def _sample_fresh(self, n_prompts: int) -> SampledGroups:
-        """A batch of weights that are young enough; older ones are dropped and sampled again."""
-        batch, n_stale = self._next_batch(n_prompts), 0
-        while self._lag(batch) > self.config.rollout_settings.max_staleness:
-            n_stale += batch.n_episodes()
-            logger.warning(
-                "%d episodes dropped: sampled with weights version %d, the learner has %d.",
-                batch.n_episodes(),
-                min(batch.versions()),
-                self._version,
-            )
-            self.prompt_sampler.set_state(self._served_before)
-            self._send_weights()
-            batch = self._next_batch(n_prompts)
-        key = (ENV_RUNNER_RESULTS, NUM_STALE_EPISODES)
-        self.metrics.log_value(key, n_stale, window=1)
+        batch, n_stale = self._batches.next(n_prompts)
+        self.metrics.log_value((ENV_RUNNER_RESULTS, NUM_STALE_EPISODES), n_stale, window=1)
         return batch
-
-    def _next_batch(self, n_prompts: int) -> SampledGroups:
-        if self._under_way is None:
-            self._start_sampling(n_prompts)
-        sampling, self._under_way = self._under_way, None
-        assert sampling is not None
-        try:
-            batch = sampling.finish(
-                self._latest,
-                max_failures=self.config.num_consecutive_env_runner_failures_tolerance,
-                wait_s=self.config.env_runner_health_probe_timeout_s,
-            )
-            check_finite(batch.groups, iteration=self.iteration + 1)
-            return batch
-        except Exception:
-            # A checkpoint that is written now continues with these prompts.
-            self.prompt_sampler.set_state(self._served_before)
-            raise
-
-    def _start_sampling(self, n_prompts: int) -> None:
-        self._served_before = self.prompt_sampler.get_state()
-        prompts = self.prompt_sampler.next(n_prompts)
-        self._under_way = GroupSampling(
-            self.fleet, self.env_runner, prompts, self.config.rollout_settings.num_generations
-        )
-        self._under_way.start()
-
-    def _lag(self, batch: SampledGroups) -> int:
-        """Updates between the oldest weights that sampled and the learner's."""
-        return self._version - min(batch.versions())
-
-    @property
-    def _prompts_learned(self) -> dict[str, Any]:
-        """The prompt sampler's state without the prompts that are under way."""
-        return self.prompt_sampler.get_state() if self._under_way is None else self._served_before
 
     @property
     def _version(self) -> int:
@@ -222,7 +168,7 @@ class DistRL(Algorithm):
     def _log_runners(self, batch: SampledGroups) -> None:
         counts = {
             NUM_ENV_RUNNERS: len(batch.episodes_per_runner),
-            WEIGHTS_VERSION_LAG: self._lag(batch),
+            WEIGHTS_VERSION_LAG: self._batches.lag(batch),
             WEIGHTS_PROBE_ERROR: self._check_probes.error,
             **self.fleet.take_counts(),
         }
@@ -236,7 +182,7 @@ class DistRL(Algorithm):
         with self._scaling:
             # While a batch is under way, its weights may no longer be the learner's: runners are
             # admitted when it is finished.
-            return [] if self._under_way else self.fleet.admit()
+            return [] if self._batches.under_way else self.fleet.admit()
 
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
         """RLlib's evaluation, once more if all of its runners were lost in the middle of it."""
@@ -262,8 +208,7 @@ class DistRL(Algorithm):
         """
         check_scale(self.config, n)
         with self._scaling:
-            if self._under_way is not None:
-                self._under_way.drain()
+            self._batches.drain()
             self.fleet.scale(n)
 
     def _update_learners(self, groups: list[list[SingleAgentEpisode]]) -> list[Any]:
@@ -277,17 +222,7 @@ class DistRL(Algorithm):
             "minibatch_size": self.config.minibatch_size,
             "shuffle_batch_per_epoch": self.config.shuffle_batch_per_epoch,
         }
-        learners = self.config.num_learners
-        if learners <= 1:
-            episodes = [episode for group in groups for episode in group]
-            return self.learner_group.update(episodes=episodes, **settings)
-        # One reference per learner keeps episodes and groups whole: given episodes, Ray 2.60
-        # cuts them in the middle (utils/minibatch_utils.py, ShardEpisodesIterator).
-        shards = [
-            ray.put([episode for group in groups[rank::learners] for episode in group])
-            for rank in range(learners)
-        ]
-        return self.learner_group.update(episodes_refs=shards, **settings)
+        return update_learners(self.learner_group, self.config.num_learners, groups, settings)
 
     def _sync_weights(self) -> None:
         """Sends the policy to all runners, which prove that they have it."""
@@ -324,7 +259,7 @@ class DistRL(Algorithm):
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, the prompt sampler's behind the last batch learned, what is checked."""
         state = super().get_state(*args, **kwargs)
-        state[PROMPT_SAMPLER] = self._prompts_learned
+        state[PROMPT_SAMPLER] = self._batches.prompts_learned
         state[SETTINGS] = module_settings(self.config)
         state[WEIGHTS] = self._latest[1]
         state[CRITIC_PRETRAINED] = self._critic_pretrained
@@ -350,9 +285,7 @@ class DistRL(Algorithm):
         if whole:
             filesystem = kwargs.get("filesystem")
             check_settings(self.config, path, filesystem, self.STATE_FILE_NAME)
-        if self._under_way is not None:
-            self._under_way.drain()
-            self._under_way = None
+        self._batches.drop()
         self._restored_weights = None
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()

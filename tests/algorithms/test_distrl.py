@@ -168,22 +168,6 @@ def test_a_sync_that_did_not_happen_is_an_error(build):
             algo.train()
 
 
-@pytest.mark.slow
-def test_two_learners_equal_one(build):
-    # The tiny model earns nothing: a value of 0.5 and no whitening give every token a gradient.
-    config = distrl_config(
-        prompts=4, generations=3, init_value=0.5, whiten_advantages=False, bonus_coeff=0.0
-    )
-    one = build(config.copy(copy_frozen=False).rollout(temperature=2.0))
-    two = build(config.copy(copy_frozen=False).rollout(temperature=2.0).learners(num_learners=2))
-    before = policy_state(one)
-    for algo in (one, two):
-        algo.train()
-    moved = torch.cat([(before[k] - w).abs().flatten() for k, w in policy_state(one).items()])
-    assert float(moved.mean()) > 5e-4
-    assert_same_update(policy_state(one), policy_state(two))
-
-
 OF_ALL_LEARNERS = (
     *("total_loss", "policy_loss", "vf_loss", "entropy", "regularisation", "ref_kl"),
     *("advantages_std", "importance_weight_mean", "importance_bounded_share"),
