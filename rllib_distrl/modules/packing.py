@@ -67,8 +67,8 @@ def _attention_of_rows(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, **kwargs: Any
 ) -> Tensor:
     """PyTorch's own attention (N, heads, D) on any device, prompts attended once per row."""
-    padded = (x[packing.rows].transpose(1, 2) for x in (query, key, value))
-    seen, _ = sdpa_attention_forward(module, *padded, None, **kwargs)
+    q, k, v = (x[packing.rows].transpose(1, 2) for x in (query, key, value))
+    seen, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
     return seen[packing.owners, packing.positions]
 
 
