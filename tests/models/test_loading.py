@@ -139,7 +139,7 @@ def wrong_names(tmp_path):
         f"{tmp_path}/no_weights": "No model could be loaded from the folder",
         f"{tmp_path}/not_json": "could be loaded from the folder",
         f"{tmp_path}/no_type": "could be loaded from the folder",
-        "builtin:chess": "the built-in models are builtin:countdown, builtin:countdown-tiny",
+        "builtin:chess": "the built-in models are builtin:countdown, builtin:graph-path, builtin:",
     }
 
 
