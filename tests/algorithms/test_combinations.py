@@ -1,5 +1,7 @@
 """Settings that each have tests of their own, together."""
 
+import time
+
 import pytest
 import torch
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
@@ -7,6 +9,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from distrl_envs.tokenizers import small_tokenizer
 from rllib_distrl.algorithms.language_model import policy_state
 from rllib_distrl.engines.weights import content_hash
+from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from tests.algorithms.recorded_distrl import kill, pid_of, train_until
 from tests.algorithms.test_distrl import assert_same_update, learner_metrics
 from tests.helpers import distrl_config
@@ -110,10 +113,18 @@ def test_dynamic_sampling_is_corrected_for_in_micro_batches(build, tmp_path, mon
     assert_same_update(weights, other)
 
 
+class SlowRunner(CompletionEnvRunner):
+    """Still samples when it is killed."""
+
+    def sample_prompts(self, *args, **kwargs):
+        time.sleep(1.0)
+        return super().sample_prompts(*args, **kwargs)
+
+
 @pytest.mark.slow
 def test_runners_come_go_and_die_while_they_sample_ahead(build):
     ahead = distrl_config(prompts=6, generations=2).rollout(max_staleness=1, max_env_runners=2)
-    ahead.env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25)
+    ahead.env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25, env_runner_cls=SlowRunner)
     algo = build(ahead)
     seen = watch_batches(algo)
     algo.train()

@@ -107,7 +107,7 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     algo._update_learners = lambda groups: (update(groups), update(groups))[1]
     assert algo.train()["env_runners"]["weights_version_lag"] == 1
     algo._update_learners = update
-    under_way = [prompt.row for prompt in algo._under_way.prompts]
+    under_way = [prompt.row for prompt in algo._batches._sampling.prompts]
     with caplog.at_level(logging.WARNING):
         result = algo.train()["env_runners"]
     assert result["num_stale_episodes_dropped"] == 8
