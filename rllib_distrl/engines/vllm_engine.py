@@ -207,7 +207,12 @@ def _start(model_config: PreTrainedConfig, arguments: Mapping[str, Any]) -> Any:
             "kv_cache_memory_bytes": _CPU_CACHE_BYTES,
             **arguments,
         }
-    with tempfile.TemporaryDirectory() as folder, _plain_linear_layers(), _own_threads_and_seed():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _plain_linear_layers(),
+        _own_threads_and_seed(),
+        _odd_attributes_passed_over(),
+    ):
         model_config.save_pretrained(folder)
         return LLM(
             model=folder,
@@ -241,6 +246,27 @@ def _plain_linear_layers() -> Iterator[None]:
         yield
     finally:
         utils.dispatch_cpu_unquantized_gemm = packing
+
+
+@contextlib.contextmanager
+def _odd_attributes_passed_over() -> Iterator[None]:
+    """Lets vLLM's look through all loaded modules survive those of Numba.
+
+    vLLM 0.32 asks every object of every module for `vars(object).get("kernel")`; the handle of
+    LLVM's library answers any attribute, `__dict__` too, with a function
+    (vllm/triton_utils/dispatcher.py, llvmlite/binding/ffi.py).
+    """
+    from vllm.triton_utils import dispatcher
+
+    def attributes(value: Any) -> Mapping[str, Any]:
+        found = vars(value)
+        return found if isinstance(found, Mapping) else {}
+
+    dispatcher.vars = attributes  # hides the builtin of that name
+    try:
+        yield
+    finally:
+        del dispatcher.vars
 
 
 @contextlib.contextmanager
