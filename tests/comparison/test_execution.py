@@ -77,6 +77,7 @@ def check_validations(good: dict[str, Any], run: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_a_comparison_is_stopped_and_continues(tmp_path: Path, how: signal.Signals) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)

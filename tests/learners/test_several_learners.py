@@ -12,7 +12,11 @@ from tests.helpers import COUNTDOWN
 from tests.learners.double_precision import DoubleModule, SgdLearner
 from tests.learners.rig import hot_config, sample
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("ray_session"),
+]
 
 GROUPS, GENERATIONS = 4, 3
 SETTINGS = {

@@ -47,11 +47,12 @@ def reports(folder: Path) -> dict[Path, list[dict[str, object]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_sweep_keeps_what_is_finished_and_does_the_rest(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     (tmp_path / "space.toml").write_text(SPACE)
     killed = sweep(tmp_path)
-    give_up = time.monotonic() + 150
+    give_up = time.monotonic() + 280
     while time.monotonic() < give_up:
         assert killed.poll() is None, killed.communicate()
         found = [rows for rows in reports(tmp_path).values() if rows]

@@ -90,10 +90,10 @@ def test_a_trial_that_fails_in_training_is_listed(recipe: Recipe, tmp_path: Path
 
 
 def test_asha_compares_at_equal_tokens(recipe: Recipe, tmp_path: Path) -> None:
-    # Four completions an iteration or sixteen: at 300 tokens these are many iterations or few.
+    # Eight completions an iteration or sixteen: at 300 tokens these are many iterations or few.
     budget = replace(recipe, run=replace(recipe.run, budget_tokens=900))
     found = sweep(
-        budget, tmp_path, '"rollout.num_generations" = { choice = [1, 4] }',
+        budget, tmp_path, '"rollout.num_generations" = { choice = [2, 4] }',
         search="random", scheduler="asha", trials=4, grace_tokens=300, seed=2,
     )  # fmt: skip
     frame = found.frame
