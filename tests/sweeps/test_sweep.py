@@ -90,19 +90,18 @@ def test_a_trial_that_fails_in_training_is_listed(recipe: Recipe, tmp_path: Path
 
 
 def test_asha_compares_at_equal_tokens(recipe: Recipe, tmp_path: Path) -> None:
-    # Eight completions an iteration or sixteen: at 300 tokens these are many iterations or few.
+    # Eight completions an iteration or sixteen: 400 tokens are three iterations or two.
     budget = replace(recipe, run=replace(recipe.run, budget_tokens=900))
-    found = sweep(
-        budget, tmp_path, '"rollout.num_generations" = { choice = [2, 4] }',
-        search="random", scheduler="asha", trials=4, grace_tokens=300, seed=2,
+    given = space(
+        budget, tmp_path, '"rollout.num_generations" = { choice = [2, 4] }', search="grid",
+        scheduler="asha", metric="iterations_since_restore", mode="max", grace_tokens=400,
     )  # fmt: skip
-    frame = found.frame
-    assert frame["rollout.num_generations"].nunique() == 2
+    frame = run_sweep(budget, given, tmp_path / "out", max_concurrent=1).frame
     assert (frame["error"] == "").all()
-    stopped = frame[frame["tokens"] < 900]
-    # None is stopped before the first rung, nor much after it.
-    assert len(stopped) >= 1
-    assert stopped["tokens"].between(300, 300 + 16 * 24).all()
+    assert frame["rollout.num_generations"].tolist() == [2, 4]
+    # The second one is stopped at the first rung, neither before nor much after it.
+    assert frame["tokens"][0] >= 900
+    assert 400 <= frame["tokens"][1] < 400 + 16 * 24
 
 
 def test_a_metric_that_never_appears_ends_the_sweep(recipe: Recipe, tmp_path: Path) -> None:
