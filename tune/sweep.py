@@ -67,6 +67,8 @@ def _run(
     with ray_session(config):
         found = run_sweep(base, searched, out, resume=resume, max_concurrent=max_concurrent)
     print(found.frame.drop(columns="folder").to_string(index=False))
+    if found.tied > 1:
+        print(f"{found.tied} trials tie for the best; the first of them is taken.")
     print(f"Wrote {out}/trials.parquet and {out}/best.toml:\n\n{found.best.to_toml()}")
 
 

@@ -12,8 +12,13 @@ _REDUCTION = 3  # ASHA keeps the best third at each rung
 _NEVER = 10**12  # tokens
 
 
-def search_algorithm(space: Space) -> Any:
+def search_algorithm(space: Space, max_concurrent: int) -> Any:
     """The searcher.
+
+    Args:
+        space: What to search.
+        max_concurrent: Trials at once; 0: no bound. Tune's own `max_concurrent_trials` is ignored
+            beside a `BasicVariantGenerator` (Ray 2.60, tune.py:803), so it is set here.
 
     Raises:
         ValueError: If it is not installed.
@@ -22,7 +27,7 @@ def search_algorithm(space: Space) -> Any:
     if settings.search != "optuna":
         from ray.tune.search.basic_variant import BasicVariantGenerator
 
-        return BasicVariantGenerator(random_state=settings.seed)
+        return BasicVariantGenerator(random_state=settings.seed, max_concurrent=max_concurrent)
     try:
         import optuna
     except ModuleNotFoundError:
@@ -30,10 +35,12 @@ def search_algorithm(space: Space) -> Any:
             "search = 'optuna' needs Optuna: pip install 'rllib-distrl[optuna]'. Or choose "
             "search = 'random'."
         ) from None
+    from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return OptunaSearch(seed=settings.seed)
+    searcher = OptunaSearch(seed=settings.seed)
+    return ConcurrencyLimiter(searcher, max_concurrent) if max_concurrent else searcher
 
 
 def scheduler(space: Space, recipe: Recipe) -> Any:

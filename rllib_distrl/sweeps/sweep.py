@@ -39,10 +39,13 @@ class SweepResult:
         frame: One row per trial, the best first: its settings, the metric, iterations, tokens,
             seconds, error ("" if it ended well) and folder.
         best: The recipe of the best trial.
+        tied: Trials whose metric is as good as the best one's, itself included; `best` is the
+            first of them, a choice that nothing measured supports where there are several.
     """
 
     frame: pd.DataFrame
     best: Recipe
+    tied: int
 
 
 def run_sweep(
@@ -74,9 +77,12 @@ def run_sweep(
     _check_metric(trials, space.settings.metric)
     frame = _frame(trials, space)
     frame.to_parquet(out / "trials.parquet")
-    best = _best(frame, recipe, space)
+    ended = _ended(frame, space)
+    values = {key: _plain(ended.iloc[0][key]) for key in space.ranges}
+    best = with_settings(recipe.to_dict(), values, recipe.run.name)
     write_atomic(out / "best.toml", best.to_toml())
-    return SweepResult(frame, best)
+    metric = ended[space.settings.metric]
+    return SweepResult(frame, best, tied=int((metric == metric.iloc[0]).sum()))
 
 
 def read_trials(out: Path) -> pd.DataFrame:
@@ -134,10 +140,9 @@ def _tuner(recipe: Recipe, space: Space, out: Path, resume: bool, max_concurrent
         tune_config=tune.TuneConfig(
             metric=settings.metric,
             mode=settings.mode,
-            search_alg=search_algorithm(space),
+            search_alg=search_algorithm(space, max_concurrent),
             scheduler=scheduler(space, recipe),
             num_samples=1 if settings.search == "grid" else settings.trials,
-            max_concurrent_trials=max_concurrent or None,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
@@ -172,7 +177,7 @@ def _frame(trials: Sequence[Any], space: Space) -> pd.DataFrame:
             _ERROR: _last_line(trial.get_error()),
             "folder": str(trial.path),
         }
-        for trial in trials
+        for trial in sorted(trials, key=lambda trial: trial.trial_id)  # as they were drawn
     ]
     rank = -1.0 if space.settings.mode == "max" else 1.0
     order = sorted(rows, key=lambda row: (row[_ERROR] != "", _or_last(rank * row[metric])))
@@ -200,13 +205,13 @@ def _check_metric(trials: Sequence[Any], metric: str) -> None:
             )
 
 
-def _best(frame: pd.DataFrame, recipe: Recipe, space: Space) -> Recipe:
+def _ended(frame: pd.DataFrame, space: Space) -> pd.DataFrame:
+    """The trials that ended well, the best first."""
     ended = frame[(frame[_ERROR] == "") & frame[space.settings.metric].notna()]
     if ended.empty:
         errors = "\n".join(f"  {text}" for text in sorted(set(frame[_ERROR])))
         raise ValueError(f"No trial ended well. Their errors:\n{errors}")
-    values = {key: _plain(ended.iloc[0][key]) for key in space.ranges}
-    return with_settings(recipe.to_dict(), values, recipe.run.name)
+    return ended
 
 
 def _plain(value: Any) -> Any:

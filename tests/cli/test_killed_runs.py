@@ -151,9 +151,12 @@ def test_killed_at_random_moments_nothing_is_lost_or_repeated(
     run, output = folder / "killed", folder / "killed.txt"
     arguments: tuple[str, ...] = ("tiny.toml", "--out", "killed")
     during_checkpoints = 0
-    for _ in range(KILLS):
+    for kill in range(KILLS):
         process = forked.start("train", *arguments, cwd=folder, output=output)
-        _wait_for_a_random_moment(rng, process, run)
+        if kill % 4 == 3:
+            _wait_for_a_checkpoint(process, run)
+        else:
+            _wait_for_a_random_moment(rng, process, run)
         os.kill(process.pid or 0, signal.SIGKILL)
         process.join()
         assert process.exitcode == -signal.SIGKILL, output.read_text()
@@ -182,6 +185,13 @@ def _wait_for_a_random_moment(rng: random.Random, process: Any, run: Path) -> No
         assert process.is_alive()
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.15))
+
+
+def _wait_for_a_checkpoint(process: Any, run: Path) -> None:
+    """The moment in which a checkpoint is being written."""
+    give_up = time.monotonic() + 60
+    while not list((run / "checkpoints").glob(".tmp-*")) and time.monotonic() < give_up:
+        assert process.is_alive()
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -62,6 +63,7 @@ def test_a_grid_with_trials_that_fail_and_its_resumption(recipe: Recipe, tmp_pat
     assert frame[METRIC][0] < frame[METRIC][1]
     assert frame["tokens"][0] > 0
     assert found.best.tables["training"]["lr"] == frame["training.lr"][0]
+    assert found.tied == 1
     assert load_recipe(tmp_path / "out" / "best.toml").to_dict() == found.best.to_dict()
     pd.testing.assert_frame_equal(read_trials(tmp_path / "out"), frame)
 
@@ -79,29 +81,41 @@ def test_a_grid_with_trials_that_fail_and_its_resumption(recipe: Recipe, tmp_pat
 
 
 def test_a_trial_that_fails_in_training_is_listed(recipe: Recipe, tmp_path: Path) -> None:
-    # More than a float32 holds: the optimiser refuses it.
-    found = sweep(recipe, tmp_path, '"training.lr" = { choice = [1e38, 1e-3] }', search="grid")
+    # More than a float32 holds: the optimiser refuses it. The other two come equally far.
+    found = sweep(
+        recipe, tmp_path, '"training.lr" = { choice = [1e38, 1e-3, 1e-4] }', search="grid",
+        metric="iterations_since_restore", mode="max",
+    )  # fmt: skip
     frame = found.frame
-    assert frame["training.lr"].tolist() == [1e-3, 1e38]
-    assert frame["iterations"].tolist() == [4, 0]
-    assert frame["error"][0] == ""
-    assert "value cannot be converted" in frame["error"][1]
+    assert frame["training.lr"].tolist() == [1e-3, 1e-4, 1e38]
+    assert frame["iterations"].tolist() == [4, 4, 0]
+    assert frame["error"][:2].tolist() == ["", ""]
+    assert "value cannot be converted" in frame["error"][2]
     assert found.best.tables["training"]["lr"] == 1e-3
+    assert found.tied == 2
 
 
 def test_asha_compares_at_equal_tokens(recipe: Recipe, tmp_path: Path) -> None:
-    # Eight completions an iteration or sixteen: 400 tokens are three iterations or two.
-    budget = replace(recipe, run=replace(recipe.run, budget_tokens=900))
+    # One after the other, or the second one might be the first at the rung. Eight completions of
+    # at most 24 tokens an iteration, or 64: 400 tokens are three iterations or more, or one or two.
+    budget = replace(recipe, run=replace(recipe.run, budget_tokens=3_000))
     given = space(
-        budget, tmp_path, '"rollout.num_generations" = { choice = [2, 4] }', search="grid",
+        budget, tmp_path, '"rollout.num_generations" = { choice = [2, 16] }', search="grid",
         scheduler="asha", metric="iterations_since_restore", mode="max", grace_tokens=400,
     )  # fmt: skip
     frame = run_sweep(budget, given, tmp_path / "out", max_concurrent=1).frame
     assert (frame["error"] == "").all()
-    assert frame["rollout.num_generations"].tolist() == [2, 4]
+    assert frame["rollout.num_generations"].tolist() == [2, 16]
     # The second one is stopped at the first rung, neither before nor much after it.
-    assert frame["tokens"][0] >= 900
-    assert 400 <= frame["tokens"][1] < 400 + 16 * 24
+    assert frame["tokens"][0] >= 3_000
+    assert 400 <= frame["tokens"][1] < 400 + 64 * 24
+    first, second = (_clock(Path(folder)) for folder in frame["folder"])
+    assert max(first) <= min(second)
+
+
+def _clock(trial: Path) -> list[int]:
+    lines = (trial / "result.json").read_text().splitlines()
+    return [json.loads(line)["timestamp"] for line in lines]
 
 
 def test_a_metric_that_never_appears_ends_the_sweep(recipe: Recipe, tmp_path: Path) -> None:
