@@ -1,0 +1,107 @@
+"""What a sweep's trials validated along training, read where their average scores are the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rllib_distrl.comparison.record import AVERAGE
+from rllib_distrl.comparison.statistics import value_at
+from rllib_distrl.sweeps.trial import TOKENS, trial_recipe
+
+_VALIDATION = "evaluation/env_runners/"
+
+
+def read_fronts(out: Path, settings: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """The validations of a sweep's trials.
+
+    Args:
+        out: Folder of the sweep, finished or not.
+        settings: "table.key" of those to keep, searched or not.
+        metrics: Of the validation, "pass@16" for instance; the average score comes with them.
+
+    Returns:
+        One per trial with a validation: {"settings": {"table.key": value}, "validation":
+        [{"tokens": …, "avg@n": …, "pass@k": …}, …]}.
+
+    Raises:
+        ValueError: If no trial has validated these, or a setting is none of the recipe's.
+    """
+    found = []
+    for file in sorted((out / "tune").glob("*/result.json")):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        validation = [kept for row in rows if (kept := _validation(row, metrics))]
+        if validation:
+            tables = trial_recipe(rows[-1]["config"]).to_dict()
+            chosen = {path: _setting(tables, path) for path in settings}
+            found.append({"settings": chosen, "validation": validation})
+    if not found:
+        raise ValueError(
+            f"No trial of {out} has validated {', '.join(metrics)}. Set eval.interval in the "
+            "sweep, and rollout.evaluation_generations to the largest k or more."
+        )
+    return found
+
+
+def at_equal_average(
+    fronts: Sequence[dict[str, Any]], by: Sequence[str], levels: Sequence[float]
+) -> pd.DataFrame:
+    """Every metric where trials first cross the same average scores; see `value_at`.
+
+    Args:
+        fronts: From `read_fronts`.
+        by: Settings that make a row; trials that share them (seeds) are averaged.
+        levels: Average scores in [0, 1].
+
+    Returns:
+        A row per combination, the best in its first metric first: `by` (lists and tables as JSON),
+        `trials`, `crossed` (share of trials x levels that have a value), and the mean of each
+        metric over those.
+    """
+    rows = []
+    for front in fronts:
+        path = front["validation"]
+        average = next(name for name in path[0] if name.startswith(AVERAGE))
+        averages = [point[average] for point in path]
+        shown = {key: _shown(front["settings"][key]) for key in by}
+        for level in levels:
+            values = {
+                name: value_at(level, averages, [point[name] for point in path])
+                for name in path[0]
+                if name not in (TOKENS, average)
+            }
+            rows.append({**shown, **values})
+    frame = pd.DataFrame(rows).astype(dict.fromkeys(values, float))
+    groups = frame.groupby(list(by), sort=False)
+    table = groups[list(values)].mean()
+    first = next(iter(values))
+    table.insert(0, "crossed", groups[first].agg(lambda column: np.mean(column.notna())))
+    table.insert(0, "trials", groups.size() // len(levels))
+    return table.sort_values(first, ascending=False, kind="stable").reset_index()
+
+
+def _validation(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
+    """{"tokens": …, "avg@n": …, metric: …} of a report; empty without a validation."""
+    if not all(_VALIDATION + metric in row for metric in metrics):
+        return {}
+    average = next(key for key in row if key.startswith(_VALIDATION + AVERAGE))
+    kept = [average, *(_VALIDATION + metric for metric in metrics)]
+    return {TOKENS: row[TOKENS], **{key.removeprefix(_VALIDATION): row[key] for key in kept}}
+
+
+def _setting(tables: dict[str, Any], path: str) -> Any:
+    value: Any = tables
+    for key in path.split("."):
+        if not isinstance(value, dict) or key not in value:
+            raise ValueError(f"{path!r} is none of the trials' settings.")
+        value = value[key]
+    return value
+
+
+def _shown(value: Any) -> Any:
+    return json.dumps(value) if isinstance(value, list | dict) else value
