@@ -19,7 +19,7 @@ import typer
 
 from rllib_distrl.cli.errors import exit_code_of
 from rllib_distrl.cli.quiet import silence_libraries
-from rllib_distrl.cli.ray_session import cpus_needed
+from rllib_distrl.cli.ray_session import check_address, cpus_needed
 from rllib_distrl.comparison.execution import Execution
 from rllib_distrl.comparison.outputs import About, write_outputs
 from rllib_distrl.comparison.plan import Plan, make_plan
@@ -45,6 +45,7 @@ def main(
     """Runs what is missing, then writes results.md."""
     silence_libraries()
     try:
+        check_address()
         files = [Path(item) for item in recipes if "=" not in item]
         overrides = [item for item in recipes if "=" in item]
         plan = make_plan(

@@ -52,7 +52,7 @@ def _run(
     max_concurrent: int,
     address: str | None,
 ) -> None:
-    from rllib_distrl.cli.ray_session import ray_session
+    from rllib_distrl.cli.ray_session import check_address, ray_session
     from rllib_distrl.models.loading import resolve
     from rllib_distrl.recipe import load_recipe
     from rllib_distrl.sweeps.space import load_space
@@ -61,9 +61,10 @@ def _run(
     base = load_recipe(recipe, overrides)
     config = base.build_config()
     searched = load_space(space, base)
-    resolve(base.run.model)  # once, before trials ask for it at the same time
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
+    check_address()
+    resolve(base.run.model)  # once, before trials ask for it at the same time
     with ray_session(config):
         found = run_sweep(base, searched, out, resume=resume, max_concurrent=max_concurrent)
     print(found.frame.drop(columns="folder").to_string(index=False))

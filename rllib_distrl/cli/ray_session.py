@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+_ANSWER_SECONDS = 10.0
 
 
 def cpus_needed(config: Any) -> int:
@@ -23,26 +26,55 @@ def cpus_needed(config: Any) -> int:
     return math.ceil(runners + evaluation + learners)
 
 
+def check_address() -> None:
+    """Refuses a RAY_ADDRESS where nothing listens, which Ray itself notices after minutes.
+
+    Raises:
+        ValueError: If so.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, _, port = address.rpartition(":")
+    if "//" in host or not port.isdigit():  # "auto", "ray://...": Ray knows
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}). Start one with "
+            "`ray start --head`, or unset RAY_ADDRESS to start one for this command."
+        ) from error
+
+
 @contextmanager
 def ray_session(config: Any) -> Iterator[None]:
     """Starts Ray on this machine, or joins the cluster of RAY_ADDRESS; always shuts down.
 
     Ray is told of as many CPUs as the recipe's actors reserve, at least: on fewer cores they
     share, where Ray would otherwise wait for a machine that never comes.
+
+    Raises:
+        ValueError: If no cluster answers there, or it refuses this process.
     """
     import ray
 
+    check_address()
     joining = bool(os.environ.get("RAY_ADDRESS"))
     num_cpus = None if joining else max(os.cpu_count() or 1, cpus_needed(config))
-    with _core_notices_hidden():
-        ray.init(
-            # Without an address Ray would join any cluster that it finds on this machine.
-            address=None if joining else "local",
-            num_cpus=num_cpus,
-            include_dashboard=None if joining else False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-        )
+    try:
+        with _core_notices_hidden():
+            ray.init(
+                # Without an address Ray would join any cluster that it finds on this machine.
+                address=None if joining else "local",
+                num_cpus=num_cpus,
+                include_dashboard=None if joining else False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+    except ConnectionError as error:
+        raise ValueError(
+            f"{error}. Is the cluster of RAY_ADDRESS running? If it wants a token, as clusters of "
+            "ray.init do where `ray get-auth-token` has made one, set RAY_AUTH_MODE=token here too."
+        ) from error
     try:
         yield
     finally:

@@ -19,6 +19,7 @@ from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
+from rllib_distrl.cli.ray_session import check_address
 from rllib_distrl.cli.results import in_one_line, print_before_after
 from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints, storage_of
 from rllib_distrl.cli.training_loop import train_and_export
@@ -105,6 +106,7 @@ def _check(
         if storage is not None and not overwrite:
             storage.check_free()
     recipe.build_config()
+    check_address()
     connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
     return recipe, path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -67,6 +68,19 @@ def test_other_commands_refuse(
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2
     assert words in result.stderr
+
+
+def test_an_address_where_no_cluster_answers(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(out)])
+    assert result.exit_code == 2
+    assert f"RAY_ADDRESS=127.0.0.1:{port}: no Ray cluster answers" in result.stderr
+    assert not out.exists()
 
 
 def test_an_unwritable_place(recipe: Path) -> None:
