@@ -2,11 +2,14 @@
 
 import logging
 import time
+from types import SimpleNamespace
 
 import pytest
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllib_distrl.algorithms.sampling import check_weights
+from rllib_distrl.algorithms.fresh_batches import FreshBatches
+from rllib_distrl.algorithms.sampling import SampledGroups, check_weights
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from tests.helpers import distrl_config
 
@@ -121,6 +124,19 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     # Scaling waits for the batch under way and keeps it.
     algo.scale_env_runners(2)
     assert len(seen) == 5 and algo.train()["env_runners"]["weights_version_lag"] == 1
+
+
+def test_the_oldest_weights_of_a_batch_decide_how_old_it_is():
+    def sampled_by(version):
+        outputs = {WEIGHTS_SEQ_NO: [version]}
+        observations, infos = [0, 0], [{}, {}]
+        return SingleAgentEpisode(
+            observations=observations, actions=[0], rewards=[0.0], infos=infos, terminated=True,
+            extra_model_outputs=outputs, len_lookback_buffer=0,
+        )  # fmt: skip
+
+    batch = SampledGroups([[sampled_by(4), sampled_by(3)], [sampled_by(5)]], [], {})
+    assert FreshBatches(SimpleNamespace(_version=5)).lag(batch) == 2
 
 
 @pytest.mark.parametrize("held", [(3, "another"), (2, "this"), (4, "this")])

@@ -76,8 +76,12 @@ def test_logps_equal_a_full_forward_on_ragged_batches(engine, model):
         assert (completion.tokens[-1] == EOS) == (completion.finish_reason == "stop")
 
 
-def test_greedy_tokens_are_those_of_transformers_and_of_the_torch_engine(engine, model):
-    requests, params = make_requests(samples=1), SamplingParams(max_tokens=24, greedy=True)
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_greedy_tokens_are_those_of_transformers_and_of_the_torch_engine(
+    engine, model, temperature
+):
+    requests = make_requests(samples=1)
+    params = SamplingParams(max_tokens=24, greedy=True, temperature=temperature)
     got = engine.generate(requests, params)
     torch_engine = TorchEngine(model.config, [EOS])
     torch_engine.load_weights(model.state_dict(), 0)
