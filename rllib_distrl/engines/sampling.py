@@ -101,7 +101,8 @@ def filter_logits(logits: torch.Tensor, top_k: int, top_p: float) -> torch.Tenso
 def invert_cdf(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """The token at which the cumulative sum, in vocabulary order, first exceeds u.
 
-    A token of probability 0 is never returned. Cumulative sums are float64.
+    A token of probability 0 is never returned. Cumulative sums are float64. Where probabilities
+    are NaN the last token is returned: an index behind it would end a GPU's process.
 
     Args:
         probs: (B, V) float32, not necessarily summing to exactly 1.
@@ -114,19 +115,20 @@ def invert_cdf(probs: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     if size < _BLOCKED_VOCAB:
         cumulative = probs.cumsum(-1, dtype=torch.float64)
         target = (u * cumulative[:, -1]).unsqueeze(-1)
-        return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+        return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp_(max=size - 1)
     if size % _BLOCK:
         probs = torch.nn.functional.pad(probs, (0, -size % _BLOCK))
     blocks = probs.view(len(probs), -1, _BLOCK)
     cumulative = blocks.sum(-1).cumsum(-1, dtype=torch.float64)
     target = (u * cumulative[:, -1]).unsqueeze(-1)
-    block = torch.searchsorted(cumulative, target, right=True)
+    block = torch.searchsorted(cumulative, target, right=True).clamp_(max=blocks.shape[1] - 1)
     before = cumulative.gather(-1, (block - 1).clamp_(min=0)).where(block > 0, 0.0)
     index = block.unsqueeze(-1).expand(-1, -1, _BLOCK)
     inside = blocks.gather(1, index).squeeze(1).cumsum(-1, dtype=torch.float64)
     # The float32 sum of a block may exceed its float64 one in the last digits.
     rest = torch.minimum(target - before, inside[:, -1:] * (1.0 - 2.0**-_UNIFORM_BITS))
-    return (block * _BLOCK + torch.searchsorted(inside, rest, right=True)).squeeze(-1)
+    token = block * _BLOCK + torch.searchsorted(inside, rest, right=True)
+    return token.squeeze(-1).clamp_(max=size - 1)
 
 
 def sample(
@@ -153,7 +155,11 @@ def sample(
 def draw(
     logits: torch.Tensor, u: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Draws in plain PyTorch, on any device, from logits in float32; as `sample`, unfiltered."""
+    """Draws in plain PyTorch, on any device, from logits in float32; as `sample`, unfiltered.
+
+    A row whose logits are not finite has NaN as its logp; `check_logps` refuses it. (To look here
+    would let the host wait for the device.)
+    """
     if not params.greedy and params.temperature != 1.0:
         logits = logits / params.temperature
     probs = torch.softmax(logits, dim=-1)
@@ -175,8 +181,26 @@ def _draw_compiled(
     uniforms = u.contiguous().numpy()
     bad = kernels().draw(logits.contiguous().numpy(), uniforms, temperature, params.greedy, *arrays)
     if bad >= 0:
-        raise RuntimeError(
-            f"The logits of row {bad} are not finite: the weights have diverged. "
-            "Lower the learning rate."
-        )
+        raise _diverged(bad)
     return tokens, logps, entropies if params.entropy else None
+
+
+def check_logps(logps: np.ndarray) -> None:
+    """Refuses what was drawn from logits that are not finite.
+
+    Args:
+        logps: (B,), of `sample`.
+
+    Raises:
+        RuntimeError: With the first such row.
+    """
+    bad = np.flatnonzero(np.isnan(logps))
+    if len(bad):
+        raise _diverged(int(bad[0]))
+
+
+def _diverged(row: int) -> RuntimeError:
+    return RuntimeError(
+        f"The logits of row {row} are not finite: the weights have diverged. "
+        "Lower the learning rate."
+    )

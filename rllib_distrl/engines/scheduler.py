@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from rllib_distrl.engines.engine import Completion, Request, SamplingParams
-from rllib_distrl.engines.sampling import sample, uniforms
+from rllib_distrl.engines.sampling import check_logps, sample, uniforms
 
 # Computing a few prompts costs about as much as a step: requests wait until this share of the batch
 # is empty or finished.
@@ -155,9 +155,10 @@ class Call:
         """Draws and records one token per row; moves `rows` and `counts` on in place."""
         u = torch.from_numpy(self.uniforms[rows, 0 if self.params.greedy else counts])
         tokens, logps, entropies = sample(logits, u.to(self.device), self.params)
-        drawn = tokens.cpu().numpy()
+        drawn, drawn_logps = tokens.cpu().numpy(), logps.cpu().numpy()
+        check_logps(drawn_logps)
         self.tokens[rows, counts] = drawn
-        self.logps[rows, counts] = logps.cpu().numpy()
+        self.logps[rows, counts] = drawn_logps
         if entropies is not None and self.entropies is not None:
             self.entropies[rows, counts] = entropies.cpu().numpy()
         counts += 1

@@ -86,6 +86,14 @@ def test_blocked_and_plain_cdf_agree(vocab):
     assert (reached - u > -1e-6).all()
 
 
+@pytest.mark.parametrize("vocab", [61, 1500])
+def test_probabilities_that_are_not_numbers_stay_in_the_vocabulary(vocab):
+    probs = torch.full((3, vocab), 1 / vocab)
+    probs[1] = torch.nan
+    u = torch.tensor([0.0, 0.5, 1.0 - 2.0**-48], dtype=torch.float64)
+    assert invert_cdf(probs, u).tolist() == [0, vocab - 1, vocab - 1]
+
+
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (3, 1.0), (4, 1.0), (0, 0.9), (0, 0.05), (5, 0.8), (99, 0.6)]
 )

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from rllib_distrl.engines import Request, RolloutEngine, SamplingParams, TorchEngine
+from rllib_distrl.engines.sampling import draw
 from tests.engines.engine_models import (
     CONFIGS,
     EOS,
@@ -181,6 +182,20 @@ def test_bfloat16(decoder):
     ]
     # bfloat16 keeps 8 bits: the mean is what separates rounding from a wrong position.
     assert np.abs(np.concatenate(differences)).mean() < 0.05
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_diverged_weights_are_an_error_where_a_gpu_draws(greedy, monkeypatch):
+    # Logits on a GPU go to `draw`, which does not look at what it gets.
+    monkeypatch.setattr("rllib_distrl.engines.scheduler.sample", draw)
+    model = make_model("qwen2-gqa")
+    engine = make_engine(model, decoder="fast")
+    params = SamplingParams(max_tokens=4, greedy=greedy)
+    assert len(engine.generate(make_requests(), params)) == len(make_requests())
+    model.model.norm.weight.data.fill_(torch.nan)
+    engine.load_weights(model.state_dict(), 1)
+    with pytest.raises(RuntimeError, match="row 0 are not finite: the weights have diverged"):
+        engine.generate(make_requests(), params)
 
 
 def test_the_window_is_kept():
