@@ -23,6 +23,7 @@ from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.dynamic_sampling import sample_informative
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.fresh_batches import FreshBatches
+from rllib_distrl.algorithms.gpus import check_cluster_gpus
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.learner_shards import update_learners
 from rllib_distrl.algorithms.probe_check import ProbeCheck
@@ -68,6 +69,7 @@ class DistRL(Algorithm):
     def setup(self, config: Any) -> None:
         """Builds runners and learners, and the prompt sampler that the driver owns."""
         resolve(self.config.model_config["model"])
+        check_cluster_gpus(self.config)
         super().setup(config)
         env: Any = self.env_creator(EnvContext(self.config.env_config, worker_index=0))
         n_rows = len(env.unwrapped.task)

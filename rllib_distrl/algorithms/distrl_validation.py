@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from rllib_distrl.algorithms.gpus import check_runner_gpus
 from rllib_distrl.algorithms.language_model import check_window
 from rllib_distrl.learners.importance import IMPORTANCE_CORRECTIONS
 from rllib_distrl.learners.optimizers import lr_schedule_settings
@@ -271,6 +272,7 @@ def _check_dynamic_sampling(config: "DistRLConfig") -> None:
 
 
 def _check_runners(config: "DistRLConfig") -> None:
+    check_runner_gpus(config)
     limit = config.rollout_settings.max_env_runners
     if limit and config.num_env_runners > limit:
         raise ValueError(

@@ -11,6 +11,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from transformers import GenerationConfig
 
+from rllib_distrl.algorithms.gpus import check_runner_gpus
 from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
@@ -77,6 +78,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             **env_settings(model, rollout, obs_mode="incremental"),
         }
     )
+    check_runner_gpus(config)
     filtered = rollout.top_p < 1 or rollout.top_k > 0
     if filtered and not getattr(config, "vtrace", False):
         raise ValueError(

@@ -181,12 +181,14 @@ class VllmEngine:
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:
-        """Weights and cache on the device inside; with `sleep` off it again afterwards."""
+        """Weights and cache on the device inside; with `sleep` off it again, also after errors."""
         if self._sleep:
             self._llm.wake_up()
-        yield
-        if self._sleep:
-            self._llm.sleep(level=1)
+        try:
+            yield
+        finally:
+            if self._sleep:
+                self._llm.sleep(level=1)
 
 
 def _start(model_config: PreTrainedConfig, arguments: Mapping[str, Any]) -> Any:

@@ -43,6 +43,14 @@ def tokens(episodes):
     return [episode.actions.data.tolist() for episode in episodes]
 
 
+def test_only_the_engine_is_on_the_runners_device():
+    runner = make_runner()
+    runner._device = torch.device("meta")
+    runner.make_module()
+    assert {parameter.device.type for parameter in runner.module.parameters()} == {"cpu"}
+    assert runner._device.type == "meta"
+
+
 def test_groups_come_whole_and_in_order(runner):
     report = runner.sample_prompts(PROMPTS, num_generations=3)
     assert report.error is None
