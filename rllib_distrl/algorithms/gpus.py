@@ -20,18 +20,17 @@ def check_runner_gpus(config: Any) -> None:
     """
     if config.in_evaluation or not config.num_gpus_per_env_runner:
         return
-    gpus = config.num_gpus_per_env_runner
-    own = dict(config.evaluation_config or {}).get("num_gpus_per_env_runner", gpus)
+    evaluation = _gpus_per_evaluation_runner(config) if config.evaluation_interval else 0
     for name, number in (
-        ("num_env_runners", gpus),
-        ("evaluation_num_env_runners", own if config.evaluation_interval else 0),
+        ("num_env_runners", config.num_gpus_per_env_runner),
+        ("evaluation_num_env_runners", evaluation),
     ):
         if number and not getattr(config, name):
-            evaluation = " in evaluation_config" if name.startswith("evaluation") else ""
+            where = " in evaluation_config" if name.startswith("evaluation") else ""
             raise ValueError(
                 f"num_gpus_per_env_runner is {number:g}, but {name} is 0: the runner in the "
                 f"driver's process samples on the CPU. Set {name} >= 1, or "
-                f"num_gpus_per_env_runner = 0{evaluation}."
+                f"num_gpus_per_env_runner = 0{where}."
             )
 
 
@@ -56,6 +55,7 @@ def check_cluster_gpus(config: Any) -> None:
     needs = {
         "learners": config.num_learners * config.num_gpus_per_learner,
         "env runners": config.num_env_runners * config.num_gpus_per_env_runner,
+        "evaluation": config.evaluation_num_env_runners * _gpus_per_evaluation_runner(config),
     }
     total = sum(needs.values())
     if not total or config.model_config["rollout"]["max_env_runners"]:
@@ -68,3 +68,8 @@ def check_cluster_gpus(config: Any) -> None:
             "num_gpus_per_learner or num_gpus_per_env_runner (parts of a GPU are allowed), or the "
             "number of actors. Where an autoscaler adds nodes, set [rollout] max_env_runners."
         )
+
+
+def _gpus_per_evaluation_runner(config: Any) -> float:
+    own = dict(config.evaluation_config or {})
+    return own.get("num_gpus_per_env_runner", config.num_gpus_per_env_runner)

@@ -43,8 +43,8 @@ def test_and_one_of_a_stock_algorithm():
 
 @pytest.mark.usefixtures("ray_session")
 def test_gpus_that_are_not_there_are_not_waited_for():
-    config = on_gpus(1).learners(num_learners=2, num_gpus_per_learner=1)
-    message = r"2 for learners and 0.5 for env runners: that many GPUs .* the cluster has 0"
+    config = on_gpus(3, evaluators=2).learners(num_learners=2, num_gpus_per_learner=1)
+    message = r"2 for learners and 1.5 for env runners and 1 for evaluation: .* the cluster has 0"
     with pytest.raises(ValueError, match=message):
         config.build_algo()
 
