@@ -77,8 +77,8 @@ def at_equal_average(
             }
             rows.append({**shown, **values})
     frame = pd.DataFrame(rows).astype(dict.fromkeys(values, float))
-    groups = frame.groupby(list(by), sort=False)
-    table = groups[list(values)].mean()
+    groups: Any = frame.groupby(list(by), sort=False)
+    table: pd.DataFrame = groups[list(values)].mean()
     first = next(iter(values))
     table.insert(0, "crossed", groups[first].agg(lambda column: np.mean(column.notna())))
     table.insert(0, "trials", groups.size() // len(levels))

@@ -207,7 +207,7 @@ def _check_metric(trials: Sequence[Any], metric: str) -> None:
 
 def _ended(frame: pd.DataFrame, space: Space) -> pd.DataFrame:
     """The trials that ended well, the best first."""
-    ended = frame[(frame[_ERROR] == "") & frame[space.settings.metric].notna()]
+    ended = frame.loc[(frame[_ERROR] == "") & frame[space.settings.metric].notna()]
     if ended.empty:
         errors = "\n".join(f"  {text}" for text in sorted(set(frame[_ERROR])))
         raise ValueError(f"No trial ended well. Their errors:\n{errors}")
