@@ -186,15 +186,22 @@ def finished_record(
     )
 
 
-def _validation(row: Mapping[str, Any]) -> dict[str, float]:
-    """What an iteration's validation measured on pools."""
+def validated(row: Mapping[str, Any]) -> dict[str, float]:
+    """What an iteration's validation measured on pools: {"avg@n": …, "pass@k": …, "best@k": …}.
+
+    Args:
+        row: A training result with keys joined by '/'; without a validation nothing is returned.
+    """
     named = {
         key.removeprefix(_VALIDATION): value
         for key, value in row.items()
         if key.startswith(_VALIDATION) and value is not None
     }
-    found = {name: float(v) for name, v in named.items() if name.startswith(_VALIDATED)}
-    return {"tokens": float(tokens_generated(row) or 0), **found}
+    return {name: float(v) for name, v in named.items() if name.startswith(_VALIDATED)}
+
+
+def _validation(row: Mapping[str, Any]) -> dict[str, float]:
+    return {"tokens": float(tokens_generated(row) or 0), **validated(row)}
 
 
 def failed_record(contender: Contender, seed: int, error: str, *, wall_seconds: float) -> Record:

@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rllib_distrl.comparison.record import AVERAGE
+from rllib_distrl.comparison.record import AVERAGE, validated
 from rllib_distrl.comparison.statistics import value_at
+from rllib_distrl.sweeps.sweep import TRIALS
 from rllib_distrl.sweeps.trial import TOKENS, trial_recipe
-
-_VALIDATION = "evaluation/env_runners/"
 
 
 def read_fronts(out: Path, settings: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
@@ -33,7 +32,7 @@ def read_fronts(out: Path, settings: Sequence[str], metrics: Sequence[str]) -> l
         ValueError: If no trial has validated these, or a setting is none of the recipe's.
     """
     found = []
-    for file in sorted((out / "tune").glob("*/result.json")):
+    for file in sorted((out / TRIALS).glob("*/result.json")):
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
         validation = [kept for row in rows if (kept := _validation(row, metrics))]
         if validation:
@@ -87,11 +86,11 @@ def at_equal_average(
 
 def _validation(row: dict[str, Any], metrics: Sequence[str]) -> dict[str, float]:
     """{"tokens": …, "avg@n": …, metric: …} of a report; empty without a validation."""
-    if not all(_VALIDATION + metric in row for metric in metrics):
+    found = validated(row)
+    if not all(metric in found for metric in metrics):
         return {}
-    average = next(key for key in row if key.startswith(_VALIDATION + AVERAGE))
-    kept = [average, *(_VALIDATION + metric for metric in metrics)]
-    return {TOKENS: row[TOKENS], **{key.removeprefix(_VALIDATION): row[key] for key in kept}}
+    average = next(name for name in found if name.startswith(AVERAGE))
+    return {TOKENS: row[TOKENS], **{name: found[name] for name in (average, *metrics)}}
 
 
 def _setting(tables: dict[str, Any], path: str) -> Any:

@@ -25,7 +25,7 @@ from rllib_distrl.sweeps.trial import (
 )
 
 _SWEEP_FILE = "sweep.json"
-_TRIALS = "tune"
+TRIALS = "tune"
 _ERROR = "error"
 # Trials copy the checkpoints of others, which must still be there when they come to it.
 _PBT_CHECKPOINTS = 4
@@ -73,7 +73,7 @@ def run_sweep(
     from ray.tune import ExperimentAnalysis
 
     _tuner(recipe, space, out, resume, max_concurrent).fit()
-    trials = ExperimentAnalysis(str((out / _TRIALS).resolve())).trials or []
+    trials = ExperimentAnalysis(str((out / TRIALS).resolve())).trials or []
     _check_metric(trials, space.settings.metric)
     frame = _frame(trials, space)
     frame.to_parquet(out / "trials.parquet")
@@ -121,7 +121,7 @@ def _check_folder(out: Path, described: Mapping[str, Any], resume: bool) -> None
 def _tuner(recipe: Recipe, space: Space, out: Path, resume: bool, max_concurrent: int) -> Any:
     from ray import tune
 
-    folder = (out / _TRIALS).resolve()
+    folder = (out / TRIALS).resolve()
     if resume and tune.Tuner.can_restore(str(folder)):
         return tune.Tuner.restore(
             str(folder), trainable=RecipeTrial, resume_errored=True, restart_errored=False
@@ -146,7 +146,7 @@ def _tuner(recipe: Recipe, space: Space, out: Path, resume: bool, max_concurrent
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
-            name=_TRIALS,
+            name=TRIALS,
             storage_path=str(out.resolve()),
             stop=StopWithoutMetric(),
             checkpoint_config=tune.CheckpointConfig(
