@@ -18,7 +18,7 @@ def check_runner_gpus(config: Any) -> None:
     Raises:
         ValueError: for runners of training or of evaluation in the driver's process.
     """
-    if config.in_evaluation or not config.num_gpus_per_env_runner:
+    if config.in_evaluation:
         return
     evaluation = _gpus_per_evaluation_runner(config) if config.evaluation_interval else 0
     for name, number in (
