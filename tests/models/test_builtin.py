@@ -152,12 +152,19 @@ def test_countdown_starts_where_there_is_something_to_learn():
     assert 100_000 < load_model("builtin:countdown").num_parameters() < 300_000
 
 
+@pytest.mark.slow
+def test_arithmetic_starts_with_whole_workings_and_wrong_digits():
+    correct, statuses = sampled_grades("builtin:arithmetic", problems=100, samples=16)
+    assert 0.2 < correct.mean() < 0.9
+    assert statuses["wrong"] + statuses["correct"] > 0.95 * correct.size
+
+
 def sampled_grades(name, problems, samples):
     """Correct or not (problems, samples) on validation problems at temperature 1; statuses."""
     model, tokenizer = load_model(resolve(name)), load_tokenizer(name)
     engine = TorchEngine(model.config, eos_token_ids(model, tokenizer), max_batch_size=256)
     engine.load_weights(model.state_dict(), 0)
-    task = CountdownTask("validation")
+    task = find_spec(name).make_task("validation")
     asked = [task.problem(row) for row in distinct_rows(task, problems)]
     requests = [
         Request(tokenizer.encode(problem.prompt, add_special_tokens=False), (5, row, sample, 0))
