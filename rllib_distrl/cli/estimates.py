@@ -16,7 +16,6 @@ _HIDDEN_ACTIVATIONS = 8
 _STREAM_ACTIVATIONS = 4
 # Of the feed-forward block: gate, up, their product and its input.
 _FEED_FORWARD_ACTIVATIONS = 4
-_CPU_LOGITS_ELEMENTS = 2**24
 _LOGITS_COPIES = 2  # logits and softmax of one chunk
 
 
@@ -132,6 +131,7 @@ def learner_memory(
     activation_checkpointing: bool = False,
     adapter_parameters: int | None = None,
     reference: bool = False,
+    on_gpu: bool = False,
 ) -> dict[str, int]:
     """Estimates one learner's memory by part, in bytes.
 
@@ -145,7 +145,11 @@ def learner_memory(
         activation_checkpointing: Whether blocks keep their inputs alone.
         adapter_parameters: Of one trunk's LoRA adapters; None: all parameters learn.
         reference: Whether a reference policy is kept; with adapters it needs no memory.
+        on_gpu: Whether it learns on a GPU, where chunks of logits are larger.
     """
+    from rllib_distrl.maths.lm_head import ACCELERATOR_LOGITS, CPU_LOGITS
+
+    most_logits = ACCELERATOR_LOGITS if on_gpu else CPU_LOGITS
     each, trunks = shape.bytes_each, 2 if critic == "separate" else 1
     head = (shape.hidden + 1) * critic_outputs if critic != "none" else 0
     if adapter_parameters is None:
@@ -168,7 +172,7 @@ def learner_memory(
         "activations of a micro-batch": micro_batch_tokens * kept * trunks,
         "logits of a chunk": _LOGITS_COPIES
         * 4
-        * min(_CPU_LOGITS_ELEMENTS, micro_batch_tokens * shape.vocabulary),
+        * min(most_logits, micro_batch_tokens * shape.vocabulary),
     }
     if precision == "bf16":
         parts["bfloat16 weights"] = shape.trunk_parameters * trunks * each // 2

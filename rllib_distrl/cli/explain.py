@@ -141,6 +141,7 @@ def _memory_table(
         activation_checkpointing=settings.get("activation_checkpointing", False),
         adapter_parameters=_adapter_parameters(recipe, settings),
         reference=_keeps_reference(config),
+        on_gpu=config.num_gpus_per_learner > 0,
     )
     rows = min(recipe.rollout.max_batch_size, updates.episodes)
     runner = runner_memory(shape, rows=rows, tokens=longest)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Logits held at once: 64 MB in float32 on a CPU, 256 MB on an accelerator, where large
-# matrix products matter more.
-_CPU_LOGITS = 2**24
-_ACCELERATOR_LOGITS = 2**26
+CPU_LOGITS = 2**24
+"""Logits held at once on a CPU: 64 MB in float32."""
+
+ACCELERATOR_LOGITS = 2**26
+"""The same on an accelerator, where large matrix products matter more: 256 MB."""
 
 
 def token_logps(
@@ -48,7 +49,7 @@ def token_logps(
     if temperature <= 0.0:
         raise ValueError(f"temperature must be positive, got {temperature}")
     if chunk is None:
-        budget = _CPU_LOGITS if hidden.device.type == "cpu" else _ACCELERATOR_LOGITS
+        budget = CPU_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_LOGITS
         chunk = max(1, budget // weight.shape[0])
     return _TokenLogps.apply(hidden, weight, bias, targets, float(temperature), chunk)  # pyright: ignore[reportReturnType]
 

@@ -27,7 +27,7 @@ def test_a_runner_in_the_drivers_process_is_refused_a_gpu():
 
 
 def test_so_is_one_of_evaluation():
-    with pytest.raises(ValueError, match="is 0.5, but evaluation_num_env_runners is 0"):
+    with pytest.raises(ValueError, match=r"is 0.5, but evaluation_num_env_runners is 0"):
         on_gpus(1, interval=2).validate()
     only_there = on_gpus(1, 0, 2, num_gpus_per_env_runner=0.25)
     only_there.env_runners(num_gpus_per_env_runner=0)

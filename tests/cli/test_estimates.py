@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
@@ -80,6 +82,14 @@ def test_adapters_leave_moments_for_themselves_alone() -> None:
     assert parts["policy weights"] == 4 * (shape.parameters + 500)
     assert parts["critic weights"] == 4 * (500 + 65 * 16)
     assert parts["Adam moments"] == 8 * (1000 + 65 * 16)
+
+
+def test_a_chunk_of_logits_is_larger_on_a_gpu() -> None:
+    shape = replace(model_shape(QWEN), vocabulary=151_936)
+    settings = {"critic": "none", "critic_outputs": 0, "micro_batch_tokens": 4_096}
+    name = "logits of a chunk"
+    assert learner_memory(shape, **settings)[name] == 2 * 64 * 2**20
+    assert learner_memory(shape, on_gpu=True, **settings)[name] == 2 * 256 * 2**20
 
 
 def test_checkpointing_keeps_a_block_and_the_inputs_of_all() -> None:
