@@ -136,21 +136,20 @@ def pass_k_table(results: Results) -> Table:
 def matched_table(results: Results) -> Table | None:
     """Metrics at the same average score along training, and their paired difference.
 
-    One line per recipe and metric: the mean over the levels, then every level. None where runs
-    have no average score in common, or were not validated while training.
+    One line per recipe and metric: the mean over the levels, then every level. None where no
+    recipe has the baseline's average score on two seeds or more, or none was validated.
     """
     over = levels(results)
-    if not over:
-        return None
     head = ["recipe", "metric", "mean over levels", *(f"at {100 * x:g} %" for x in over)]
-    lines = []
+    lines, compared = [], False
     for metric in front_metrics(results):
         for row in results.rows:
             found = [matched_mean(results, row, metric, over)]
             found += [matched(results, row, metric, level) for level in over]
+            compared = compared or found[0].test is not None
             cells = [_matched_cell(metric, one, row is results.baseline) for one in found]
             lines.append([row.name, metric, *cells])
-    return Table(head, lines)
+    return Table(head, lines) if compared else None
 
 
 def _matched_cell(metric: str, found: Matched, baseline: bool) -> str:

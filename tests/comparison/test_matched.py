@@ -28,6 +28,8 @@ def test_levels_are_round_and_shared(found: Results) -> None:
     assert matched_table(apart) is None
     blind = arrange(records({"a": [0.2], "b": [0.2]}, validation=[]), ["a", "b"], [0])
     assert matched_table(blind) is None
+    once = arrange(records({"a": [0.3, 0.3], "b": [0.4, 0.9]}), ["a", "b"], [0, 1])
+    assert levels(once) and matched_table(once) is None
 
 
 def test_differences_by_hand(found: Results) -> None:
