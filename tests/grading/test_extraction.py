@@ -3,7 +3,11 @@ import time
 
 import pytest
 
-from distrl_envs.grading.extraction import extract_answer, last_balanced_box
+from distrl_envs.grading.extraction import (
+    extract_answer,
+    last_balanced_box,
+    without_unfinished_thinking,
+)
 
 CASES = {
     r"so \boxed{42}.": "42",
@@ -34,6 +38,21 @@ CASES = {
 @pytest.mark.parametrize("text, answer", CASES.items())
 def test_answers(text, answer):
     assert extract_answer(text) == answer
+
+
+@pytest.mark.parametrize(
+    "text, left",
+    [
+        ("<think>\\boxed{1} but wait", ""),
+        ("Sure. <Thinking>so <think> 1", "Sure. "),
+        ("<think>1</think> 2", "<think>1</think> 2"),
+        ("<think>1</think> 2 <think>3", "<think>1</think> 2 "),
+        ("1</think> 2", "1</think> 2"),
+        ("return text.split('<think>')", "return text.split('<think>')"),
+    ],
+)
+def test_unfinished_thinking_is_left_out(text, left):
+    assert without_unfinished_thinking(text) == left
 
 
 def test_a_pattern_replaces_the_box():

@@ -12,6 +12,8 @@ PHRASE = re.compile(
 )
 INLINE_MATH = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SENTENCE_END = re.compile(r"\.?(?:\*\*|__)|[.!?;](?=\s|$)|\n|<\|")
+THINKING = re.compile(r"(?<![\w\"'`])<(/?)think(?:ing)?>", re.IGNORECASE)
+"""Tags around thinking; one in quotes is spoken of, not used."""
 LONGEST_PHRASE = 1_000
 """Characters after "the answer is" in which the answer must end."""
 
@@ -34,6 +36,18 @@ def extract_answer(completion: str, pattern: re.Pattern[str] | None = None) -> s
     # The usual case: the last box is well formed, and nothing before it needs to be read.
     content = _content(completion, start) or last_balanced_box(completion)
     return content.rpartition("\n####")[2].strip() or None if content else None
+
+
+def without_unfinished_thinking(completion: str) -> str:
+    """The completion up to a `<think>` that is never closed: what stands inside it is no answer.
+
+    Graders call it first where their setting `ignore_unfinished_thinking` is on, the default.
+    Finished thinking stays. A `<think>` that stands in the prompt is not seen.
+    """
+    opened = None
+    for tag in THINKING.finditer(completion):
+        opened = None if tag.group(1) else opened or tag
+    return completion if opened is None else completion[: opened.start()]
 
 
 def last_balanced_box(text: str) -> str | None:
