@@ -12,7 +12,7 @@ PHRASE = re.compile(
 )
 INLINE_MATH = re.compile(r"\\\((.+?)\\\)|\\\[(.+?)\\\]|\$\$(.+?)\$\$|\$(.+?)\$", re.DOTALL)
 SENTENCE_END = re.compile(r"\.?(?:\*\*|__)|[.!?;](?=\s|$)|\n|<\|")
-THINKING = re.compile(r"(?<![\w\"'`])<(/?)think(?:ing)?>", re.IGNORECASE)
+THINKING = re.compile(r"(?<![\"'`])<(/?)think(?:ing)?>", re.IGNORECASE)
 """Tags around thinking; one in quotes is spoken of, not used."""
 LONGEST_PHRASE = 1_000
 """Characters after "the answer is" in which the answer must end."""
