@@ -22,7 +22,11 @@ class GroupBaselineConfig(DistRLConfig):
 
 
 class GRPOConfig(GroupBaselineConfig):
-    """Shao et al. 2024 (arXiv 2402.03300): clip 0.2, k3 KL with 0.04, mean of sequence means."""
+    """Shao et al. 2024 (arXiv 2402.03300): clip 0.2, k3 KL with 0.04, mean of sequence means.
+
+    As a loss k3 has the gradient of KL(reference || policy); the estimator "k2" has that of
+    KL(policy || reference), see `maths.kl`.
+    """
 
     def __init__(self, algo_class: type | None = None) -> None:
         """Sets the paper's defaults."""
@@ -144,7 +148,10 @@ class GSPO(DistRL):
 
 
 class LADConfig(GroupBaselineConfig):
-    """arXiv 2602.20132: Jensen-Shannon divergence, 1/eta = 4, sequence ratio, no clip."""
+    """arXiv 2602.20132: Jensen-Shannon divergence, 1/eta = 4, sequence ratio, no clip.
+
+    One optimiser step per batch: a sequence's ratio is a product, which explodes after it.
+    """
 
     def __init__(self, algo_class: type | None = None) -> None:
         """Sets the paper's defaults."""

@@ -11,6 +11,8 @@ from rllib_distrl.maths.statistics import AllReduce, identity, masked_mean_and_s
 
 # RLlib 2.60's GAE connector divides by max(1e-4, std).
 WHITEN_MIN_STD = 1e-4
+# Roundings by which a mean of equal numbers may be off: PyTorch sums pairwise.
+_ROUNDING_OF_MEAN = 32
 
 
 def discounted_sum(terms: Tensor, decay: float) -> Tensor:
@@ -116,6 +118,7 @@ def whiten(advantages: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identi
     The mean and std are over the marked tokens of all learners. RLlib also counts the artificial
     step that it appends to each episode, whose "advantage" mixes neighbouring episodes; it is no
     token of ours, so it is left out (a mask that marks such a step reproduces RLlib's numbers).
+    Advantages that are all equal become exactly 0.
 
     Args:
         advantages: (B, T).
@@ -126,4 +129,7 @@ def whiten(advantages: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identi
         (B, T), 0 in the padding.
     """
     mean, std = masked_mean_and_std(advantages, loss_mask, all_reduce)
-    return zero_padding((advantages - mean) / std.clamp(min=WHITEN_MIN_STD), loss_mask)
+    # Equal advantages differ from their mean by its rounding alone, which is no signal.
+    rounding = _ROUNDING_OF_MEAN * torch.finfo(advantages.dtype).eps * mean.abs()
+    centred = torch.where(std > rounding, advantages - mean, 0.0)
+    return zero_padding(centred / std.clamp(min=WHITEN_MIN_STD), loss_mask)

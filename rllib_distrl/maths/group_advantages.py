@@ -1,6 +1,8 @@
 """Advantages of whole completions against the others of their prompt, without a critic.
 
-All take the returns (B,) and the group ids (B,), and give (B,). Groups are whole.
+All take the returns (B,) and the group ids (B,), and give (B,). Groups are whole. A group of
+equal returns gets exactly 0 at any size: every estimator first takes the group's first return off,
+which changes none of them in exact arithmetic, and leaves no rounding for a std to blow up.
 """
 
 import torch
@@ -37,6 +39,28 @@ def group_mean(values: Tensor, group: Tensor) -> Tensor:
     return (sums / sizes)[index]
 
 
+def from_first(returns: Tensor, group: Tensor) -> Tensor:
+    """R − the return of the first row of the group: exactly 0 where all of them are equal.
+
+    Args:
+        returns: (B,).
+        group: (B,), int64.
+
+    Returns:
+        (B,).
+    """
+    index, sizes = group_index(group)
+    rows = torch.arange(len(returns), device=returns.device)
+    first = torch.full_like(sizes, len(returns)).scatter_reduce(0, index, rows, "amin")
+    return returns - returns[first[index]]
+
+
+def _centred(returns: Tensor, group: Tensor) -> Tensor:
+    """R − the group's mean."""
+    returns = from_first(returns, group)
+    return returns - group_mean(returns, group)
+
+
 def grpo(
     returns: Tensor, group: Tensor, *, scale_by_std: bool = True, std_epsilon: float = 1e-6
 ) -> Tensor:
@@ -54,7 +78,7 @@ def grpo(
     Returns:
         (B,).
     """
-    centred = returns - group_mean(returns, group)
+    centred = _centred(returns, group)
     if not scale_by_std:
         return centred
     index, sizes = group_index(group)
@@ -75,7 +99,7 @@ def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
     """
     index, sizes = group_index(group)
     size = sizes[index].to(returns.dtype)
-    return (returns - group_mean(returns, group)) * size / (size - 1).clamp(min=1)
+    return _centred(returns, group) * size / (size - 1).clamp(min=1)
 
 
 def opo(returns: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
@@ -92,6 +116,7 @@ def opo(returns: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
         (B,).
     """
     lengths = lengths.to(returns.dtype)
+    returns = from_first(returns, group)
     weighted = group_mean(lengths * returns, group)
     return returns - weighted / group_mean(lengths, group).clamp(min=1e-9)
 
@@ -111,7 +136,8 @@ def maxk(returns: Tensor, group: Tensor, *, k: int) -> Tensor:
     With returns g sorted upwards: s_(i) = [C(i−1, k−1) g_(i) + Σ_{j>i} C(j−2, k−2) g_(j)] /
     C(G, k), A_i = s_i − (k/G) ρ_{k−1}(others), ρ_k(g) = Σ_i C(i−1, k−1) g_(i) / C(G, k). Binary:
     a correct completion gets C(G − c, k − 1)/C(G, k) with c correct, a wrong one 0.
-    (max@k / PKPO.) Not to be divided by a std.
+    (max@k / PKPO.) Not to be divided by a std. k = 1, where there is no best of others, is
+    leave-one-out over G (our choice).
 
     Args:
         returns: (B,), g.
@@ -127,7 +153,9 @@ def maxk(returns: Tensor, group: Tensor, *, k: int) -> Tensor:
     index, sizes = group_index(group)
     if not 1 <= k <= int(sizes.min()):
         raise ValueError(f"maxk needs 1 <= k <= num_generations = {int(sizes.min())}, got k={k}")
-    advantages = torch.empty_like(returns)
+    if k == 1:
+        return leave_one_out(returns, group) / sizes[index]
+    returns, advantages = from_first(returns, group), torch.empty_like(returns)
     for number in range(len(sizes)):
         rows = (index == number).nonzero().squeeze(-1)
         ordered, order = returns[rows].double().sort()
@@ -136,13 +164,11 @@ def maxk(returns: Tensor, group: Tensor, *, k: int) -> Tensor:
 
 
 def _maxk_sorted(g: Tensor, k: int) -> Tensor:
-    """`maxk` of one group, float64 returns sorted upwards."""
+    """`maxk` of one group for k ≥ 2, float64 returns sorted upwards."""
     count = len(g)
     rank = torch.arange(1, count + 1, dtype=torch.float64, device=g.device)
     total = _log_choose(count, k).to(g.device)
     own = (_log_choose(rank - 1, k - 1) - total).exp() * g
-    if k == 1:
-        return own
     above = (_log_choose(rank - 2, k - 2) - total).exp() * g
     s = own + above.flip(0).cumsum(0).flip(0) - above
     best_of_others = (_log_choose(rank[:-1] - 1, k - 2) - _log_choose(count - 1, k - 1)).exp()
@@ -183,4 +209,4 @@ def bnpo(
     p_safe = p.clamp(1e-6, 1 - 1e-6)
     log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
     log_pdf = (alpha - 1) * p_safe.log() + (beta - 1) * (-p_safe).log1p() - log_beta
-    return (returns - p[index]) * (-log_pdf).exp().clamp(max=max_scale)[index]
+    return _centred(returns, group) * (-log_pdf).exp().clamp(max=max_scale)[index]

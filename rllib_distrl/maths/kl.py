@@ -1,8 +1,10 @@
 """Estimators of KL(π ‖ π_ref) from the sampled tokens (Schulman, "Approximating KL", 2020)."""
 
+import torch
 from torch import Tensor
+from torch.nn.functional import huber_loss
 
-from rllib_distrl.maths.statistics import zero_padding
+from rllib_distrl.maths.statistics import LOG_RATIO_BOUND, zero_padding
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
@@ -12,8 +14,11 @@ def kl_estimate(
 ) -> Tensor:
     """KL to the reference at each token, from its log-ratio l = ref_logp − logp.
 
-    `k1`: −l (unbiased, any sign; its gradient as a loss is zero on average, so it belongs in the
-    reward). `k2`: l²/2 (its gradient is the KL's). `k3`: e^l − 1 − l (unbiased, ≥ 0).
+    `k1`: −l (unbiased, any sign). `k2`: l²/2. `k3`: e^l − 1 − l (unbiased, ≥ 0).
+    In the reward `k1` is the KL's own. As a loss on tokens of π, what counts is the gradient, and
+    it is not that of the value: of `k1` it is zero on average (nothing is held back), of `k2` that
+    of KL(π ‖ π_ref), of `k3` that of KL(π_ref ‖ π). Beyond ±10 `k2` goes on as a line, and `k3`
+    is cut above 10: a single token makes no infinite step.
 
     Args:
         logp: (B, T), of the sampled tokens under π.
@@ -33,8 +38,11 @@ def kl_estimate(
     if estimator == "k1":
         return -log_ratio
     if estimator == "k2":
-        return 0.5 * log_ratio.square()
+        return huber_loss(
+            log_ratio, torch.zeros_like(log_ratio), reduction="none", delta=LOG_RATIO_BOUND
+        )
     if estimator == "k3":
+        log_ratio = log_ratio.clamp(max=LOG_RATIO_BOUND)
         return log_ratio.expm1() - log_ratio
     raise ValueError(f"kl_estimator must be one of {KL_ESTIMATORS}, got {estimator!r}")
 

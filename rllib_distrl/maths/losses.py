@@ -2,6 +2,8 @@
 
 Log-probabilities are of the sampled tokens; `action_logp` and `advantages` carry no gradient.
 `loss_mask` None means that every token counts; otherwise padding gets loss 0 and gradient 0.
+Log-ratios are bounded to ±10, beyond which a token has no gradient: one token that the sampler and
+the learner see quite differently must not make a whole step useless (the bound of torchtitan).
 """
 
 import math
@@ -10,12 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rllib_distrl.maths.statistics import zero_padding
+from rllib_distrl.maths.statistics import LOG_RATIO_BOUND, bounded_log_ratio, zero_padding
 
 LAD_DIVERGENCES = ("js", "hellinger", "tv", "kl", "reverse_kl", "jeffreys")
 RATIO_LEVELS = ("token", "sequence")
-# Beyond e^±20 a ratio says nothing but would overflow its square in float32.
-_LOG_LIMIT = 20.0
 
 
 def _masked(loss_mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -66,7 +66,8 @@ def clipped_surrogate(
     """
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}: 3.0 is usual, None is off")
-    log_ratio, advantages = _masked(loss_mask, logp - action_logp.detach(), advantages.detach())
+    log_ratio = bounded_log_ratio(logp, action_logp, loss_mask)
+    (advantages,) = _masked(loss_mask, advantages.detach())
     if ratio_level == "sequence":
         log_ratio = _sequence_mean(log_ratio, loss_mask).expand_as(log_ratio)
     elif ratio_level != "token":
@@ -154,7 +155,11 @@ def lad(
     x ln x · `reverse_kl` −ln x · `jeffreys` (x − 1) ln x. ρ is the ratio of a token or the
     product of a sequence's ratios. Over normalised policies the optimum is π_old e^{A/η}/Z.
     "Learning Advantage Distribution" (arXiv 2602.20132), from notes and a port; computed from
-    ln ρ and u, each clamped to ±20.
+    ln ρ and u, each clamped to ±10. To the gradients of `kl` and `reverse_kl` that of ±ρ is added,
+    which is zero on average: at A = 0 and ρ = 1 every divergence then pulls nowhere (our choice).
+
+    The product of a sequence's ratios leaves the range in which it means something after one
+    optimiser step, and the gradient grows with it: it is for one step per batch.
 
     Args:
         logp: (B, T), with gradient.
@@ -172,16 +177,17 @@ def lad(
     Raises:
         ValueError: For an unknown divergence or ratio level.
     """
-    log_ratio, u = _masked(
-        loss_mask, logp - action_logp.detach(), advantages.detach() * inverse_eta
-    )
+    log_ratio = bounded_log_ratio(logp, action_logp, loss_mask)
+    (u,) = _masked(loss_mask, advantages.detach().to(logp.dtype) * inverse_eta)
     if ratio_level == "sequence":
         log_ratio = log_ratio.sum(1, keepdim=True)
         u = _sequence_mean(u, loss_mask)
     elif ratio_level != "token":
         raise ValueError(f"ratio_level must be one of {RATIO_LEVELS}, got {ratio_level!r}")
     loss = _lad_divergence(
-        log_ratio.clamp(-_LOG_LIMIT, _LOG_LIMIT), u.clamp(-_LOG_LIMIT, _LOG_LIMIT), divergence
+        log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND),
+        u.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND),
+        divergence,
     )
     return _masked(loss_mask, loss.expand_as(logp))[0]
 
@@ -196,9 +202,9 @@ def _lad_divergence(log_ratio: Tensor, u: Tensor, divergence: str) -> Tensor:
     if divergence == "tv":
         return (ratio - scale).abs()
     if divergence == "kl":
-        return ratio * log_x
+        return ratio * log_x + (ratio.detach() - ratio)
     if divergence == "reverse_kl":
-        return -scale * log_x
+        return -scale * log_x + (ratio - ratio.detach())
     if divergence == "jeffreys":
         return (ratio - scale) * log_x
     raise ValueError(f"divergence must be one of {LAD_DIVERGENCES}, got {divergence!r}")

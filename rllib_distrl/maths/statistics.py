@@ -12,6 +12,10 @@ import torch
 from torch import Tensor
 
 AllReduce = Callable[[Tensor], Tensor]
+# Beyond e^±10 the ratio of two policies at a token says nothing, and ends in infinities.
+LOG_RATIO_BOUND = 10.0
+# e to this power can still be squared and summed in double precision.
+_LARGEST_EXPONENT = 300.0
 
 
 def identity(tensor: Tensor) -> Tensor:
@@ -31,6 +35,23 @@ def zero_padding(tensor: Tensor, loss_mask: Tensor) -> Tensor:
     """
     mask = loss_mask if tensor.dim() == loss_mask.dim() else loss_mask.unsqueeze(-1)
     return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
+def bounded_log_ratio(logp: Tensor, action_logp: Tensor, loss_mask: Tensor | None) -> Tensor:
+    """ln(π/π_old) of each token, kept within ±`LOG_RATIO_BOUND`; no gradient beyond.
+
+    Args:
+        logp: (B, T), with gradient.
+        action_logp: (B, T), of the policy that sampled; without gradient.
+        loss_mask: (B, T), bool; padding gets 0. None: all count.
+
+    Returns:
+        (B, T).
+    """
+    log_ratio = logp - action_logp.detach()
+    if loss_mask is not None:
+        log_ratio = zero_padding(log_ratio, loss_mask)
+    return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
 def masked_mean(tensor: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identity) -> Tensor:
@@ -91,6 +112,7 @@ def logp_mismatch(
     difference = (logp - action_logp)[loss_mask].detach().double()
     if difference.numel() == 0:
         return {}
+    difference = difference.clamp(-_LARGEST_EXPONENT, _LARGEST_EXPONENT)
     spread = difference.abs().sort().values
     weights = difference.exp()
     count = spread.numel()
@@ -99,7 +121,7 @@ def logp_mismatch(
     return {
         "logp_mismatch_p50": math.exp(spread[(count - 1) // 2]),
         "logp_mismatch_p95": math.exp(spread[math.ceil(0.95 * count) - 1]),
-        "logp_mismatch_max": math.exp(min(float(spread[-1]), 700.0)),
+        "logp_mismatch_max": math.exp(spread[-1]),
         "logp_mismatch_outside_clip": float(outside.double().mean()),
         "logp_mismatch_ess": float(weights.sum() ** 2 / (count * weights.square().sum())),
     }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rllib_distrl.maths import losses
-from rllib_distrl.maths.statistics import masked_mean, zero_padding
+from rllib_distrl.maths.statistics import bounded_log_ratio, masked_mean, zero_padding
 from rllib_distrl.stages.batch import SequenceBatch
 from rllib_distrl.stages.registry import register
 
@@ -111,7 +111,7 @@ def kl_cov(
         (B, T).
     """
     del token_share
-    log_ratio = zero_padding(logp - batch.action_logp, batch.loss_mask)
+    log_ratio = bounded_log_ratio(logp, batch.action_logp, batch.loss_mask)
     advantages = zero_padding(batch.column("advantages"), batch.loss_mask)
     held = torch.where(batch.column("kl_cov"), log_ratio.abs(), 0.0)
     return -advantages * log_ratio.exp() + penalty * held

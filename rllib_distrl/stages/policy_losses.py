@@ -74,10 +74,24 @@ def gspo(
     )
 
 
+def _one_step(config: Any, method: str, otherwise: str) -> None:
+    """Refuses several optimiser steps on a batch."""
+    rows = config.rollout_settings.episodes_per_iteration // max(config.num_learners or 0, 1)
+    steps = config.num_epochs * (rows // (config.minibatch_size or rows))
+    if steps > 1:
+        raise ValueError(
+            f"{method} is defined for one optimiser step per batch, where the ratio is 1; after "
+            f"it a sequence's product of ratios explodes. Here are {steps}: num_epochs = "
+            f"{config.num_epochs}, minibatch_size = {config.minibatch_size} of {rows} sequences. "
+            f"Set num_epochs = 1 and leave minibatch_size out. {otherwise}"
+        )
+
+
 def _lad_fits(config: Any, *, ratio_level: str, **settings: Any) -> None:
     demand(config, "policy_loss 'lad'", whiten_advantages=False, entropy_coeff=0.0)
     if ratio_level == "sequence":
         demand(config, "policy_loss 'lad' of sequences", aggregation="sequence_mean")
+        _one_step(config, "policy_loss 'lad' of sequences", "Or set ratio_level = 'token' in it.")
 
 
 def _check_lad(*, divergence: str, inverse_eta: float, ratio_level: str) -> None:

@@ -42,6 +42,7 @@ REFUSED = [
     ({"regularisers": [{"name": "lk"}]}, "did you mean 'kl'"),
     ({"regularisers": [{"name": "kl", "coeff": -1.0}]}, "coeff must be >= 0"),
     ({"regularisers": [{"name": "kl", "estimator": "k4"}]}, "must be one of"),
+    ({"regularisers": [{"name": "kl", "estimator": "k1"}]}, "zero on average.*'kl_penalty'"),
     ({"reward_transforms": [{"name": "kl_penalty", "estimator": "k"}]}, "must be one of"),
     ({"controllers": [{"name": "adaptive_entropy", "step": 0.0}]}, "step > 0"),
     ({"controllers": [{"name": "adaptive_entropy"}] * 2}, "Two controllers move entropy_coeff"),

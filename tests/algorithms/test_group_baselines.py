@@ -129,6 +129,8 @@ def test_real_training(name, ray_session):
         ("LAD", {"aggregation": "token_mean"}, "aggregation = 'sequence_mean'; got 'token_mean'"),
         ("LAD", {"entropy_coeff": 0.01}, "entropy_coeff = 0.0; got 0.01"),
         ("LAD", {"policy_loss": {"name": "lad", "divergence": "chi"}}, "divergence 'chi'"),
+        ("LAD", {"num_epochs": 2}, "one optimiser step per batch.*Here are 2"),
+        ("LAD", {"minibatch_size": 4}, "Here are 3.*ratio_level = 'token'"),
         ("GSPO", {"aggregation": "token_mean"}, "'gspo' is defined with aggregation"),
         ("GRPO", {"advantage": {"name": "gae"}}, "'gae' reads the critic, but critic is 'none'"),
         ("GRPO", {"bonus_coeff": 1.0}, "there is no critic to give a bonus"),

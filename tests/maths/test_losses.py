@@ -140,6 +140,58 @@ def test_lad_survives_extreme_ratios():
     assert torch.isfinite(logp.grad).all()
 
 
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda p, o, a: clipped_surrogate(p, o, a),
+        lambda p, o, a: gspo(p, o, a),
+        lambda p, o, a: lad(p, o, a, ratio_level="token"),
+        lambda p, o, a: lad(p, o, a),
+        lambda p, o, a: kl_estimate(p, o, "k2"),
+        lambda p, o, a: kl_estimate(p, o, "k3"),
+    ],
+)
+@pytest.mark.parametrize("old", [-1e4, -200.0, 0.0])
+def test_one_token_far_from_the_sampler_leaves_the_others_their_gradient(loss, old):
+    """In float32, where e^89 is infinite and infinity times zero is no number."""
+    action_logp = torch.tensor([[-1.0, -1.5, -0.5], [old, -1.0, -2.0]])
+    logp = torch.tensor([[-1.01, -1.48, -0.5], [-150.0, -1.0, -2.02]], requires_grad=True)
+    advantages = torch.tensor([[1.0, 1.0, 1.0], [-1.0, -1.0, -1.0]])
+    result = loss(logp, action_logp, advantages)
+    result.sum().backward()
+    assert torch.isfinite(result).all() and torch.isfinite(logp.grad).all()
+    alone = torch.tensor(logp[:1].tolist(), requires_grad=True)
+    loss(alone, action_logp[:1], advantages[:1]).sum().backward()
+    assert torch.equal(logp.grad[:1], alone.grad)
+    assert logp.grad[1, 0].abs() <= 10.0
+
+
+@pytest.mark.parametrize(("estimator", "reverse"), [("k2", False), ("k3", True)])
+def test_which_kl_the_gradient_of_an_estimator_is(estimator, reverse):
+    """Exact over four tokens: KL(pi || ref) for k2, KL(ref || pi) for k3, nothing for k1."""
+    logits = torch.tensor([0.3, -0.7, 1.1, 0.0], dtype=torch.float64, requires_grad=True)
+    logp = logits.log_softmax(0)
+    ref = torch.tensor([-0.5, 0.4, 0.2, 0.9], dtype=torch.float64).log_softmax(0)
+    p, q = (ref.exp(), logp) if reverse else (logp.exp(), ref)
+    kl = (p * (ref - q if reverse else logp - q)).sum()
+    (expected,) = torch.autograd.grad(kl, logits, retain_graph=True)
+    # Tokens are drawn from pi: its probabilities are weights, without gradient.
+    mean = (logp.detach().exp() * kl_estimate(logp, ref, estimator)).sum()
+    (found,) = torch.autograd.grad(mean, logits, retain_graph=True)
+    assert torch.allclose(found, expected)
+    nothing = (logp.detach().exp() * kl_estimate(logp, ref, "k1")).sum()
+    (found,) = torch.autograd.grad(nothing, logits)
+    assert found.abs().max() < 1e-12
+
+
+def test_kl_goes_on_as_a_line_beyond_ten_nats():
+    logp, ref = torch.tensor([[-15.0]], requires_grad=True), torch.zeros(1, 1)
+    loss = kl_estimate(logp, ref, "k2")
+    loss.sum().backward()
+    assert loss.item() == 10 * (15 - 5)
+    assert logp.grad.item() == -10.0  # still pulled back
+
+
 LOSSES = {
     "clip": lambda p, o, a, m=None: clipped_surrogate(p, o, a, dual_clip=1.5, loss_mask=m),
     "gspo": lambda p, o, a, m=None: gspo(p, o, a, clip_param=0.3, clip_param_high=0.4, loss_mask=m),

@@ -54,10 +54,74 @@ def test_grpo_by_hand():
     assert torch.allclose(found, at_tokens(torch.tensor(expected).double()), atol=1e-5)
 
 
-def test_groups_of_one_and_of_equal_returns_get_nothing():
+def test_groups_of_one_get_nothing():
     returns, group = torch.tensor([0.7, 1.0, 1.0]), torch.tensor([0, 1, 1])
     assert group_advantages.grpo(returns, group).tolist() == [0, 0, 0]
     assert group_advantages.leave_one_out(returns, group).tolist() == [0, 0, 0]
+
+
+GROUP_ESTIMATORS = {
+    "grpo": {}, "dr_grpo": {}, "rloo": {}, "opo": {}, "bnpo": {}, "maxk": {"k": 2},
+}  # fmt: skip
+
+
+def equal_groups(size, values, dtype):
+    """One group of each value, shuffled among one another; lengths from 1 to 7."""
+    g = torch.Generator().manual_seed(size)
+    order = torch.randperm(size * len(values), generator=g)
+    returns = torch.tensor(values, dtype=dtype).repeat_interleave(size)[order]
+    lengths = torch.randint(1, 8, (len(returns),), generator=g)
+    mask = torch.arange(7) < lengths.unsqueeze(1)
+    rewards = torch.zeros(len(returns), 7, dtype=dtype)
+    rewards[torch.arange(len(returns)), lengths - 1] = returns
+    group = torch.arange(len(values)).repeat_interleave(size)[order]
+    logp = torch.randn(mask.shape, generator=g, dtype=dtype)
+    return SequenceBatch(rewards=rewards, loss_mask=mask, action_logp=logp, group=group)
+
+
+def test_every_group_estimator_is_tried_at_equal_returns():
+    critic = {"quantiles", "values"}
+    needs = {name: resolve("advantage", {"name": name, **GROUP_ESTIMATORS.get(name, {})}).needs
+             for name in names("advantage")}  # fmt: skip
+    without_critic = {n for n, need in needs.items() if "groups" in need and not need & critic}
+    assert without_critic == set(GROUP_ESTIMATORS)
+
+
+@pytest.mark.parametrize("name", GROUP_ESTIMATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_returns_get_exactly_nothing_at_any_size(name, dtype):
+    values = [0.7, 0.1 + 0.2, 1 / 3, 0.0, 1.0, 0.9999]
+    for size in range(2, 65):
+        data = equal_groups(size, values, dtype)
+        data.advantages = resolve("advantage", {"name": name, **GROUP_ESTIMATORS[name]})(data)
+        assert (data.advantages == 0).all(), size
+    for loss, settings in LOSSES_OF_GROUPS:  # at 64 a group
+        logp = data.action_logp.clone().requires_grad_()
+        resolve("policy_loss", {"name": loss, **settings})(logp, data).sum().backward()
+        assert (logp.grad == 0).all(), (loss, settings)
+
+
+LOSSES_OF_GROUPS = [
+    ("clip", {}), ("clip", {"dual_clip": 3.0}), ("gspo", {}),
+    *(("lad", {"divergence": d}) for d in losses.LAD_DIVERGENCES),
+]  # fmt: skip
+
+
+def test_one_unequal_group_is_still_seen_among_equal_ones():
+    data = equal_groups(8, [0.7, 0.3], torch.float32)
+    data.rewards[0] *= 0.5  # its group no longer is equal
+    advantages = resolve("advantage", "grpo")(data)
+    own = data.group == data.group[0]
+    assert (advantages[~own] == 0).all()
+    # The mean of the other seven is theirs; 7/8 and 1/8 of the difference over its sample std.
+    assert advantages[0, 0].item() == pytest.approx(-7 / 8 / math.sqrt(1 / 8), rel=1e-3)
+
+
+def test_equal_returns_of_a_whole_batch_whiten_to_nothing():
+    for value in (0.7, 0.1 + 0.2, 1e3):
+        data = equal_groups(8, [value, value], torch.float32)
+        steps = torch.full_like(data.rewards, value)
+        assert (critic_maths.whiten(steps, data.loss_mask) == 0).all()
 
 
 def test_dr_grpo_and_rloo_by_hand():
@@ -82,8 +146,8 @@ def test_maxk_is_the_leave_one_out_weight_of_the_best_of_k(k):
     for i in range(5):
         others = [j for j in range(5) if j != i]
         s = sum(max(values[j] for j in c) for c in subsets if i in c) / len(subsets)
-        smaller = list(itertools.combinations(others, k - 1))
-        best = sum(max((values[j] for j in c), default=0.0) for c in smaller) / len(smaller)
+        smaller = list(itertools.combinations(others, max(k - 1, 1)))
+        best = sum(max(values[j] for j in c) for c in smaller) / len(smaller)
         assert found[i].item() == pytest.approx(s - k / 5 * best)
 
 
