@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from rllib_distrl.algorithms.distrl_config import DistRLConfig
     from rllib_distrl.algorithms.inspection import inspect_policy
     from rllib_distrl.algorithms.language_model import export_policy, wire_language_model
-    from rllib_distrl.algorithms.rollout_settings import RolloutSettings
     from rllib_distrl.connectors.sequences_from_episodes import SequencesFromEpisodes
     from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
     from rllib_distrl.learners.distrl_learner import DistRLLearner
     from rllib_distrl.modules.causal_lm_module import CausalLMModule
     from rllib_distrl.modules.distrl_module import DistRLModule
     from rllib_distrl.runs import load_run
+    from rllib_distrl.settings import RolloutSettings
     from rllib_distrl.token_table import TokenTable
 
 __all__ = [
@@ -45,7 +45,7 @@ _MODULES = {
     "DistRLConfig": "algorithms.distrl_config",
     "DistRLLearner": "learners.distrl_learner",
     "DistRLModule": "modules.distrl_module",
-    "RolloutSettings": "algorithms.rollout_settings",
+    "RolloutSettings": "settings",
     "SequencesFromEpisodes": "connectors.sequences_from_episodes",
     "TokenTable": "token_table",
     "export_policy": "algorithms.language_model",

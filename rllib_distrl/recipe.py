@@ -7,10 +7,8 @@ builder methods and is applied as `getattr(config, table)(**values)`, so RLlib's
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import tomllib
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +23,11 @@ from rllib_distrl.recipe_schema import (
     is_none,
     nearest,
 )
-from rllib_distrl.recipe_settings import EvalSettings, RunSettings
+from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
+from rllib_distrl.trackers import check_trackers
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-
-    from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 
 OWN_TABLES = ("run", "rollout", "eval")
 _OVERRIDE = re.compile(r"(?P<path>[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)=(?P<value>.*)", re.DOTALL)
@@ -94,10 +91,8 @@ class Recipe:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the recipe with our tables' defaults filled in, ready for TOML."""
-        own = {name: dataclasses.asdict(getattr(self, name)) for name in OWN_TABLES}
-        own["eval"]["k"] = list(self.eval.k)
-        own["run"]["trackers"] = [dict(tracker) for tracker in self.run.trackers]
-        return own | {name: _plain(values) for name, values in self.tables.items()}
+        own = {name: getattr(self, name).to_dict() for name in OWN_TABLES}
+        return _plain(own | dict(self.tables))
 
     def to_toml(self) -> str:
         """Returns the resolved recipe as TOML text that `load_recipe` reads back."""
@@ -144,16 +139,15 @@ def recipe_from_tables(tables: Mapping[str, Any], name: str) -> Recipe:
         ValueError: See `load_recipe`.
     """
     from rllib_distrl.algorithms.registry import algorithm_config
-    from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 
     for table, values in tables.items():
         _check_table(table, values)
-    run = _settings(RunSettings, "run", tables.get("run", {}))
-    run = dataclasses.replace(run, name=run.name or name)
-    rollout = _settings(RolloutSettings, "rollout", tables.get("rollout", {}))
-    evaluation = _settings(EvalSettings, "eval", tables.get("eval", {}))
-    for settings in (run, rollout, evaluation):
-        settings.validate()
+    run = RunSettings(**tables.get("run", {}))
+    run = run.model_copy(update={"name": run.name or name})
+    check_trackers(run.trackers)
+    rollout = RolloutSettings(**tables.get("rollout", {}))
+    rollout.check_machine()
+    evaluation = EvalSettings(**tables.get("eval", {}))
     config = algorithm_config(run.algorithm)
     builders = {table: tables[table] for table in BUILDER_TABLES if table in tables}
     for table, values in builders.items():
@@ -223,6 +217,8 @@ def _toml_value(path: str, text: str) -> Any:
     except tomllib.TOMLDecodeError:
         if _BARE_WORD.fullmatch(text):
             return text
+        if "," in text and not text.startswith(("[", "{")):  # eval.k=1,2
+            return _toml_value(path, f"[{text}]")
     raise ValueError(f"{path}: cannot read the value {text!r}. Quote strings, as in '\"a b\"'.")
 
 
@@ -234,16 +230,6 @@ def _check_table(table: str, values: Any) -> None:
         )
     if table not in known:
         raise ValueError(f"Unknown table [{table}]. The nearest one is [{nearest(table, known)}].")
-
-
-def _settings(cls: Any, table: str, values: Mapping[str, Any]) -> Any:
-    """Makes one of our settings dataclasses from its table."""
-    annotations = typing.get_type_hints(cls)
-    known = [f.name for f in dataclasses.fields(cls) if f.init]
-    check_names(f"[{table}]", values, known)
-    for key, value in values.items():
-        check_value(f"{table}.{key}", value, annotations[key])
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def _check_builder_table(config: Any, table: str, values: Mapping[str, Any]) -> None:

@@ -15,6 +15,8 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from pydantic import BaseModel
+
 BUILDER_TABLES = (
     "environment",
     "env_runners",
@@ -89,6 +91,8 @@ def toml_types(annotation: Any) -> frozenset[type] | None:
     if annotation in (Any, inspect.Parameter.empty, object) or isinstance(annotation, str):
         return None
     origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        return toml_types(typing.get_args(annotation)[0])
     if origin in (typing.Union, types.UnionType):
         parts = [toml_types(part) for part in typing.get_args(annotation)]
         return None if None in parts else frozenset().union(*(p for p in parts if p is not None))
@@ -121,7 +125,7 @@ def check_value(where: str, value: Any, annotation: Any, default: Any = None) ->
         raise ValueError(f"{where} takes a Python object, which a recipe cannot hold. Remove it.")
     allowed |= frozenset(WIDER_THAN_ANNOTATED.get(where.rpartition(".")[2], ()))
     if not _accepts(value, allowed):
-        raise ValueError(f"{where}: wanted {_in_words(allowed)}, got {_shown(value)}.")
+        raise ValueError(f"{where}: wanted {in_words(allowed)}, got {_shown(value)}.")
     _check_choice(where, value, annotation)
     _check_items(where, value, annotation)
 
@@ -206,7 +210,7 @@ def _is_deprecated(parameter: inspect.Parameter) -> bool:
 def _class_types(cls: Any) -> frozenset[type]:
     if cls in (bool, int, float, str):
         return frozenset({cls})
-    if isinstance(cls, type) and issubclass(cls, Mapping):
+    if isinstance(cls, type) and issubclass(cls, (Mapping, BaseModel)):
         return frozenset({dict})
     if isinstance(cls, type) and issubclass(cls, (Sequence, set, frozenset)):
         return frozenset({list})
@@ -217,6 +221,8 @@ def _accepts(value: Any, allowed: frozenset[type]) -> bool:
     if isinstance(value, bool):
         return bool in allowed
     if isinstance(value, int):
+        return bool({int, float} & allowed)
+    if isinstance(value, float) and value.is_integer():  # 1e6 is an integer.
         return bool({int, float} & allowed)
     return type(value) in allowed
 
@@ -236,7 +242,7 @@ def _check_plain(where: str, value: Any) -> None:
 
 
 def _check_choice(where: str, value: Any, annotation: Any) -> None:
-    choices = _literal_choices(annotation)
+    choices = literal_choices(annotation)
     if choices and isinstance(value, str) and value not in choices:
         raise ValueError(
             f"{where}: {value!r} is not one of {', '.join(map(repr, choices))}. "
@@ -244,8 +250,8 @@ def _check_choice(where: str, value: Any, annotation: Any) -> None:
         )
 
 
-def _literal_choices(annotation: Any) -> list[str]:
-    """The strings of a `Literal`, unless another part of the annotation admits any string."""
+def literal_choices(annotation: Any) -> list[str]:
+    """Returns the strings of a `Literal`, unless the annotation admits any other string."""
     parts = [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
         parts = list(typing.get_args(annotation))
@@ -265,7 +271,8 @@ def _check_items(where: str, value: Any, annotation: Any) -> None:
             check_value(f"{where}[{index}]", item, item_types[0])
 
 
-def _in_words(allowed: frozenset[type]) -> str:
+def in_words(allowed: frozenset[type]) -> str:
+    """Returns the TOML types as the end of "wanted ..."."""
     if float in allowed:
         allowed -= {int}
     return " or ".join(word for kind, word in _TOML_WORDS.items() if kind in allowed)

@@ -6,13 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
 LAYERS = [
-    {"maths", "token_table", "trackers"},
+    {"maths", "recipe_schema", "token_table", "trackers"},
+    {"settings"},
     {"stages"},
     {"engines", "models"},
     {"modules"},
     {"connectors", "env_runners", "learners"},
     {"algorithms"},
-    {"recipe", "recipe_schema", "recipe_settings", "evaluation"},
+    {"recipe", "evaluation"},
     {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests", "run_storage"},
     {"runs"},
     {"viewer"},

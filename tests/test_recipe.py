@@ -41,6 +41,7 @@ def test_defaults_and_name(recipe_file: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "table", "key", "value"),
     [
+        ("training.minibatch_size=1e3", "training", "minibatch_size", 1000),
         ("training.lr=1e-5", "training", "lr", 1e-5),
         ("training.lr=1", "training", "lr", 1),
         ("training.lr=[[0, 1e-3], [100, 1e-4]]", "training", "lr", [[0, 1e-3], [100, 1e-4]]),
@@ -58,9 +59,11 @@ def test_override(recipe_file: Path, text: str, table: str, key: str, value: Any
 
 def test_override_of_our_tables(recipe_file: Path) -> None:
     recipe = load_recipe(
-        recipe_file, ["run.model=Qwen/Qwen2.5-Math-7B", "eval.k=[1, 2, 4]", "eval.n=4"]
+        recipe_file,
+        ["run.model=Qwen/Qwen2.5-Math-7B", "eval.k=1,2,4", "eval.n=4", "run.budget_tokens=1e6"],
     )
     assert recipe.run.model == "Qwen/Qwen2.5-Math-7B"
+    assert repr(recipe.run.budget_tokens) == "1000000"
     assert recipe.eval.k == (1, 2, 4)
 
 
@@ -88,9 +91,9 @@ ERRORS = {
     "training.use_kl_loss=True": ["true or false", "'True'", "true and false"],
     "training.num_epochs=1.5": ["training.num_epochs", "an integer", "1.5"],
     "training.learner_class=x": ["training.learner_class", "Python object"],
-    "run.iterations=1.0": ["run.iterations", "an integer", "1.0"],
-    "run.iterations=0": ["run.iterations", "at least 1", "0"],
-    "run.seed=-1": ["run.seed", "at least 0", "-1"],
+    "run.iterations=1.5": ["run.iterations", "an integer", "1.5"],
+    "run.iterations=0": ["run.iterations", ">= 1", "0"],
+    "run.seed=-1": ["run.seed", "[0, ", "-1"],
     "run.name=../up": ["run.name", "'../up'"],
     "run.algorithm=DistRLL": ["'DistRLL'", "DistRL"],
     "eval.k=[1, 100]": ["pass@100", "64"],

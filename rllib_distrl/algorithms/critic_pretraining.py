@@ -19,7 +19,8 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 from rllib_distrl.algorithms.sampling import prompt_results
 from rllib_distrl.engines.engine import Completion, Request
 from rllib_distrl.env_runners.episodes import build_episode
-from rllib_distrl.learners.pretraining import TOKENS, PretrainingSettings, pretrain_critic
+from rllib_distrl.learners.pretraining import TOKENS, pretrain_critic
+from rllib_distrl.settings import PretrainingSettings
 
 Groups = list[list[SingleAgentEpisode]]
 _COLUMNS = ("row", "key", "sample", "token_ids", "finish_reason", "score")
@@ -37,7 +38,7 @@ def pretrain(algo: Any) -> None:
         ValueError: for samples that do not fit the task.
     """
     table = algo.config.critic_pretraining
-    settings = PretrainingSettings.from_table(table)
+    settings = PretrainingSettings(**table)
     if settings.samples is None:
         groups = _sampled(algo, settings.rollouts)
     else:

@@ -2,28 +2,22 @@
 
 from typing import TYPE_CHECKING
 
+from ray.rllib.utils.schedules.scheduler import Scheduler
+
 from rllib_distrl.algorithms.gpus import check_runner_gpus
 from rllib_distrl.algorithms.language_model import check_window
-from rllib_distrl.learners.importance import IMPORTANCE_CORRECTIONS
 from rllib_distrl.learners.optimizers import lr_schedule_settings
-from rllib_distrl.learners.pretraining import PretrainingSettings
-from rllib_distrl.learners.uncertainty import uncertainty_settings
-from rllib_distrl.maths.aggregation import AGGREGATIONS
 from rllib_distrl.maths.lr_schedule import lr_factor
-from rllib_distrl.maths.optimism import BONUS_PLACES, BONUS_SCHEDULES, BONUS_STATS, LEARNED_STATS
-from rllib_distrl.maths.quantiles import HEAD_CENTERS, PAIRINGS
+from rllib_distrl.maths.optimism import BONUS_STATS
 from rllib_distrl.maths.read_outs import check_read_out
-from rllib_distrl.maths.targets import TARGETS
 from rllib_distrl.models.loading import load_config
-from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.critic_folder import check_critic
 from rllib_distrl.modules.lora import check_lora
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings, PretrainingSettings
 from rllib_distrl.stages.registry import Stage, resolve
 
 if TYPE_CHECKING:
     from rllib_distrl.algorithms.distrl_config import DistRLConfig
-
-CRITICS = ("separate", "shared", "detached", "none")
 
 
 def validate_distrl(config: "DistRLConfig") -> None:
@@ -32,11 +26,20 @@ def validate_distrl(config: "DistRLConfig") -> None:
     Raises:
         ValueError: for the first setting that is out of bounds or fits no other.
     """
-    config.rollout_settings.validate()
+    config.rollout_settings.check_machine()
     _check_model(config)
     _check_overlap(config)
-    _check_choices(config)
-    _check_numbers(config)
+    if not 0 <= config.gamma <= 1:
+        raise ValueError(f"gamma is {config.gamma}; it must lie in [0, 1].")
+    if config.grad_clip is not None and config.grad_clip <= 0:
+        raise ValueError(f"grad_clip is {config.grad_clip}; it must be above 0, or left out.")
+    Scheduler.validate(
+        fixed_value_or_schedule=config.entropy_coeff,
+        setting_name="entropy_coeff",
+        description="entropy coefficient",
+    )
+    if config.num_epochs < 1:
+        raise ValueError(f"num_epochs is {config.num_epochs}; it must be >= 1.")
     _check_critic_checkpoint(config)
     _check_learning_rates(config)
     _check_pretraining(config)
@@ -90,60 +93,6 @@ def _check_overlap(config: "DistRLConfig") -> None:
         )
 
 
-def _check_choices(config: "DistRLConfig") -> None:
-    choices = {
-        "critic": CRITICS,
-        "quantile_loss": PAIRINGS,
-        "target": tuple(TARGETS),
-        "head_center": HEAD_CENTERS,
-        "bonus_stat": (*BONUS_STATS, *LEARNED_STATS),
-        "bonus_at": BONUS_PLACES,
-        "bonus_schedule": BONUS_SCHEDULES,
-        "aggregation": AGGREGATIONS,
-        "precision": PRECISIONS,
-        "importance_correction": IMPORTANCE_CORRECTIONS,
-    }
-    for name, allowed in choices.items():
-        value = getattr(config, name)
-        if value not in allowed:
-            raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}.")
-
-
-def _check_numbers(config: "DistRLConfig") -> None:
-    for name in ("gamma", "lambda_", "critic_lambda"):
-        value = getattr(config, name)
-        if not 0 <= value <= 1:
-            raise ValueError(f"{name} is {value}; it must lie in [0, 1].")
-    for name in ("quantile_huber_kappa", "init_spread", "clip_param", "vf_clip_param"):
-        value = getattr(config, name)
-        if value <= 0:
-            raise ValueError(f"{name} is {value}; it must be above 0.")
-    for name in ("vf_loss_coeff", "entropy_coeff", "bonus_coeff", "critic_warmup_iterations"):
-        value = getattr(config, name)
-        if value < 0:
-            raise ValueError(f"{name} is {value}; it must be >= 0.")
-    for name in ("clip_param_high", "critic_lr", "bonus_max_ratio", "bonus_horizon", "grad_clip"):
-        value = getattr(config, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"{name} is {value}; it must be above 0, or left out.")
-    if config.importance_bound <= 1:
-        raise ValueError(
-            f"importance_bound is {config.importance_bound}; it must be above 1. Use 2.0, or "
-            "importance_correction = 'none'."
-        )
-    if config.dual_clip is not None and config.dual_clip <= 1:
-        raise ValueError(f"dual_clip is {config.dual_clip}; it must be above 1, or left out.")
-    for name in (
-        "n_quantiles",
-        "num_epochs",
-        "micro_batch_tokens",
-        "max_nonfinite_steps",
-        "max_sampling_rounds",
-    ):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}; it must be >= 1.")
-
-
 def _check_critic_checkpoint(config: "DistRLConfig") -> None:
     if config.critic_checkpoint is None:
         return
@@ -169,19 +118,13 @@ def _check_learning_rates(config: "DistRLConfig") -> None:
         )
     if isinstance(config.lr, (int, float)) and config.lr <= 0:
         raise ValueError(f"lr is {config.lr}; it must be above 0.")
-    if config.lr_warmup_iterations < 0:
-        raise ValueError(
-            f"lr_warmup_iterations is {config.lr_warmup_iterations}; it must be >= 0 (0: off)."
-        )
-    if not 0 <= config.lr_min_ratio <= 1:
-        raise ValueError(f"lr_min_ratio is {config.lr_min_ratio}; it must lie in [0, 1].")
     lr_factor(config.lr_warmup_iterations + 1, **settings)
 
 
 def _check_pretraining(config: "DistRLConfig") -> None:
     if config.critic_pretraining is None:
         return
-    settings = PretrainingSettings.from_table(config.critic_pretraining)
+    settings = PretrainingSettings(**config.critic_pretraining)
     if settings.lr is None and not isinstance(config.critic_lr or config.lr, (int, float)):
         raise ValueError(f"lr is {config.lr}: critic_pretraining needs one number, its own lr.")
     per_iteration = config.rollout_settings.episodes_per_iteration
@@ -211,8 +154,8 @@ def _check_method(config: "DistRLConfig") -> None:
             f"critic_warmup_iterations is {config.critic_warmup_iterations}, but there is no "
             "critic. Set it to 0."
         )
-    for name in LEARNED_STATS:
-        uncertainty_settings(name, getattr(config, name))
+    EnsembleSettings(**config.ensemble)
+    DistanceSettings(**config.distance)
     of_quantiles = config.bonus_stat in BONUS_STATS
     if config.n_quantiles == 1 and config.bonus_coeff > 0 and of_quantiles:
         raise ValueError(

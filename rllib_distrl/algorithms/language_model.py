@@ -12,7 +12,6 @@ from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from transformers import GenerationConfig
 
 from rllib_distrl.algorithms.gpus import check_runner_gpus
-from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.models.loading import (
@@ -26,6 +25,7 @@ from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.causal_lm_module import POLICY_PREFIX, CausalLMModule
 from rllib_distrl.modules.critic_folder import HEAD, TRUNK, save_critic
 from rllib_distrl.modules.lora import check_lora
+from rllib_distrl.settings import RolloutSettings
 
 BUILTIN_PREFIX = "builtin:"
 
@@ -68,7 +68,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     Raises:
         ValueError: when a setting is out of range.
     """
-    rollout.validate()
+    rollout.check_machine()
     if hasattr(config, "rollout_settings"):
         config.rl_module(model_config={**config._model_config, "model": model})
         return config.rollout(**rollout.to_dict())

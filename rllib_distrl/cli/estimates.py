@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rllib_distrl.algorithms.rollout_settings import RolloutSettings
+    from rllib_distrl.settings import RolloutSettings
 
 # Forward activations kept for backward, per token and layer, in multiples of the hidden size:
 # residual stream, two norms, attention's output and its projection (our count, fused attention).

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rllib_distrl.recipe_settings import RunSettings
 from rllib_distrl.run_log import tokens_generated
+
+if TYPE_CHECKING:
+    from rllib_distrl.settings import RunSettings
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import shlex
 import sys
 import traceback
@@ -178,12 +177,11 @@ def _measured(
 
 
 def _print_header(recipe: Recipe, run: RunFolder, console: Console) -> None:
-    rollout = dataclasses.asdict(recipe.rollout)
     _print(
         console,
         f"{recipe.run.algorithm} on {recipe.env_id} with {recipe.run.model}: "
-        f"{Goal.of(recipe.run)} of {rollout['prompts_per_iteration']} prompts x "
-        f"{rollout['num_generations']} completions, seed {recipe.run.seed}",
+        f"{Goal.of(recipe.run)} of {recipe.rollout.prompts_per_iteration} prompts x "
+        f"{recipe.rollout.num_generations} completions, seed {recipe.run.seed}",
     )
     _print(console, f"Run folder: {run.path}")
 

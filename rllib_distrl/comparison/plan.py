@@ -6,14 +6,13 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 from rllib_distrl.recipe import Recipe, override_tables, read_toml, recipe_from_tables
 from rllib_distrl.recipe_schema import check_names
-from rllib_distrl.recipe_settings import EvalSettings, RunSettings
+from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
 
 MIN_SEEDS = 2
 _NAME = re.compile(r"[\w][\w.+-]*")
@@ -52,7 +51,7 @@ def recipe_digest(tables: Mapping[str, Mapping[str, Any]]) -> str:
     """
     kept = {table: dict(values) for table, values in tables.items()}
     for table, cls in (("run", RunSettings), ("rollout", RolloutSettings), ("eval", EvalSettings)):
-        defaults = asdict(cls())
+        defaults = cls.defaults()
         kept[table] = {
             key: value
             for key, value in kept[table].items()
@@ -177,7 +176,8 @@ def _replace(recipe: dict[str, Any], changes: Mapping[str, Any], where: str) -> 
 
 
 def _with_budget(contender: Contender, budget_tokens: int) -> Contender:
-    run = replace(contender.recipe.run, budget_tokens=budget_tokens, name=contender.name)
+    changes = {"budget_tokens": budget_tokens, "name": contender.name}
+    run = contender.recipe.run.model_copy(update=changes)
     return replace(contender, recipe=replace(contender.recipe, run=run))
 
 

@@ -9,7 +9,8 @@ import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
+from ray.rllib.utils.schedules.scheduler import Scheduler
 
 from rllib_distrl.learners.controllers import Controllers
 from rllib_distrl.learners.gradients import (
@@ -74,7 +75,8 @@ class DistRLLearner(TorchLearner):
         self._method = Method.from_config(self.config)
         self._controllers = Controllers(self.config.controllers)
         self._uncertainty = make_uncertainty(self.config, self._policy_module)
-        self._coefficients = {"entropy_coeff": self.config.entropy_coeff}
+        self._entropy_coeff = Scheduler(self.config.entropy_coeff, framework="torch")
+        self._coefficients = {"entropy_coeff": float(self._entropy_coeff.update(timestep=0))}
         self._reference: Reference | None = None
         if "ref_logp" in self._method.needs:
             self._reference = Reference(self._policy_module)
@@ -168,7 +170,11 @@ class DistRLLearner(TorchLearner):
         self._weights_seq_no += 1
         set_learning_rates(self, DEFAULT_MODULE_ID, self.config, rollouts.k)
         self._warming_up = rollouts.k <= self.config.critic_warmup_iterations
-        self._coefficients.update(self._controllers.update(rollouts))
+        steps_sampled = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
+        self._coefficients = {
+            "entropy_coeff": float(self._entropy_coeff.update(timestep=steps_sampled)),
+            **self._controllers.update(rollouts),
+        }
         if self._uncertainty is not None:
             rollouts.metrics.update(self._uncertainty.learn(columns, rollouts))
         steps = []

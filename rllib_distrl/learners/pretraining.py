@@ -1,7 +1,6 @@
 """Teaching the critic before the policy moves, from completions of the initial policy."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -15,62 +14,12 @@ from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.aggregation import weighted_sum
 from rllib_distrl.maths.calibration import explained_variance
 from rllib_distrl.modules.sequences import from_columns
+from rllib_distrl.settings import PretrainingSettings
 
 LOSS, EXPLAINED_VARIANCE = "critic_pretraining_loss", "critic_pretraining_explained_variance"
 TOKENS = "critic_pretraining_tokens"
 # One group in so many is kept out, to see what the critic has learned.
 _HELD_OUT = 16
-
-
-@dataclass(frozen=True)
-class PretrainingSettings:
-    """`[training.critic_pretraining]`: where the completions come from, and how to learn.
-
-    Large minibatches and several epochs are what makes a critic of 0/1 returns good: see
-    docs/critic.md.
-
-    Attributes:
-        rollouts: completions that the initial policy is asked for; or
-        samples: a Parquet file of completions of `distrl train` or `distrl eval`, of problems
-            of the split that is trained on, each completed by the initial policy.
-        epochs: passes over them.
-        lr: of Adam, falling linearly to zero; None: `critic_lr`.
-        minibatch_size: sequences per optimiser step, over all learners.
-    """
-
-    rollouts: int = 0
-    samples: str | None = None
-    epochs: int = 6
-    lr: float | None = None
-    minibatch_size: int = 512
-
-    @classmethod
-    def from_table(cls, table: dict[str, Any]) -> "PretrainingSettings":
-        """The settings of a recipe's table, checked.
-
-        Raises:
-            ValueError: for an unknown setting, or one out of bounds.
-        """
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(table) - set(known)):
-            raise ValueError(
-                f"critic_pretraining has no setting {unknown[0]!r}; known: {', '.join(known)}."
-            )
-        settings = cls(**table)
-        if (settings.rollouts > 0) == (settings.samples is not None) or settings.rollouts < 0:
-            raise ValueError(
-                f"critic_pretraining has rollouts={settings.rollouts} and "
-                f"samples={settings.samples!r}; give one of them: how many completions to "
-                "sample, or a file of samples."
-            )
-        if settings.epochs < 1 or settings.minibatch_size < 1:
-            raise ValueError(
-                f"critic_pretraining has epochs={settings.epochs} and "
-                f"minibatch_size={settings.minibatch_size}; both must be >= 1."
-            )
-        if settings.lr is not None and settings.lr <= 0:
-            raise ValueError(f"critic_pretraining has lr={settings.lr}; it must be above 0.")
-        return settings
 
 
 def pretrain_critic(learner: Any, *, shards: Sequence[Any], table: dict[str, Any]) -> Any:
@@ -87,7 +36,7 @@ def pretrain_critic(learner: Any, *, shards: Sequence[Any], table: dict[str, Any
     Returns:
         Mean loss of the last epoch, and the explained variance on the completions kept out.
     """
-    settings = PretrainingSettings.from_table(table)
+    settings = PretrainingSettings(**table)
     config, learners = learner.config, max(learner.config.num_learners, 1)
     rank = torch.distributed.get_rank() if learners > 1 else 0
     columns = learner._columns(ray.get(shards[rank]))

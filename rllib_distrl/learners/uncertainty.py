@@ -4,7 +4,6 @@ Each is an object with `statistic(columns, rollouts)`, which looks, `learn(colum
 which is called once per update afterwards, and a state that a checkpoint holds.
 """
 
-from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,88 +18,11 @@ from rllib_distrl.maths.optimism import LEARNED_STATS
 from rllib_distrl.maths.statistics import masked_mean
 from rllib_distrl.modules.ensemble import Ensemble
 from rllib_distrl.modules.sequences import Sequences, from_columns
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings
 from rllib_distrl.stages.batch import SequenceBatch
 
 if TYPE_CHECKING:
     from rllib_distrl.algorithms.distrl_config import DistRLConfig
-
-
-@dataclass(frozen=True)
-class EnsembleSettings:
-    """`[training.ensemble]`, for `bonus_stat = "ensemble"`.
-
-    Attributes:
-        size: K, members.
-        prior_scale: weight of the fixed random networks, in units of the return.
-        width: of each member's trunk, an even number.
-        depth: blocks of each trunk.
-        lr: of Adam.
-    """
-
-    size: int = 8
-    prior_scale: float = 0.3
-    width: int = 32
-    depth: int = 1
-    lr: float = 3e-3
-
-    def validate(self) -> None:
-        """Raises ValueError for a setting out of bounds."""
-        if self.size < 2:
-            raise ValueError(f"ensemble.size is {self.size}; members that disagree are >= 2.")
-        if self.prior_scale < 0 or self.lr <= 0:
-            raise ValueError(
-                f"ensemble.prior_scale is {self.prior_scale} and ensemble.lr {self.lr}; they must "
-                "be >= 0 and > 0."
-            )
-        if self.width < 2 or self.width % 2 or self.depth < 1:
-            raise ValueError(
-                f"ensemble.width is {self.width} and ensemble.depth {self.depth}; the width must "
-                "be even, the depth >= 1."
-            )
-
-
-@dataclass(frozen=True)
-class DistanceSettings:
-    """`[training.distance]`, for `bonus_stat = "distance"`.
-
-    Attributes:
-        features: most features; wider hidden states are projected at random.
-        decay: weight that an iteration's states keep in the next one; 1 never forgets.
-        ridge: added to the features' mean squares.
-    """
-
-    features: int = 256
-    decay: float = 0.99
-    ridge: float = 1e-3
-
-    def validate(self) -> None:
-        """Raises ValueError for a setting out of bounds."""
-        if self.features < 1 or not 0 < self.decay <= 1 or self.ridge <= 0:
-            raise ValueError(
-                f"distance.features is {self.features}, distance.decay {self.decay}, "
-                f"distance.ridge {self.ridge}; they must be >= 1, in (0, 1] and > 0."
-            )
-
-
-_SETTINGS = {"ensemble": EnsembleSettings, "distance": DistanceSettings}
-
-
-def uncertainty_settings(name: str, given: dict[str, Any]) -> Any:
-    """The settings of one uncertainty, checked.
-
-    Args:
-        name: `ensemble` or `distance`.
-        given: its table in `[training]`.
-
-    Raises:
-        ValueError: for an unknown setting, or one out of bounds.
-    """
-    known = [field.name for field in fields(_SETTINGS[name])]
-    if unknown := sorted(set(given) - set(known)):
-        raise ValueError(f"{name} has no setting {unknown[0]!r}; known: {', '.join(known)}.")
-    settings = _SETTINGS[name](**given)
-    settings.validate()
-    return settings
 
 
 def make_uncertainty(config: "DistRLConfig", module: Any) -> "Disagreement | Distance | None":
@@ -124,7 +46,7 @@ class Disagreement:
 
     def __init__(self, config: "DistRLConfig", module: Any):
         """Draws the members; equal on all learners."""
-        self._settings: EnsembleSettings = uncertainty_settings("ensemble", config.ensemble)
+        self._settings = EnsembleSettings(**config.ensemble)
         self._embed = module.policy.get_input_embeddings()
         self._budget, self._minibatch = module.micro_batch_tokens, config.minibatch_size
         self._gamma = config.gamma
@@ -209,7 +131,7 @@ class Distance:
 
     def __init__(self, config: "DistRLConfig", module: Any):
         """Starts with nothing seen."""
-        self._settings: DistanceSettings = uncertainty_settings("distance", config.distance)
+        self._settings = DistanceSettings(**config.distance)
         self._embed = module.policy.get_input_embeddings()
         width = self._embed.weight.shape[1]
         self._projection: Tensor | None = None

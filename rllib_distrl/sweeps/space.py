@@ -2,47 +2,17 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rllib_distrl.recipe import Recipe, read_toml, recipe_from_tables
-from rllib_distrl.recipe_schema import check_names, check_value
+from rllib_distrl.recipe_schema import check_names
+from rllib_distrl.settings import SweepSettings
 
 KINDS = ("choice", "uniform", "log_uniform", "integer")
 _TABLES = ("sweep", "space")
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """The `[sweep]` table.
-
-    Attributes:
-        metric: A key of the training result, joined by '/'; the last one counts.
-        mode: Whether more or less of it is better.
-        search: "grid" tries all combinations of choices, "random" draws, "optuna" draws where
-            earlier trials did well.
-        scheduler: "asha" stops trials that fall behind, "pbt" lets them copy and change those
-            that lead, "none" lets all end.
-        trials: How many are drawn; a grid has as many as it has combinations.
-        seed: Of the drawing.
-        grace_iterations: No trial is stopped by "asha" before.
-        grace_tokens: The same where the recipe has a budget of tokens: trials are then compared
-            at equal tokens, whatever an iteration of theirs generates.
-        perturbation_interval: Iterations between the changes of "pbt".
-    """
-
-    metric: str = "evaluation/env_runners/episode_return_mean"
-    mode: Literal["max", "min"] = "max"
-    search: Literal["grid", "random", "optuna"] = "random"
-    scheduler: Literal["none", "asha", "pbt"] = "none"
-    trials: int = 8
-    seed: int = 0
-    grace_iterations: int = 10
-    grace_tokens: int = 50_000
-    perturbation_interval: int = 10
 
 
 @dataclass(frozen=True)
@@ -103,7 +73,7 @@ def load_space(path: Path, recipe: Recipe) -> Space:
     """
     tables = read_toml(path)
     check_names(str(path), tables, _TABLES)
-    settings = _settings(tables.get("sweep", {}))
+    settings = SweepSettings(**tables.get("sweep", {}))
     listed = tables.get("space", {})
     if not listed:
         raise ValueError(f'{path}: [space] is empty. Name a setting: "training.lr" = {{...}}.')
@@ -143,18 +113,6 @@ def with_settings(
     except ValueError as error:
         shown = ", ".join(f"{key} = {value!r}" for key, value in values.items())
         raise ValueError(f"[space] {shown}: {error}") from error
-
-
-def _settings(table: Mapping[str, Any]) -> SweepSettings:
-    annotations = typing.get_type_hints(SweepSettings)
-    check_names("[sweep]", table, [f.name for f in fields(SweepSettings)])
-    for key, value in table.items():
-        check_value(f"sweep.{key}", value, annotations[key])
-    settings = SweepSettings(**table)
-    for key in ("trials", "grace_iterations", "grace_tokens", "perturbation_interval"):
-        if getattr(settings, key) < 1:
-            raise ValueError(f"sweep.{key}: wanted at least 1, got {getattr(settings, key)}.")
-    return settings
 
 
 def _range(key: str, given: Any) -> Range:

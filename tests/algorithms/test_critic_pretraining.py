@@ -108,11 +108,11 @@ def test_what_can_be_known_is_learned(n_quantiles):
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({"rollout": 8}, "no setting 'rollout'; known: rollouts"),
+        ({"rollout": 8}, "nearest one is 'rollouts'"),
         ({}, "give one of them"),
         ({"rollouts": 8, "samples": "a.parquet"}, "give one of them"),
-        ({"rollouts": 8, "epochs": 0}, "epochs=0"),
-        ({"rollouts": 8, "lr": 0.0}, "lr=0.0"),
+        ({"rollouts": 8, "epochs": 0}, "epochs is 0"),
+        ({"rollouts": 8, "lr": 0.0}, "lr is 0.0"),
         ({"rollouts": 12}, "8 completions"),
     ],
 )

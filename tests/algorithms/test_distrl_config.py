@@ -83,7 +83,7 @@ def test_adapters_are_checked_before_anything_starts():
 
 
 def test_vllm_must_be_installed(monkeypatch):
-    monkeypatch.setattr("rllib_distrl.algorithms.rollout_settings.find_spec", lambda name: None)
+    monkeypatch.setattr("rllib_distrl.settings.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"vLLM is not installed.*rllib-distrl\[vllm\]"):
         distrl_config().rollout(engine="vllm").validate()
 

@@ -4,7 +4,7 @@ import pytest
 
 from rllib_distrl.algorithms.language_model import wire_language_model
 from rllib_distrl.algorithms.registry import algorithm_config
-from rllib_distrl.algorithms.rollout_settings import RolloutSettings
+from rllib_distrl.settings import RolloutSettings
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 

@@ -76,7 +76,7 @@ def test_a_stock_algorithm_has_values_and_says_what_it_lacks(ray_session):
     from ray.rllib.algorithms.ppo import PPOConfig
 
     from rllib_distrl.algorithms.language_model import wire_language_model
-    from rllib_distrl.algorithms.rollout_settings import RolloutSettings
+    from rllib_distrl.settings import RolloutSettings
     from tests.helpers import COUNTDOWN, TINY
 
     config = wire_language_model(

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rllib_distrl.algorithms.registry import algorithm_config
-from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 from rllib_distrl.cli.estimates import count_updates, learner_memory, model_shape, runner_memory
 from rllib_distrl.cli.explain import size
+from rllib_distrl.settings import RolloutSettings
 
 QWEN = Qwen2Config(
     vocab_size=112,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rllib_distrl.cli.goal import Goal
-from rllib_distrl.recipe_settings import RunSettings
+from rllib_distrl.settings import RunSettings
 
 STEPS = "num_env_steps_sampled_lifetime"
 

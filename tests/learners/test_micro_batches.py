@@ -1,7 +1,5 @@
 """Cutting a minibatch into micro-batches does not change what is learned."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -73,9 +71,7 @@ def test_gradients_are_those_of_one_big_batch(episodes, case, dtype, tolerance):
 
 def test_the_constant_divisor_is_the_length_limit(episodes):
     learner = make_learner(hot_config(aggregation="constant"))
-    learner.config.rollout_settings = replace(
-        learner.config.rollout_settings, max_completion_tokens=50
-    )
+    learner.config.rollout(max_completion_tokens=50)
     columns = learner._columns(episodes)
     rollouts = learner._prepare(columns, 1)
     some = minibatch(columns, rollouts, torch.arange(5), learner.config)

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 from rllib_distrl.algorithms.language_model import export_critic
 from rllib_distrl.algorithms.registry import algorithm_config
-from rllib_distrl.algorithms.rollout_settings import RolloutSettings
 from rllib_distrl.modules.sequences import INPUT_IDS, PROMPT_LENS
+from rllib_distrl.settings import RolloutSettings
 from tests.helpers import TINY, distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -87,8 +87,8 @@ def test_settings_reach_into_tables_and_leave_the_recipe_alone(recipe: Recipe) -
         ('[space]\n"training.lr" = { uniform = [2.0, 1.0] }', "two bounds, the smaller first"),
         ('[space]\n"training.lr" = { log_uniform = [0.0, 1.0] }', "wants bounds above 0"),
         ('[space]\n"training.lr" = { integer = [0.5, 1] }', "integer wants two bounds"),
-        ('[sweep]\nsearch = "greed"\n[space]', "nearest one is 'grid'"),
-        ("[sweep]\ntrials = 0\n[space]\na = 1", "sweep.trials: wanted at least 1, got 0"),
+        ('[sweep]\nsearch = "greed"\n[space]', "Did you mean 'grid'"),
+        ("[sweep]\ntrials = 0\n[space]\na = 1", "sweep.trials is 0; it must be >= 1"),
         (
             '[sweep]\nsearch = "grid"\n[space]\n"training.lr" = { uniform = [0.1, 1.0] }',
             "is uniform, but search = 'grid'",

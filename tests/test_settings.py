@@ -1,0 +1,138 @@
+"""The settings' types, bounds and words, in recipes and in Python."""
+
+import inspect
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ray import tune
+
+from rllib_distrl import DistRLConfig, RolloutSettings
+from rllib_distrl.settings import EvalSettings, RunSettings, Settings, TrainingSettings
+from tests.helpers import distrl_config
+
+REFUSED = [
+    (RunSettings, {"iterations": 0}, "run.iterations is 0; it must be >= 1."),
+    (RunSettings, {"iterations": 1.5}, "run.iterations is 1.5; it must be an integer >= 1."),
+    (RunSettings, {"iterations": "8"}, "run.iterations is '8'; it must be an integer >= 1."),
+    (RunSettings, {"iterations": True}, "run.iterations is True; it must be an integer >= 1."),
+    (EvalSettings, {"top_p": 0}, "eval.top_p is 0; it must be in (0, 1]."),
+    (EvalSettings, {"k": [1, True]}, "eval.k[1] is True; it must be an integer."),
+    (
+        EvalSettings,
+        {"split": "tst"},
+        "eval.split is 'tst'; it must be one of train, validation, test. Did you mean 'test'?",
+    ),
+    (
+        TrainingSettings,
+        {"target": "comonotonic"},
+        "training.target is 'comonotonic'; it must be one of comonotone, mixture, mixture_mean, "
+        "sample_replacement, monte_carlo. Did you mean 'comonotone'?",
+    ),
+    (
+        TrainingSettings,
+        {"dual_clip": 0.5},
+        "training.dual_clip is 0.5; it must be above 1, or left out.",
+    ),
+    (
+        TrainingSettings,
+        {"init_value": float("nan")},
+        "training.init_value is nan; it must be a finite number, or left out.",
+    ),
+    (
+        TrainingSettings,
+        {"advantage": "gae"},
+        "training.advantage is 'gae'; it must be a table such as {name = 'gae'}.",
+    ),
+    (
+        TrainingSettings,
+        {"shapers": ["dltv"]},
+        "training.shapers[0] is 'dltv'; it must be a table such as {name = 'dltv'}.",
+    ),
+    (
+        TrainingSettings,
+        {"critic_pretraining": {"rollout": 8}},
+        "Unknown key 'rollout' in [critic_pretraining]. The nearest one is 'rollouts'. "
+        "Known keys: epochs, lr, minibatch_size, rollouts, samples.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("table", "values", "sentence"), REFUSED)
+def test_one_sentence_says_what_was_got_and_what_is_allowed(table, values, sentence):
+    with pytest.raises(ValueError) as caught:
+        table(**values)
+    assert str(caught.value) == sentence
+
+
+def test_values_are_taken_as_python_and_numpy_write_them():
+    settings = TrainingSettings(
+        n_quantiles=np.int64(3),
+        clip_param=np.float64(0.25),
+        micro_batch_tokens=1e6,
+        critic_checkpoint=Path("/a/critic"),
+        entropy_coeff=[[0, 0.1], [100, 0]],
+        vf_loss_coeff=2,
+    )
+    assert repr(settings.n_quantiles) == "3"
+    assert repr(settings.clip_param) == "0.25"
+    assert repr(settings.micro_batch_tokens) == "1000000"
+    assert settings.critic_checkpoint == "/a/critic"
+    assert settings.vf_loss_coeff == 2
+
+
+def test_the_configuration_holds_the_checked_values():
+    config = distrl_config(n_quantiles=np.int64(5), lr=np.float64(1e-3))
+    config.rollout(temperature=np.float64(0.5), max_batch_size=64.0)
+    config.validate()
+    assert repr((config.n_quantiles, config.lr)) == "(5, 0.001)"
+    assert repr(config.rollout_settings.temperature) == "0.5"
+    assert repr(config.rollout_settings.max_batch_size) == "64"
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"lr": "1e-3"}, "training.lr: wanted a number or a list, got '1e-3'"),
+        ({"num_epochs": 1.5}, "training.num_epochs: wanted an integer, got 1.5"),
+        ({"n_quantiles": "16"}, "training.n_quantiles is '16'"),
+        ({"entropy_coeff": [[5, 0.1], [9, 0.0]]}, "the first timestep must be 0"),
+    ],
+)
+def test_types_are_checked_in_python_too(values, words):
+    with pytest.raises(ValueError, match=words):
+        distrl_config(**values).validate()
+
+
+def test_python_names_the_nearest_setting():
+    with pytest.raises(ValueError, match="nearest one is 'n_quantiles'"):
+        DistRLConfig().training(n_quantile=3)
+
+
+def test_every_default_is_allowed_and_every_setting_explained():
+    for table in Settings.__subclasses__():
+        if table.table != "critic_pretraining":  # It has a required choice.
+            assert table(**table.defaults()).to_dict() == table().to_dict()
+        assert all(table.docs().values()), table
+
+
+def test_help_shows_the_settings():
+    parameters = inspect.signature(DistRLConfig.training).parameters
+    assert parameters["n_quantiles"].default == 16
+    assert DistRLConfig().n_quantiles == 16
+
+
+def test_tune_searches_rollout_settings():
+    config = distrl_config().rollout(num_generations=tune.grid_search([2, 4]))
+    found = []
+
+    def trial(variant):
+        made = DistRLConfig().update_from_dict(variant)
+        found.append(made.rollout_settings.num_generations)
+
+    from ray.tune.search.variant_generator import generate_variants
+
+    for _, variant in generate_variants(config.to_dict()):
+        trial(variant)
+    assert sorted(found) == [2, 4]
+    assert RolloutSettings(num_generations=2).episodes_per_iteration == 64
