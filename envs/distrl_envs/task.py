@@ -6,7 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from distrl_envs.user_code import named, source_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +23,20 @@ GENERATED_ROWS = 2**31 - 1
 UNNUMBERED = -1
 """The row of a problem that was drawn freely instead of by its row number."""
 
+PLACE = "place"
+"""Key under which a problem's data holds its file and line, where it has them."""
+
+LARGEST_SCORE = 3.4e38
+"""Rewards are 32-bit floats."""
+
 STATUSES = ("correct", "wrong", "no_answer", "too_long", "timeout", "worker_died")
+
+
+class TaskError(RuntimeError):
+    """A task's own code failed, or returned what it must not. That is never a score of 0.
+
+    What the code raised is its `__cause__`.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,14 +61,51 @@ class Grade:
     """A verdict.
 
     Attributes:
-        score: The reward of the completion, usually 0.0 or 1.0.
-        status: One of `STATUSES`.
+        score: The reward of the completion, usually 0.0 or 1.0; any finite number, also of
+            NumPy or torch.
+        status: One of `STATUSES`, or a name of one's own.
         answer: The answer in a normal form (equal text, equal answer), None where there is none.
+
+    Raises:
+        ValueError: For a score that is no finite number, and an empty status or none.
     """
 
     score: float
     status: str
     answer: str | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what would only be found out much later."""
+        object.__setattr__(self, "score", checked_number(self.score, "score"))
+        if not isinstance(self.status, str) or not self.status:
+            raise ValueError(
+                f"Got status {self.status!r}; it must be a word such as {', '.join(STATUSES)}."
+            )
+        if not isinstance(self.answer, str | None):
+            raise ValueError(f"Got answer {self.answer!r}; it must be a string or None.")
+
+
+def checked_number(value: Any, what: str) -> float:
+    """A reward as a float.
+
+    Raises:
+        ValueError: For what is no number (strings, None, tuples), NaN, and numbers that a 32-bit
+            float cannot hold.
+    """
+    if type(value) is not float:
+        try:
+            value = float(value) if hasattr(type(value), "__float__") else _no_number(value, what)
+        except (TypeError, RuntimeError):  # An array or tensor with several elements.
+            _no_number(value, what)
+    if not abs(value) <= LARGEST_SCORE:
+        _no_number(value, what)
+    return value
+
+
+def _no_number(value: Any, what: str) -> NoReturn:
+    raise ValueError(
+        f"Got {what} {value!r:.80} ({type(value).__name__}); it must be a finite number."
+    )
 
 
 class Task(ABC):
@@ -103,9 +155,12 @@ class Task(ABC):
     def grade_many(
         self, problems: Sequence[Problem], completions: Sequence[str], truncated: Sequence[bool]
     ) -> list[Grade]:
-        """Grades a batch, in order; tasks with worker processes override it."""
+        """Grades a batch, in order; tasks with worker processes override it.
+
+        Callers use `grades_of`, which says what went wrong where.
+        """
         return [
-            self.grade(problem, completion, truncated=cut)
+            ask(self, "grade", problem, completion, truncated=cut)
             for problem, completion, cut in zip(problems, completions, truncated, strict=True)
         ]
 
@@ -138,6 +193,72 @@ class Task(ABC):
             raise ValueError(
                 f"Got row {row} for the task {self.name!r}; it must be in 0..{len(self) - 1}."
             )
+
+
+def ask(task: Task, method: str, problem: Problem, *args: Any, **kwargs: Any) -> Any:
+    """Calls a method of a task about a problem.
+
+    Raises:
+        TaskError: For whatever the method raises, `SystemExit` included, with the problem's row.
+    """
+    try:
+        return getattr(task, method)(problem, *args, **kwargs)
+    except TaskError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise TaskError(f"{_call(task, method, [problem])} failed: {named(error)}") from error
+
+
+def grades_of(
+    task: Task, problems: Sequence[Problem], completions: Sequence[str], truncated: Sequence[bool]
+) -> list[Grade]:
+    """The grades of a batch, each of them a `Grade`.
+
+    Args:
+        task: What grades.
+        problems: The problem of each completion.
+        completions: Decoded completions.
+        truncated: Whether each ended at its length limit.
+
+    Raises:
+        TaskError: If the task fails, gives another number of grades, or what is none.
+    """
+    try:
+        grades = list(task.grade_many(problems, completions, truncated))
+    except TaskError:
+        raise
+    except (Exception, SystemExit) as error:
+        where = _call(task, "grade_many", problems)
+        raise TaskError(f"{where} failed: {named(error)}") from error
+    if len(grades) != len(problems):
+        where = _call(task, "grade_many", problems)
+        raise TaskError(f"{where} returned {len(grades)} grades for {len(problems)} completions.")
+    for problem, grade in zip(problems, grades, strict=True):
+        if not isinstance(grade, Grade):
+            raise TaskError(
+                f"{_call(task, 'grade', [problem])} returned {grade!r:.80} "
+                f"({type(grade).__name__}); it must return a Grade, such as "
+                'Grade(1.0, "correct").'
+            )
+    return grades
+
+
+def _call(task: Task, method: str, problems: Sequence[Problem]) -> str:
+    rows = [f"row {problem.row}{_place(problem)}" for problem in problems[:1]]
+    if len({problem.row for problem in problems}) > 1:
+        rows.append(f"row {problems[-1].row}{_place(problems[-1])}")
+    return f"{described(task, method)} on {' to '.join(rows)}"
+
+
+def described(task: Task, method: str) -> str:
+    """A method of a task, and where it is written."""
+    function = getattr(type(task), method)
+    return f"{type(task).__qualname__}.{method}(){source_of(function)}"
+
+
+def _place(problem: Problem) -> str:
+    place = problem.data.get(PLACE) if isinstance(problem.data, Mapping) else None
+    return f" ({place})" if place else ""
 
 
 class GeneratedTask(Task):

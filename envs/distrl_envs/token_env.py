@@ -10,9 +10,10 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from distrl_envs.task import Grade, Problem, Task
+from distrl_envs.task import Grade, Problem, Task, TaskError, checked_number, described, grades_of
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import decode_completion, is_small, load_tokenizer, render_prompt
+from distrl_envs.user_code import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,13 +96,19 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             eos_token_ids: All tokens that end a completion; by default the tokenizer's EOS.
 
         Raises:
-            ValueError: On any argument out of bounds, and if the tokenizer has no EOS token.
+            ValueError: On any argument out of bounds, a task without problems, and if the
+                tokenizer has no EOS token.
+            TaskError: If a named task's own code fails while it is built.
         """
         if obs_mode not in OBS_MODES:
             raise ValueError(
                 f"Got obs_mode {obs_mode!r}; it must be one of {', '.join(OBS_MODES)}."
             )
         self.task = _task(task, split, seed, task_config)
+        if not len(self.task):
+            raise ValueError(
+                f"The task {self.task.name!r} holds no problems in its split {self.task.split!r}."
+            )
         self.tokenizer = load_tokenizer(tokenizer, self.task)
         self.obs_mode = obs_mode
         self.system_prompt = _system_prompt(self.task, system_prompt)
@@ -163,7 +170,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         completion = self._completion
         completion.append(token)
         observation = token if self.obs_mode == "token" else self._observe([token])
-        reward = self.task.step_reward(self._problem, completion) if self._dense else 0.0
+        reward = self._step_reward(completion) if self._dense else 0.0
         stopped = token in self.eos_token_ids
         if stopped or len(completion) >= self.max_completion_tokens:
             score, info = self._finish(stopped)
@@ -198,21 +205,45 @@ class TokenEnv(gymnasium.Env[Observation, int]):
 
         Raises:
             ValueError: If a row does not exist.
+            TaskError: If the task fails, or returns what is no grade.
         """
         problems = {row: self._served(row)[0] for row in set(rows)}
         texts = [self._text(completion) for completion in completions]
         truncated = [completion[-1] not in self.eos_token_ids for completion in completions]
-        grades = self.task.grade_many([problems[row] for row in rows], texts, truncated)
+        grades = grades_of(self.task, [problems[row] for row in rows], texts, truncated)
         return [Verdict(text, grade) for text, grade in zip(texts, grades, strict=True)]
 
     def _served(self, row: int) -> tuple[Problem, list[int]]:
         """Problem and prompt of a row; those of the rows served last are kept."""
         if row not in self._rendered:
-            problem = self.task.problem(row)
+            problem = self._problem_of(row)
             if len(self._rendered) >= _KEPT_PROMPTS:
                 self._rendered.clear()
             self._rendered[row] = (problem, self.prompt_ids(problem))
         return self._rendered[row]
+
+    def _problem_of(self, row: int) -> Problem:
+        self.task.check_row(row)
+        try:
+            problem = self.task.problem(row)
+        except (Exception, SystemExit) as error:
+            what = f"{described(self.task, 'problem')} of row {row}"
+            raise TaskError(f"{what} failed: {named(error)}") from error
+        if not isinstance(problem, Problem) or not isinstance(problem.prompt, str):
+            what = f"{described(self.task, 'problem')} of row {row}"
+            raise TaskError(f"{what} returned {problem!r:.80}; it must return a Problem.")
+        return problem
+
+    def _step_reward(self, completion: list[int]) -> float:
+        assert self._problem is not None
+        try:
+            return checked_number(self.task.step_reward(self._problem, completion), "a step reward")
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as error:
+            what = f"{described(self.task, 'step_reward')} on row {self._problem.row}"
+            at = f"after {len(completion)} tokens"
+            raise TaskError(f"{what} {at} failed: {named(error)}") from error
 
     def _row(self, options: dict[str, Any]) -> int:
         unknown = set(options) - {"row", "verdict"}
@@ -228,8 +259,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         assert self._problem is not None
         if self._verdict is None:
             text = self._text(self._completion)
-            grade = self.task.grade(self._problem, text, truncated=not stopped)
-            self._verdict = Verdict(text, grade)
+            grades = grades_of(self.task, [self._problem], [text], [not stopped])
+            self._verdict = Verdict(text, grades[0])
         self._problem = None
         info = {
             "finish_reason": "stop" if stopped else "length",

@@ -18,7 +18,7 @@ from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
 from rllib_distrl.algorithms.sampling import prompt_results
 from rllib_distrl.engines.engine import Completion, Request
-from rllib_distrl.env_runners.episodes import build_episode
+from rllib_distrl.env_runners.episodes import Played, build_episode
 from rllib_distrl.learners.pretraining import TOKENS, pretrain_critic
 from rllib_distrl.settings import PretrainingSettings
 
@@ -126,5 +126,6 @@ def _episode(env: Any, record: dict[str, Any], path: str) -> SingleAgentEpisode:
     completion = Completion(tokens, np.zeros(len(tokens)), record["finish_reason"])
     rewards = [0.0] * (len(tokens) - 1) + [record["score"]]
     observations = [observation, *tokens.tolist()]
-    last = {"finish_reason": record["finish_reason"]}
-    return build_episode(env, request, completion, observations, rewards, info, last, 0, {})
+    infos = [info, *[{}] * (len(tokens) - 1), {"finish_reason": record["finish_reason"]}]
+    played = Played(observations, rewards, infos, terminated=True, truncated=False)
+    return build_episode(env, request, completion, played, 0, {})

@@ -8,6 +8,7 @@ import torch
 
 from rllib_distrl.algorithms.inspection import distinct_problems, held_out_runner, sample, score
 from rllib_distrl.engines.engine import Completion, Request
+from rllib_distrl.env_runners.episodes import play
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.calibration import (
     calibration_metrics,
@@ -85,7 +86,8 @@ def _mean_returns(
     for number, (request, completion, verdict) in enumerate(
         zip(requests, whole, verdicts, strict=True)
     ):
-        rewards = runner._replay(request, completion, verdict, {}).rewards.data[cuts[number // n] :]
+        played = play(runner.token_env, request, completion, verdict)
+        rewards = np.asarray(played.rewards, dtype=np.float32)[cuts[number // n] :]
         returns.append(float((rewards * gamma ** np.arange(len(rewards))).sum()))
     return torch.tensor(returns).view(-1, n).mean(1)
 

@@ -9,6 +9,7 @@ import ray
 
 from distrl_envs.task import distinct_rows
 from rllib_distrl.algorithms.language_model import runner_weights
+from rllib_distrl.algorithms.sampling import SamplingError
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.learners.token_table import read_tokens
 from rllib_distrl.models.token_texts import single_texts, token_texts
@@ -46,7 +47,7 @@ def inspect_policy(
 
     Raises:
         ValueError: fewer problems than learners, or none.
-        RuntimeError: for an error while sampling.
+        SamplingError: for an error while sampling.
     """
     runner = held_out_runner(algo, split)
     try:
@@ -91,7 +92,7 @@ def sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[li
 
     Raises:
         ValueError: fewer rows than learners.
-        RuntimeError: for an error while sampling.
+        SamplingError: for an error while sampling.
     """
     learners = max(algo.config.num_learners, 1)
     if len(rows) < learners:
@@ -100,7 +101,7 @@ def sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[li
     runner.set_state(update)
     report = runner.sample_prompts([PromptRequest(row, 0) for row in rows], generations)
     if report.error is not None:
-        raise RuntimeError(f"Sampling failed: {report.error}")
+        raise SamplingError(f"Sampling failed: {report.error.text}")
     if report.weights_hash != weights_hash:
         raise RuntimeError("The runner sampled with other weights than the learner's.")
     episodes = report.episodes

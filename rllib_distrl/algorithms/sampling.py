@@ -51,6 +51,10 @@ class RunnersLostError(RuntimeError):
     """A batch could not be completed; the algorithm is as it was before the iteration."""
 
 
+class SamplingError(RuntimeError):
+    """Sampling failed inside of a runner; the algorithm is as it was before the iteration."""
+
+
 class SampledGroups(NamedTuple):
     """A batch.
 
@@ -183,8 +187,9 @@ class GroupSampling:
         Raises:
             RunnersLostError: ``max_failures`` rounds have completed nothing, or there are no
                 runners left.
-            RuntimeError: for an error inside the local runner or `MAX_ERRORS` of them inside of
-                remote ones, or foreign weights.
+            SamplingError: for an error inside the local runner, one in the user's code, or
+                `MAX_ERRORS` others inside of remote runners.
+            RuntimeError: for foreign weights.
         """
         self.drain()
         if not self.fleet.wanted:
@@ -217,7 +222,7 @@ class GroupSampling:
         share = self.missing
         report = self.local_runner.sample_prompts(share, self.num_generations, weights)
         if report.error is not None:
-            raise RuntimeError(f"Sampling failed in the local env runner: {report.error}")
+            raise SamplingError(f"Sampling failed in the local env runner: {report.error.text}")
         check_weights(
             "The local env runner", (report.weights_version, report.weights_hash), weights
         )
@@ -233,9 +238,10 @@ class GroupSampling:
             self._lose(share)
         elif answer.error is not None:
             self.errors += 1
-            if self.errors >= MAX_ERRORS:
-                raise RuntimeError(f"Sampling failed. {fleet.name(number)}: {answer.error}")
-            fleet.restart(number, f"failed: {answer.error}")
+            if answer.error.users or self.errors >= MAX_ERRORS:
+                text = answer.error.text
+                raise SamplingError(f"Sampling failed. {fleet.name(number)}: {text}")
+            fleet.restart(number, f"failed: {answer.error.text}")
             self._lose(share)
         else:
             check_weights(

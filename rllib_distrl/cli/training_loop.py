@@ -124,7 +124,7 @@ def _train(
 ) -> dict[str, Any]:
     """Trains one iteration after that of `row`; if it cannot be done, keeps the state before it."""
     from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS, optimizer_steps
-    from rllib_distrl.algorithms.sampling import RunnersLostError
+    from rllib_distrl.algorithms.sampling import RunnersLostError, SamplingError
     from rllib_distrl.algorithms.validation_clock import without_repeats
     from rllib_distrl.learners.refusals import NonFiniteError
 
@@ -133,12 +133,12 @@ def _train(
         return {**result, OPTIMIZER_STEPS: optimizer_steps(algo)}
     except Exception as error:
         checkpoints.rescue(algo, log, row)
-        if not isinstance(error, (RunnersLostError, NonFiniteError)):
+        if not isinstance(error, (RunnersLostError, SamplingError, NonFiniteError)):
             raise
         again = f"distrl train {shlex.quote(str(checkpoints.run.path))} --resume"
         raise TrainingStopped(
             f"Training stopped in iteration {row['iteration'] + 1}; what was learned before is in "
-            f"a checkpoint. {error} Continue with: {again}"
+            f"a checkpoint. {error}\nContinue with: {again}"
         ) from error
 
 

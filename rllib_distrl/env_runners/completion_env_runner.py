@@ -8,17 +8,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.callbacks.utils import make_callback
 from ray.rllib.core import COMPONENT_RL_MODULE
 from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from distrl_envs.task import TaskError
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.token_env import Verdict
+from distrl_envs.user_code import named, report
 from rllib_distrl.engines.engine import Completion, Request, RolloutEngine, SamplingParams
 from rllib_distrl.engines.handshake import Probe, take_probe
 from rllib_distrl.engines.make_engine import make_engine
-from rllib_distrl.env_runners.episodes import build_episode
+from rllib_distrl.env_runners.episodes import build_episode, play, play_watched
 from rllib_distrl.env_runners.pools import pool_metrics
 from rllib_distrl.stages.prompt_samplers import PromptRequest
 
@@ -33,6 +37,8 @@ _EVALUATION_SEED_OFFSET = 1_000_003
 _VISITS_PER_RUNNER = 1 << 32
 
 
+# Their frames say little about what failed in code of the user's.
+_OWN_PACKAGES = ("distrl_envs", "rllib_distrl", "ray")
 # What an episode remembers of how it was sampled.
 _SAMPLING = ("temperature", "top_p", "top_k", "greedy")
 
@@ -49,6 +55,18 @@ class LoadedWeights(NamedTuple):
     probe: Probe
 
 
+class Failure(NamedTuple):
+    """Why nothing was sampled.
+
+    Attributes:
+        text: the error and its traceback.
+        users: whether it is in the user's code, which would fail again.
+    """
+
+    text: str
+    users: bool
+
+
 class RunnerReport(NamedTuple):
     """What a runner hands to the driver: episodes, or the error that stopped it.
 
@@ -60,7 +78,42 @@ class RunnerReport(NamedTuple):
     weights_version: int
     weights_hash: str
     process: str
-    error: str | None
+    error: Failure | None
+
+
+class CallbackError(RuntimeError):
+    """A user's callback failed. What it raised is the `__cause__`."""
+
+
+class TruncatedError(ValueError):
+    """An env has cut a completion where whole ones are needed."""
+
+
+def _watches_episodes(config: Any, callbacks: Sequence[RLlibCallback]) -> bool:
+    """Whether a callback wants to see episodes before they end; then they are played slower."""
+    names = ("on_episode_created", "on_episode_start", "on_episode_step")
+    return any(
+        getattr(config, f"callbacks_{name}")
+        or any(getattr(type(one), name) is not getattr(RLlibCallback, name) for one in callbacks)
+        for name in names
+    )
+
+
+def _failure(error: Exception) -> Failure:
+    users = isinstance(error, TaskError | CallbackError | TruncatedError)
+    return Failure(report(error, own=_OWN_PACKAGES if users else ()), users)
+
+
+def _refuse_truncated(episodes: Sequence[SingleAgentEpisode]) -> None:
+    for episode in episodes:
+        if episode.is_truncated:
+            raise TruncatedError(
+                f"The environment truncated row {episode.infos[0]['row']} after {len(episode)} "
+                "tokens, as the wrapper TimeLimit does (max_episode_steps). Our algorithms learn "
+                "from whole, graded completions only. Remove the wrapper and set "
+                f"[rollout] max_completion_tokens={len(episode)}: completions of that length end "
+                "there and are graded as they stand."
+            )
 
 
 def process_name() -> str:
@@ -89,6 +142,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         self.engine = None if self.env is None else self._make_engine()
         self._load_engine()
         self._drawn = 0  # prompts that this runner chose by itself
+        self._watched = _watches_episodes(config, self._callbacks)
 
     def make_module(self) -> None:
         """Builds the module on the CPU, also where the engine has a GPU: it only hands weights on.
@@ -139,7 +193,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             self.set_state(state)
             return self.held_weights()
         except Exception as error:
-            return f"{type(error).__name__}: {error}"
+            return _failure(error).text
 
     def held_weights(self) -> LoadedWeights:
         """What the engine holds: version, hash, and a probe that was sampled with it."""
@@ -177,12 +231,14 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             if weights not in (None, (self.engine.version, self._weights_hash)):
                 prompts = []
             episodes = self._complete(prompts, num_generations, explore=self.config.explore)
+            _refuse_truncated(episodes)
             self._count(episodes)
-            metrics, text = self.get_metrics(), None
+            self._end_sample(episodes)
+            metrics, failure = self.get_metrics(), None
         except Exception as error:
-            episodes, metrics, text = [], None, f"{type(error).__name__}: {error}"
+            episodes, metrics, failure = [], None, _failure(error)
         return RunnerReport(
-            episodes, metrics, self.engine.version, self._weights_hash, process_name(), text
+            episodes, metrics, self.engine.version, self._weights_hash, process_name(), failure
         )
 
     def _sample(
@@ -231,6 +287,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         """Metrics of each problem's pool of completions."""
         task = self.token_env.unwrapped.task
         equivalent = task.same_answer if isinstance(task, DataTask) else None
+        if any(episode.is_truncated for episode in episodes):
+            return  # What a wrapper has cut has no grade.
         grades = [episode.infos[-1]["grade"] for episode in episodes]
         for start in range(0, len(grades), generations):
             pool = pool_metrics(grades[start : start + generations], equivalent)
@@ -309,44 +367,52 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         verdict: Verdict,
         sampling: dict[str, Any],
     ) -> SingleAgentEpisode:
-        """Plays the completion through the env, which alone decides rewards and the end."""
-        env = self.token_env
-        options = {"row": request.key[1], "verdict": verdict}
-        observation, first_info = env.reset(options=options)
-        observations, rewards, terminated = [observation], [], False
-        for token in np.asarray(completion.tokens).tolist():
-            observation, reward, terminated, _, info = env.step(token)
-            observations.append(observation)
-            rewards.append(reward)
-            if terminated:
-                break
-        if not terminated or len(rewards) != len(completion.tokens):
-            raise RuntimeError(
-                f"Engine and env disagree about the end of row {request.key[1]}: "
-                f"{len(completion.tokens)} tokens generated, {len(rewards)} played."
+        """Plays the completion through the env and calls RLlib's callbacks of episodes."""
+        env, version = self.token_env, self._weights_seq_no
+        self._played_row = request.key[1]
+        if self._watched:
+            episode = play_watched(
+                env, request, completion, verdict, version, sampling, self._call_hook
             )
-        episode = build_episode(
-            env,
-            request,
-            completion,
-            observations,
-            rewards,
-            first_info,
-            info,
-            self._weights_seq_no,
-            sampling,
-        )
-        self._after_episode(episode)
+        else:
+            played = play(env, request, completion, verdict)
+            episode = build_episode(env, request, completion, played, version, sampling)
+        self._call_hook("on_episode_end", episode)
+        info = episode.infos[-1]
+        if "grade" in info:  # A completion that a wrapper has cut is not graded.
+            self.metrics.log_value((STATUS_METRIC, info["grade"].status), 1, reduce="sum")
+        cut = episode.is_truncated or info.get("finish_reason") == "length"
+        self.metrics.log_value(TRUNCATED_METRIC, float(cut), reduce="mean")
         return episode
 
-    def _after_episode(self, episode: SingleAgentEpisode) -> None:
-        for event in ("on_episode_created", "on_episode_start", "on_episode_end"):
-            self._make_on_episode_callback(event, 0, [episode])
-        info = episode.infos[-1]
-        self.metrics.log_value((STATUS_METRIC, info["grade"].status), 1, reduce="sum")
-        self.metrics.log_value(
-            TRUNCATED_METRIC, float(info["finish_reason"] == "length"), reduce="mean"
-        )
+    def _call_hook(self, name: str, episode: SingleAgentEpisode) -> None:
+        """Calls an RLlib callback about an episode.
+
+        Raises:
+            CallbackError: for whatever the callback raises, with the episode's row.
+        """
+        try:
+            self._make_on_episode_callback(name, 0, [episode])
+        except (Exception, SystemExit) as error:
+            raise CallbackError(
+                f"The callback {name} failed on row {self._played_row}: {named(error)}"
+            ) from error
+
+    def _end_sample(self, episodes: list[SingleAgentEpisode]) -> None:
+        """RLlib's callback at the end of `sample`, for samples that the driver asks for."""
+        try:
+            make_callback(
+                "on_sample_end",
+                callbacks_objects=self._callbacks,
+                callbacks_functions=self.config.callbacks_on_sample_end,
+                kwargs={
+                    "env_runner": self,
+                    "metrics_logger": self.metrics,
+                    "samples": episodes,
+                },
+            )
+        except (Exception, SystemExit) as error:
+            raise CallbackError(f"The callback on_sample_end failed: {named(error)}") from error
 
     def _count(self, episodes: list[SingleAgentEpisode]) -> None:
         steps = sum(map(len, episodes))

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distrl_envs.task import Grade, Problem, Task, distinct_rows
+from distrl_envs.task import Grade, Problem, Task, distinct_rows, grades_of
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.tokenizers import decode_completion
 from rllib_distrl.engines.engine import Completion, Request, RolloutEngine
@@ -174,7 +174,7 @@ class _Evaluation:
             decode_completion(self.tokenizer, c.tokens.tolist(), self.eos) for c in completions
         ]
         truncated = [c.finish_reason == "length" for c in completions]
-        grades = self.task.grade_many([p.problem for p, _ in jobs], texts, truncated)
+        grades = grades_of(self.task, [p.problem for p, _ in jobs], texts, truncated)
         return [
             _record(*job, completion, text, grade)
             for job, completion, text, grade in zip(jobs, completions, texts, grades, strict=True)

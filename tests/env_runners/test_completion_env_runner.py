@@ -151,7 +151,7 @@ def test_a_receipt_names_the_weights_and_nothing_is_sampled_with_others(runner):
 def test_errors_travel_as_data(runner):
     report = runner.sample_prompts([PromptRequest(-5, 0)], 1)
     assert report.episodes == []
-    assert "row -5" in report.error
+    assert "row -5" in report.error.text
 
 
 def visited(episodes):
@@ -227,5 +227,5 @@ def test_a_scorer_that_fails_names_its_row(tmp_path, monkeypatch):
     assert runner.sample_prompts([PromptRequest(0, 0)], 2).episodes[0].rewards.data[-1] == 0.25
     report = runner.sample_prompts([PromptRequest(0, 0), PromptRequest(1, 0)], 2)
     assert report.episodes == []
-    assert "row 1" in report.error and "rows.jsonl:2" in report.error
-    assert "ZeroDivisionError" in report.error
+    assert "row 1" in report.error.text and "rows.jsonl:2" in report.error.text
+    assert "ZeroDivisionError" in report.error.text

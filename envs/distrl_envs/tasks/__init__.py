@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
-from distrl_envs.task import Task
+from distrl_envs.task import Task, TaskError
+from distrl_envs.user_code import load_attribute, named
 
 TASKS = {
     "countdown": "distrl_envs.tasks.countdown:CountdownTask",
@@ -31,24 +31,25 @@ def make_task(name: str, **config: Any) -> Task:
 
     Raises:
         ValueError: If the name or an argument is unknown, or the task refuses a value.
+        TaskError: If the task's own code fails while it is built.
     """
     known = TASKS | DATA_TASKS
     location = known.get(name, name)
-    module, _, attribute = location.partition(":")
-    if not attribute:
+    if ":" not in location:
         raise ValueError(
             f"Got task {name!r}; it must be one of {', '.join(known)}, or module:class of your own."
         )
+    factory = load_attribute(location)
     try:
-        factory = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"The task {name!r} could not be imported: {error}. Is its module installed or on "
-            "PYTHONPATH?"
-        ) from error
-    try:
-        return factory(**config)
-    except TypeError as error:
-        raise ValueError(
-            f"The task {name!r} does not take {config}: {error}. Correct task_config."
-        ) from error
+        task = factory(**config)
+    except (ValueError, OSError):
+        raise
+    except (Exception, SystemExit) as error:
+        if isinstance(error, TypeError) and (name in known or " argument" in str(error)):
+            raise ValueError(
+                f"The task {name!r} does not take {config}: {error}. Correct task_config."
+            ) from error
+        raise TaskError(f"The task {name!r} could not be built: {named(error)}") from error
+    if not isinstance(task, Task):
+        raise ValueError(f"{location} gave {task!r:.80}; it must give a distrl_envs.Task.")
+    return task

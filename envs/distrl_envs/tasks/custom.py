@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from distrl_envs.data import Column
-from distrl_envs.task import Grade, Problem
-from distrl_envs.tasks.data_task import PLACE, DataTask
+from distrl_envs.task import PLACE, Grade, Problem, TaskError, checked_number
+from distrl_envs.tasks.data_task import DataTask
+from distrl_envs.user_code import load_attribute, named
 
 
-class ScoreError(RuntimeError):
+class ScoreError(TaskError):
     """A user's function failed on a row; that is never a score of 0."""
 
 
@@ -89,23 +88,17 @@ class CustomTask(DataTask):
         row = {name: value for name, value in problem.data.items() if name != PLACE}
         where = f"{location} on row {problem.row} ({problem.data[PLACE]})"
         try:
-            score = float(self._function(location)(problem.prompt, completion, row))
-        except Exception as error:
-            raise ScoreError(f"{where} failed: {type(error).__name__}: {error}") from error
-        if not math.isfinite(score):
-            raise ScoreError(f"{where} returned {score}; a score must be a finite number.")
-        return score
+            score = self._function(location)(problem.prompt, completion, row)
+        except (Exception, SystemExit) as error:
+            raise ScoreError(f"{where} failed: {named(error)}") from error
+        try:
+            return checked_number(score, "a score of")
+        except ValueError as error:
+            raise ScoreError(f"{where} returned no score. {error}") from None
 
     def _function(self, location: str) -> Callable[..., Any]:
         if location not in self._functions:
-            module, _, attribute = location.partition(":")
-            try:
-                found = getattr(import_module(module), attribute) if attribute else None
-            except (ImportError, AttributeError) as error:
-                raise ValueError(
-                    f"The function {location!r} could not be imported: {error}. Is its module "
-                    "installed or on PYTHONPATH?"
-                ) from error
+            found = load_attribute(location)
             if not callable(found):
                 raise ValueError(f"Got the function {location!r}; it must be module:function.")
             self._functions[location] = found

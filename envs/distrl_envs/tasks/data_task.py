@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distrl_envs.data import Column, Data, load_data, same_problem_key
-from distrl_envs.task import SPLITS, Problem, Task
-
-PLACE = "place"
-"""Key under which a problem's data holds its file and line."""
+from distrl_envs.task import PLACE, SPLITS, Problem, Task
 
 
 class DataTask(Task):
