@@ -12,9 +12,9 @@ type:
 	pyright
 
 test:
-	pytest
+	pytest -n 2 --dist loadfile
 
 slow:
-	pytest -m slow
+	pytest -m slow -n 2 --dist loadfile
 
 check: lint type test

@@ -13,7 +13,7 @@ def test_the_first_two_blocks_are_the_main_job_and_the_tests():
     (first, main_job), (second, tests) = BLOCKS[:2]
     assert first == second == "sh"
     assert main_job.strip().endswith("distrl train configs/countdown/distrl.toml")
-    assert tests.strip().endswith("pytest")
+    assert tests.strip().splitlines()[-1] == "pytest -n 2 --dist loadfile"
 
 
 def test_every_relative_link_exists():
