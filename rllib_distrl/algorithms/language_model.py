@@ -14,6 +14,7 @@ from transformers import GenerationConfig
 from rllib_distrl.algorithms.gpus import check_runner_gpus
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.models.lm_parts import trunk_name
 from rllib_distrl.models.loading import (
     eos_token_ids,
     load_config,
@@ -207,7 +208,7 @@ def export_critic(algo: Any, path: str | Path) -> None:
         raise ValueError(f"{type(algo).__name__} has no critic to export.")
     settings = algo.config.model_config
     if settings.get("critic", "separate") != "separate":
-        trunk = f"{POLICY_PREFIX}{load_model(settings['model']).base_model_prefix}."
+        trunk = f"{POLICY_PREFIX}{trunk_name(load_model(settings['model']))}."
         critic |= {
             TRUNK + name.removeprefix(trunk): t
             for name, t in tensors.items()

@@ -103,6 +103,8 @@ def model_shape(config: Any) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from rllib_distrl.models.lm_parts import trunk_of
+
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()
@@ -111,7 +113,7 @@ def model_shape(config: Any) -> ModelShape:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     return ModelShape(
         parameters=sum(p.numel() for p in model.parameters()),
-        trunk_parameters=sum(p.numel() for p in model.base_model.parameters()),
+        trunk_parameters=sum(p.numel() for p in trunk_of(model).parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,

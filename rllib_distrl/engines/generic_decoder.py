@@ -2,7 +2,8 @@
 
 Rows of one wave have prompts of equal length and stay in lockstep, so that no padding, mask or
 position is left to the model's own idea of them. A model without such a cache (it takes no
-`past_key_values`) is run on the whole context again at each step.
+`past_key_values`), or with one that does not do as others do, is run on the whole context again at
+each step.
 """
 
 import inspect
@@ -36,17 +37,13 @@ class GenericDecoder:
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
         parameters = inspect.signature(self.model.forward).parameters
         self._extra = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._caches = "past_key_values" in parameters
+        self.caches = "past_key_values" in parameters
         self._cache = None
         self._ids = torch.empty(0, 0, dtype=torch.int64, device=device)
 
     def canonical(self) -> Mapping[str, torch.Tensor]:
-        """The module's own tensors; a tied tensor appears once, under its first name."""
-        seen: dict[int, str] = {}
-        for name, tensor in sorted(self.model.state_dict().items(), reverse=True):
-            seen.setdefault(tensor.data_ptr(), name)
-        state = self.model.state_dict()
-        return {name: state[name] for name in state if name in set(seen.values())}
+        """The module's own tensors, under every name that they have."""
+        return self.model.state_dict()
 
     def shapes(self) -> Mapping[str, torch.Size]:
         """Hugging Face names to Hugging Face shapes."""
@@ -85,9 +82,9 @@ class GenericDecoder:
         return self._forward(tokens.unsqueeze(1))
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        if not self._caches:
+        if not self.caches:
             self._ids = torch.cat((self._ids, ids), dim=1) if self._ids.numel() else ids
-            return self.model(input_ids=self._ids, **self._extra).logits[:, -1]
+            return self.model(input_ids=self._ids, use_cache=False, **self._extra).logits[:, -1]
         out = self.model(input_ids=ids, past_key_values=self._cache, use_cache=True, **self._extra)
         self._cache = out.past_key_values
         if self._cache is None:

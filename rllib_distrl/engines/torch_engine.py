@@ -49,6 +49,9 @@ class TorchEngine:
         decoder: "compiled" (Qwen2, Qwen3, Llama on CPU in float32), "fast" (the same models in
             PyTorch's operators, on any device), "generic" (any causal LM), or "auto".
 
+    Attributes:
+        is_eos: (V,) bool, True at the tokens that end a completion.
+
     Raises:
         ValueError: An argument outside its range, or a decoder that does not compute this model.
     """
@@ -79,7 +82,7 @@ class TorchEngine:
         if decoder == "auto":
             decoder = choose_decoder(model_config, self.device, dtype)
         self.decoder: Decoder = _DECODERS[decoder](model_config, self.device, dtype)
-        self._is_eos = self._eos_table(eos_token_ids, text_config.vocab_size)
+        self.is_eos = self._eos_table(eos_token_ids, text_config.vocab_size)
 
     @staticmethod
     def _eos_table(eos_token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
@@ -112,8 +115,8 @@ class TorchEngine:
         params.validate()
         if not requests:
             return []
-        call = Call(self.decoder, requests, params, self._is_eos, self.device)
-        check_prompts(call.prompts, params.max_tokens, self.max_seq_len, len(self._is_eos))
+        call = Call(self.decoder, requests, params, self.is_eos, self.device)
+        check_prompts(call.prompts, params.max_tokens, self.max_seq_len, len(self.is_eos))
         return call.run(self.max_batch_size)
 
     @torch.inference_mode()
@@ -137,6 +140,14 @@ class TorchEngine:
         copy_weights(state, self.decoder.canonical())
         self.version = version
         return self.weights_hash()
+
+    def forgo_cache(self) -> bool:
+        """Runs the whole context at each step from now on; False where that is no choice."""
+        if not getattr(self.decoder, "caches", False):
+            return False
+        self.decoder.caches = False  # pyright: ignore[reportAttributeAccessIssue]
+        self.decoder.close()
+        return True
 
     def weights_hash(self) -> str:
         """Content hash of the engine's own tensors, computed now from their present bytes."""

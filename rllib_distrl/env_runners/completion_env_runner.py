@@ -20,7 +20,7 @@ from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.token_env import Verdict
 from distrl_envs.user_code import named, report
 from rllib_distrl.engines.engine import Completion, Request, RolloutEngine, SamplingParams
-from rllib_distrl.engines.handshake import Probe, take_probe
+from rllib_distrl.engines.handshake import Probe, check_engine, take_probe
 from rllib_distrl.engines.make_engine import make_engine
 from rllib_distrl.env_runners.episodes import build_episode, play, play_watched
 from rllib_distrl.env_runners.pools import pool_metrics
@@ -141,6 +141,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         # The local runner beside remote ones has no env, and nothing to sample.
         self.engine = None if self.env is None else self._make_engine()
         self._load_engine()
+        self._check_engine()
         self._drawn = 0  # prompts that this runner chose by itself
         self._watched = _watches_episodes(config, self._callbacks)
 
@@ -174,6 +175,12 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             return
         state = self.module.policy.state_dict()
         self._weights_hash = self.engine.load_weights(state, self._weights_seq_no)
+
+    def _check_engine(self) -> None:
+        """Refuses a model that the engine does not sample from as it should."""
+        if self.engine is not None:
+            params, dtype = self.sampling_params(True), self.rollout["dtype"]
+            check_engine(self.engine, self.module.policy, params, dtype)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over ``state``; new weights go on to the engine.

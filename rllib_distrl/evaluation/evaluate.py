@@ -16,6 +16,7 @@ from distrl_envs.task import Grade, Problem, Task, distinct_rows, grades_of
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.tokenizers import decode_completion
 from rllib_distrl.engines.engine import Completion, Request, RolloutEngine
+from rllib_distrl.engines.handshake import check_engine
 from rllib_distrl.engines.torch_engine import TorchEngine
 from rllib_distrl.evaluation.result import EvalResult
 from rllib_distrl.evaluation.settings import EvalSettings, Progress
@@ -119,10 +120,14 @@ class _Evaluation:
         self.prompted = _prompts(env, settings.problems)
         _check_window(model, self.prompted, self.max_tokens)
         self.eos: Collection[int] = eos_token_ids(model, self.tokenizer)
-        if isinstance(engine, str):
+        own = isinstance(engine, str)
+        if own:
             engine = _torch_engine(model, self.eos, settings.max_batch_size)
         self.engine = engine
         self.weights = engine.load_weights(model.state_dict(), 0)
+        if own:
+            dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
+            check_engine(engine, model, settings.sampling(self.max_tokens), dtype)
 
     def identity(self) -> dict[str, Any]:
         """What decides the samples, beside the environment."""

@@ -53,7 +53,7 @@ def _read(
     found: dict[str, Tensor] = {}
     states = None
     if not _OF_POLICY.isdisjoint(needs):
-        hidden = module.hidden(module.policy.base_model, rows)
+        hidden = module.hidden(module.policy, rows)
         states = rows.states(hidden)
         if "prompt_logp" in needs:
             found["prompt_logp"] = _prompt_logp(module, rows, hidden)

@@ -8,7 +8,7 @@ import torch
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.models.loading import load_model
 from rllib_distrl.modules.lora import adapters_off
-from rllib_distrl.modules.packing import let_pack_rows
+from rllib_distrl.modules.packing import let_pack_rows, packs_rows
 from rllib_distrl.modules.sequences import Sequences
 
 
@@ -32,13 +32,14 @@ class Reference:
             device = next(module.parameters()).device
             self._policy = load_model(module.model_config["model"], device=device)
             self._policy.requires_grad_(False)
-            let_pack_rows(self._policy)
+            if packs_rows(module.policy):
+                let_pack_rows(self._policy)
 
     def logp(self, sequences: Sequences) -> torch.Tensor:
         """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
         policy = self._policy
         with adapters_off(policy) if policy is self._module.policy else nullcontext():
-            states = self._module._states(policy.base_model, sequences)
+            states = self._module._states(policy, sequences)
             return self._module._sampled_tokens(policy, states, sequences)[..., 0]
 
     def get_state(self) -> dict[str, str]:

@@ -77,11 +77,11 @@ def policy_columns(module: Any, columns: dict[str, Tensor], n_top: int) -> dict[
     }
     for index in module.micro_batches(sequences):
         part = sequences.rows(index)
-        states = module._states(module.policy.base_model, part)
+        states = module._states(module.policy, part)
         width = part.actions.shape[1]
         outputs = module._sampled_tokens(module.policy, states, part)
         found["logp"][index, :width], found["entropy"][index, :width] = outputs.unbind(-1)
-        ids, logps = _likeliest(states[part.mask], head, module.temperature, n_top)
+        ids, logps = _likeliest(states[part.mask], module, n_top)
         inside = torch.zeros(len(index), steps, dtype=torch.bool, device=ids.device)
         inside[:, :width] = part.mask
         where = index[inside.nonzero()[:, 0]], inside.nonzero()[:, 1]
@@ -89,11 +89,13 @@ def policy_columns(module: Any, columns: dict[str, Tensor], n_top: int) -> dict[
     return found
 
 
-def _likeliest(hidden: Tensor, head: Any, temperature: float, n: int) -> tuple[Tensor, Tensor]:
+def _likeliest(hidden: Tensor, module: Any, n: int) -> tuple[Tensor, Tensor]:
     """Ids and logps (M, n) of the likeliest tokens after each of M states."""
+    head = module.policy.get_output_embeddings()
     ids, logps = [], []
     for part in hidden.split(max(1, _LOGITS // head.weight.shape[0])):
-        scores = head(part.to(head.weight.dtype)).float() / temperature
+        logits = module.logit_map(head(part.to(head.weight.dtype)).float())
+        scores = logits / module.temperature
         top = scores.topk(n, dim=-1)
         ids.append(top.indices)
         logps.append(top.values - scores.logsumexp(-1, keepdim=True))

@@ -3,6 +3,7 @@
 No (tokens × vocabulary) tensor outlives a chunk, forward or backward.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,27 @@ ACCELERATOR_LOGITS = 2**26
 """The same on an accelerator, where large matrix products matter more: 256 MB."""
 
 
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to the output z of its LM head: logits = c tanh(s z / c).
+
+    Attributes:
+        scale: s (Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, ...).
+        cap: c > 0, the soft cap (Gemma 2, eq. in sec. 2 of its report); None: logits = s z.
+    """
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The logits of z, of the same shape."""
+        z = z if self.scale == 1.0 else z * self.scale
+        return z if self.cap is None else (z / self.cap).tanh() * self.cap
+
+
+IDENTITY = LogitMap()
+
+
 def token_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -23,9 +45,10 @@ def token_logps(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
+    logit_map: LogitMap = IDENTITY,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Computes log π(target) and entropy H = −Σ_v p_v ln p_v under softmax((W h + b)/T).
+    """Computes log π(target) and entropy H = −Σ_v p_v ln p_v under softmax(f(W h + b)/T).
 
     Both are differentiable, once, in hidden, weight and bias. Matrix products are in the dtype
     of `hidden` with float32 accumulation; logits and everything after are float32 (float64
@@ -38,6 +61,7 @@ def token_logps(
         targets: (M,), int, the tokens taken.
         bias: (V,) or None.
         temperature: T > 0.
+        logit_map: f, what the model does to the head's output.
         chunk: Tokens per chunk; None: by vocabulary size and device.
 
     Returns:
@@ -51,7 +75,7 @@ def token_logps(
     if chunk is None:
         budget = CPU_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_LOGITS
         chunk = max(1, budget // weight.shape[0])
-    return _TokenLogps.apply(hidden, weight, bias, targets, float(temperature), chunk)  # pyright: ignore[reportReturnType]
+    return _TokenLogps.apply(hidden, weight, bias, targets, float(temperature), logit_map, chunk)  # pyright: ignore[reportReturnType]
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -70,13 +94,23 @@ def _head(weight: Tensor, hidden: Tensor) -> Tensor:
     return head.float() if half_on_cpu else head
 
 
-def _log_softmax(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+def _log_softmax(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_map: LogitMap
+) -> tuple[Tensor, Tensor | None]:
+    """Logps (M, V), and with a soft cap its slope 1 − tanh²(s z / c) at each logit."""
     logits = _matmul(hidden, weight.t())
     if bias is not None:
         logits += bias
+    if logit_map.scale != 1.0:
+        logits *= logit_map.scale
+    slope = None
+    if logit_map.cap is not None:
+        logits = logits.div_(logit_map.cap).tanh_()
+        slope = 1 - logits.square()
+        logits *= logit_map.cap
     if temperature != 1.0:
         logits /= temperature
-    return logits.log_softmax(-1)
+    return logits.log_softmax(-1), slope
 
 
 def _logits_gradient(
@@ -106,27 +140,28 @@ class _TokenLogps(torch.autograd.Function):
         bias: Tensor | None,
         targets: Tensor,
         temperature: float,
+        logit_map: LogitMap,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         targets = targets.long()
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, hidden)
-            logps, picked, entropies = None, [], []
+            logps, slope, picked, entropies = None, None, [], []
             for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-                logps = _log_softmax(h, head, bias, temperature)
+                logps, slope = _log_softmax(h, head, bias, temperature, logit_map)
                 picked.append(logps.gather(-1, y.unsqueeze(-1)).squeeze(-1))
                 entropies.append(-(logps.exp() * logps).sum(-1))
         entropy = torch.cat(entropies)
-        kept = logps if len(picked) == 1 else None
-        ctx.save_for_backward(hidden, weight, bias, targets, entropy, kept)
-        ctx.temperature, ctx.chunk = temperature, chunk
+        kept = (logps, slope) if len(picked) == 1 else (None, None)
+        ctx.save_for_backward(hidden, weight, bias, targets, entropy, *kept)
+        ctx.temperature, ctx.logit_map, ctx.chunk = temperature, logit_map, chunk
         ctx.set_materialize_grads(False)
         return torch.cat(picked), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy, kept = ctx.saved_tensors
+        hidden, weight, bias, targets, entropy, kept, slope = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
             head = _head(weight, hidden)
             accumulator = entropy.dtype
@@ -138,9 +173,15 @@ class _TokenLogps(torch.autograd.Function):
                 rows = slice(start, start + ctx.chunk)
                 logps = kept
                 if logps is None:
-                    logps = _log_softmax(hidden[rows], head, bias, ctx.temperature)
+                    logps, slope = _log_softmax(
+                        hidden[rows], head, bias, ctx.temperature, ctx.logit_map
+                    )
                 parts = tuple(None if g is None else g[rows] for g in grads)
                 z = _logits_gradient(logps, targets[rows], entropy[rows], parts)  # pyright: ignore[reportArgumentType]
+                if slope is not None:
+                    z = z * slope
+                if ctx.logit_map.scale != 1.0:
+                    z = z * ctx.logit_map.scale
                 z = (z / ctx.temperature if ctx.temperature != 1.0 else z).to(head.dtype)
                 if grad_h is not None:
                     grad_h[rows] = z @ head
@@ -150,4 +191,4 @@ class _TokenLogps(torch.autograd.Function):
                     grad_b += z.sum(0, dtype=accumulator)
         grad_w = None if grad_w is None else grad_w.to(weight.dtype)
         grad_b = None if grad_b is None else grad_b.to(bias.dtype)
-        return grad_h, grad_w, grad_b, None, None, None
+        return grad_h, grad_w, grad_b, None, None, None, None

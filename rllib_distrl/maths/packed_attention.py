@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import pad
 
 from rllib_distrl.maths.packing import Packing
 
@@ -22,17 +23,25 @@ def packed_attention(
     l = ln sum_i e^(l_i). Given o and l, each part's gradient is that of the whole (Dao 2022, eq.
     of dS: dS = P (dP - rowsum(dO o)), P = e^(S - l)), so no matrix of scores is kept.
 
+    The kernels want heads of one size: the narrower of queries and values get zeros behind them.
+
     Args:
         query: (N, heads, D).
         key: (N, kv_heads, D); heads are a multiple of kv_heads.
-        value: (N, kv_heads, D).
+        value: (N, kv_heads, E).
         packing: of these N tokens.
         scale: of the scores.
 
     Returns:
-        (N, heads, D); differentiable once.
+        (N, heads, E); differentiable once.
     """
-    return _PackedAttention.apply(query, key, value, packing, scale)  # pyright: ignore[reportReturnType]
+    size = value.shape[-1]
+    width = max(query.shape[-1], size)
+    query, key, value = (
+        x if x.shape[-1] == width else pad(x, (0, width - x.shape[-1])) for x in (query, key, value)
+    )
+    out: Tensor = _PackedAttention.apply(query, key, value, packing, scale)  # pyright: ignore[reportAssignmentType]
+    return out if size == width else out[..., :size]
 
 
 class _PackedAttention(torch.autograd.Function):

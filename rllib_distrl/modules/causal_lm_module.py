@@ -15,12 +15,14 @@ from torch import nn
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.micro_batches import split_by_token_budget, split_packed
 from rllib_distrl.maths.packing import first_of_prompt
+from rllib_distrl.models.lm_parts import last_states, logit_map_of, trunk_of
 from rllib_distrl.models.loading import load_model
 from rllib_distrl.modules.activations import autocast, checkpoint_activations
 from rllib_distrl.modules.critic_folder import load_critic
 from rllib_distrl.modules.distributions import SampledTokenDistribution
 from rllib_distrl.modules.lora import add_adapters, merged_state, trunk_beside
-from rllib_distrl.modules.packing import let_pack_rows, packs_rows
+from rllib_distrl.modules.packing import packs_rows
+from rllib_distrl.modules.self_check import prepare_policy
 from rllib_distrl.modules.sequences import (
     INPUT_IDS,
     Sequences,
@@ -60,13 +62,14 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         # Env runners sample with the merged weights and know nothing of adapters.
         self.lora = None if self.inference_only else self.model_config.get("lora")
         self.action_dist_cls = SampledTokenDistribution
-        let_pack_rows(self.policy)
+        self.logit_map = logit_map_of(self.policy)
         if not self.inference_only:
+            prepare_policy(self)
             self._prepare_training()
 
     def _prepare_training(self) -> None:
         if self.critic_kind == "separate":
-            trunk = self.policy.base_model
+            trunk = trunk_of(self.policy)
             self.critic = copy.deepcopy(trunk) if self.lora is None else trunk_beside(self.policy)
         if self.critic_kind != "none":
             self._make_value_head()
@@ -125,7 +128,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         sequences = self.sequences(batch)
-        states = self._states(self.policy.base_model, sequences)
+        states = self._states(self.policy, sequences)
         outputs = {Columns.ACTION_DIST_INPUTS: self._sampled_tokens(self.policy, states, sequences)}
         if self.has_critic:
             outputs[Columns.EMBEDDINGS] = self._critic_states(sequences, states)
@@ -150,37 +153,38 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             ValueError: if one row alone exceeds the budget.
         """
         budget = budget or self.micro_batch_tokens
-        if not packs_rows(self.policy.base_model):
+        if not packs_rows(self.policy):
             return split_by_token_budget(sequences.lengths, budget)
         prompt = first_of_prompt(sequences.input_ids, sequences.prompt_lens)
         return split_packed(prompt, sequences.prompt_lens, sequences.lengths, budget)
 
-    def hidden(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
-        """Last hidden states (B, S, H) of ``trunk`` at every position of the rows.
+    def hidden(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
+        """Last hidden states (B, S, H) of ``model``, policy or trunk, at every position of the rows.
 
-        Of packed rows without the place of the last token, which no completion token follows.
+        Of a policy what its LM head reads. Of packed rows without the place of the last token, which no completion token follows.
         """
-        if not packs_rows(trunk):
+        if not packs_rows(model):
             with autocast(self.precision, sequences.input_ids.device):
-                return trunk(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-        return self._packed_hidden(trunk, sequences)[sequences.packing.rows]
+                return last_states(model, input_ids=sequences.input_ids, use_cache=False)
+        return self._packed_hidden(model, sequences)[sequences.packing.rows]
 
-    def _packed_hidden(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
+    def _packed_hidden(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
         packing = sequences.packing
         with autocast(self.precision, packing.input_ids.device):
-            outputs = trunk(
+            states = last_states(
+                model,
                 input_ids=packing.input_ids.unsqueeze(0),
                 position_ids=packing.positions.unsqueeze(0),
                 use_cache=False,
                 packing=packing,
             )
-        return outputs.last_hidden_state.squeeze(0)
+        return states.squeeze(0)
 
-    def _states(self, trunk: nn.Module, sequences: Sequences) -> torch.Tensor:
+    def _states(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
         """(B, T, H), the states before each completion token."""
-        if not packs_rows(trunk):
-            return sequences.states(self.hidden(trunk, sequences))
-        return self._packed_hidden(trunk, sequences)[sequences.packed_states]
+        if not packs_rows(model):
+            return sequences.states(self.hidden(model, sequences))
+        return self._packed_hidden(model, sequences)[sequences.packed_states]
 
     def token_logps(
         self, policy: Any, states: torch.Tensor, tokens: torch.Tensor
@@ -190,7 +194,12 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         if self.precision == "bf16":
             states = states.bfloat16()
         return token_logps(
-            states, head.weight, tokens, bias=head.bias, temperature=self.temperature
+            states,
+            head.weight,
+            tokens,
+            bias=head.bias,
+            temperature=self.temperature,
+            logit_map=self.logit_map,
         )
 
     def _sampled_tokens(
@@ -213,7 +222,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         with torch.no_grad():
             for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
-                states = self._states(self.policy.base_model, rows)
+                states = self._states(self.policy, rows)
                 sampled = self._sampled_tokens(self.policy, states, rows)[..., 0]
                 logps[index, : sampled.shape[1]] = sampled.float()
         return logps
@@ -224,7 +233,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         if self.critic_kind == "separate":
             return self._states(self.critic, sequences)
         if policy_states is None:
-            policy_states = self._states(self.policy.base_model, sequences)
+            policy_states = self._states(self.policy, sequences)
         return policy_states.detach() if self.critic_kind == "detached" else policy_states
 
     def compute_values(
@@ -265,6 +274,6 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Action distribution inputs (B, T, 2) of the frozen copy."""
         sequences = self.sequences(batch)
-        states = self._states(self.target_policy.base_model, sequences)
+        states = self._states(self.target_policy, sequences)
         inputs = self._sampled_tokens(self.target_policy, states, sequences)
         return {TARGET_NETWORK_ACTION_DIST_INPUTS: inputs}

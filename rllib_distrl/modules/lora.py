@@ -18,6 +18,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPO
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from rllib_distrl.models.lm_parts import is_causal_lm, trunk_of
+
 ALL_LINEAR = "all-linear"
 DEFAULTS: Mapping[str, Any] = {"r": 16, "alpha": 32, "targets": ALL_LINEAR}
 _ADAPTER = "default"  # peft's own name of the only adapter
@@ -49,7 +51,7 @@ def check_lora(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> None:
         raise ValueError(f"lora alpha is {settings['alpha']}; it must be above 0.")
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
-    known = linear_layers(model.base_model)
+    known = linear_layers(trunk_of(model))
     targets = settings["targets"]
     unknown = [] if targets == ALL_LINEAR else [name for name in targets if name not in known]
     if unknown or not targets:
@@ -74,7 +76,7 @@ def count_adapter_parameters(lora: Mapping[str, Any], model_config: PreTrainedCo
     """Parameters of one trunk's adapters, without allocating the model."""
     settings = {**DEFAULTS, **lora}
     with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(model_config).base_model
+        trunk = trunk_of(AutoModelForCausalLM.from_config(model_config))
     targets = settings["targets"]
     if targets == ALL_LINEAR:
         targets = linear_layers(trunk)
@@ -84,7 +86,7 @@ def count_adapter_parameters(lora: Mapping[str, Any], model_config: PreTrainedCo
 
 def trunk_beside(policy: Any) -> nn.Module:
     """A second trunk on the policy's own frozen weights, for adapters of its own."""
-    trunk = policy.base_model
+    trunk = trunk_of(policy)
     return copy.deepcopy(trunk, {id(weight): weight for weight in trunk.parameters()})
 
 
@@ -101,7 +103,7 @@ def add_adapters(model: nn.Module, lora: Mapping[str, Any], seed: int) -> None:
     settings = {**DEFAULTS, **lora}
     targets = settings["targets"]
     if targets == ALL_LINEAR:
-        targets = linear_layers(getattr(model, "base_model", model))
+        targets = linear_layers(trunk_of(model) if is_causal_lm(model) else model)
     config = LoraConfig(
         r=settings["r"],
         lora_alpha=settings["alpha"],

@@ -13,15 +13,19 @@ ATTENTION = "packed_rows"
 _FULL = "full_attention"
 
 
-def let_pack_rows(model: Any) -> None:
+def let_pack_rows(model: Any) -> str | None:
     """Gives a model the attention that knows packed rows, if its blocks allow it.
 
-    The one rule for all models: their attention can be exchanged, and every block sees all that
-    precedes a token. A sliding window or a recurrence is bound to the order of the row that it
-    runs over; such models compute padded rows, each with its own prompt.
+    The one rule for all models: they say that their attention can be exchanged, and every block
+    sees all that precedes a token. A sliding window or a recurrence is bound to the order of the
+    row that it runs over; such models compute padded rows, each with its own prompt. Whether what
+    a model says of itself is true, `self_check` tries.
 
     Args:
-        model: A Hugging Face causal LM, changed in place; on other rows it stays as it was.
+        model: A Hugging Face causal LM, changed in place.
+
+    Returns:
+        The attention that it had, for `unpack_rows`; None where it still has it.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -33,12 +37,20 @@ def let_pack_rows(model: Any) -> None:
         and window is None
         and set(kinds or [_FULL]) == {_FULL}
     ):
+        before = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
+        return before
+    return None
 
 
-def packs_rows(trunk: Any) -> bool:
-    """Whether `let_pack_rows` has changed the model of this trunk."""
-    return trunk.config._attn_implementation == ATTENTION
+def packs_rows(model: Any) -> bool:
+    """Whether `let_pack_rows` has changed this model, or the one of this trunk."""
+    return model.config._attn_implementation == ATTENTION
+
+
+def unpack_rows(model: Any, attention: str) -> None:
+    """Gives a model back the attention that it had before `let_pack_rows`: it computes padded rows."""
+    model.set_attn_implementation(attention)
 
 
 def _attention(
