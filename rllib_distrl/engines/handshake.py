@@ -20,9 +20,9 @@ PROBE_TOKENS = 8
 _PROBE_KEY = (-1, -1, -1, -1)
 # Lengths of the prompts with which an engine is compared with its model.
 _CHECKED_PROMPTS = (3, 3, 2)
-# Mean |logp difference| that still counts as agreement, by the engine's type. Measured on tiny models
-# of 25 architectures: rounding to bfloat16 gives 0.002 where logits have a standard deviation of 0.3,
-# 0.006 to 0.06 at 0.9, 0.08 at 4.5; a logit scale that is left out 0.3 and more.
+# Mean |logp difference| that still counts as agreement, by the engine's type. Measured on tiny
+# models of 25 architectures: rounding to bfloat16 gives 0.002 where logits have a standard
+# deviation of 0.3, 0.006 to 0.06 at 0.9, 0.08 at 4.5; a logit scale left out 0.3 and more.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 # Every so many tokens one ends a completion while an engine is compared with its model.
 _ENDING = 6
@@ -110,7 +110,7 @@ def _not_sampled(model: Any, error: float, why: str, allowed: str) -> ValueError
 
 
 def _compared(engine: RolloutEngine, model: Any, params: SamplingParams) -> tuple[float, float]:
-    """Mean |logp difference| of a few completions from those of the model, and its logits' spread."""
+    """Mean |logp difference| of a few completions from the model, and its logits' spread."""
     tokens = ordinary_tokens(model.config, sum(_CHECKED_PROMPTS), seed=1)
     ends = np.cumsum(_CHECKED_PROMPTS).tolist()
     prompts = [tokens[end - n : end] for end, n in zip(ends, _CHECKED_PROMPTS, strict=True)]

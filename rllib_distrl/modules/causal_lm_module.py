@@ -159,9 +159,10 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         return split_packed(prompt, sequences.prompt_lens, sequences.lengths, budget)
 
     def hidden(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
-        """Last hidden states (B, S, H) of ``model``, policy or trunk, at every position of the rows.
+        """Last hidden states (B, S, H) of a policy or a trunk at every position of the rows.
 
-        Of a policy what its LM head reads. Of packed rows without the place of the last token, which no completion token follows.
+        Of a policy what its LM head reads. Of packed rows without the place of the last token,
+        which no completion token follows.
         """
         if not packs_rows(model):
             with autocast(self.precision, sequences.input_ids.device):

@@ -49,7 +49,7 @@ def packs_rows(model: Any) -> bool:
 
 
 def unpack_rows(model: Any, attention: str) -> None:
-    """Gives a model back the attention that it had before `let_pack_rows`: it computes padded rows."""
+    """Gives a model back the attention that it had: it computes padded rows again."""
     model.set_attn_implementation(attention)
 
 

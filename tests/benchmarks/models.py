@@ -95,8 +95,12 @@ SIZES: dict[str, Any] = {
     ),
     **dict.fromkeys(["n_shared_experts", "n_group", "topk_group", "first_k_dense_replace",
                      "mamba_n_groups", "n_groups", "bos_token_id"], 1),
-    **dict.fromkeys(["attention_window_size", "attention_chunk_size", "index_topk", "mamba_d_ssm", "audio_vocab_size",
-                     "pronunciation_vocab_size", "shape_vocab_size", "ngram_vocab_size_base"], 64),
+    **dict.fromkeys(
+        ["attention_window_size", "attention_chunk_size", "index_topk", "mamba_d_ssm",
+         "audio_vocab_size", "pronunciation_vocab_size", "shape_vocab_size",
+         "ngram_vocab_size_base"],
+        64,
+    ),
     "v_head_dim": 12, "image_size": 32, "pad_token_id": 0, "eos_token_id": 2, "cls_token_id": 3,
     "sep_token_id": 4, "num_kv_shared_layers": 0, "use_mamba_kernels": False,
     # Never neutral where they follow the head.
@@ -136,7 +140,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "attn_layers": ["local", "local"], "axial_pos_embds": False,
                  "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8},
     # Encoders with the switch that makes them decoders; others stay as they come.
-    **{key: {"is_decoder": True} for key in ["bert-generation", "rembert", "megatron-bert", "roberta", "electra"]},
+    **{
+        kind: {"is_decoder": True}
+        for kind in ("bert-generation", "rembert", "megatron-bert", "roberta", "electra")
+    },
 }  # fmt: skip
 
 

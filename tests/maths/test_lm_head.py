@@ -1,9 +1,10 @@
+import math
 import time
 
 import pytest
 import torch
 
-from rllib_distrl.maths.lm_head import token_logps
+from rllib_distrl.maths.lm_head import LogitMap, token_logps
 
 
 def case(m=37, h=6, v=11, dtype=torch.float32, seed=0):
@@ -63,6 +64,36 @@ def test_only_what_needs_a_gradient_gets_one(frozen):
     loss_of(logp, entropy).backward()
     for number, tensor in enumerate(tensors):
         assert (tensor.grad is None) == (number == frozen)
+
+
+MAPS = [LogitMap(0.3), LogitMap(cap=1.5), LogitMap(2.5, 0.7)]
+
+
+@pytest.mark.parametrize("logit_map", MAPS, ids=str)
+@pytest.mark.parametrize("chunk", [2, 10])
+def test_gradients_through_a_scale_and_a_cap(logit_map, chunk):
+    hidden, weight, bias, targets = case(5, 3, 4, torch.float64)
+
+    def function(h, w, b):
+        return token_logps(h, w, targets, bias=b, temperature=1.3, logit_map=logit_map, chunk=chunk)
+
+    z = hidden @ weight.T + bias
+    cap = logit_map.cap
+    capped = logit_map.scale * z if cap is None else cap * torch.tanh(logit_map.scale * z / cap)
+    expected = torch.distributions.Categorical(logits=capped / 1.3)
+    logp, entropy = function(hidden, weight, bias)
+    torch.testing.assert_close(logp, expected.log_prob(targets))
+    torch.testing.assert_close(entropy, expected.entropy())
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+def test_a_cap_by_hand():
+    # 2 tanh(3 / 2) and 2 tanh(-1 / 2): their difference is 2 (0.9051483 + 0.4621172).
+    logp, _ = token_logps(
+        torch.ones(1, 1), torch.tensor([[3.0], [-1.0]]), torch.tensor([1]),
+        logit_map=LogitMap(cap=2.0),
+    )  # fmt: skip
+    assert logp.item() == pytest.approx(-2.7345310 - math.log1p(math.exp(-2.7345310)), abs=1e-6)
 
 
 def test_uniform_logits_by_hand():
