@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from hashlib import blake2b
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from distrl_envs.user_code import named, source_of
@@ -118,6 +122,7 @@ class Task(ABC):
         name: Short name, also in metrics.
         split: One of `SPLITS`.
         system_prompt: What goes before the prompt unless the environment is given its own.
+        names_answers: Whether grades name the answer, for votes of a majority.
         has_step_reward: True where `step_reward` is to be asked at every step.
         max_prompt_tokens: Default limit, in tokens of the task's own tokenizer.
         max_completion_tokens: Default limit including EOS, in tokens of its own tokenizer.
@@ -125,6 +130,7 @@ class Task(ABC):
 
     name: str = "task"
     split: str = "train"
+    names_answers: bool = True
     has_step_reward: bool = False
     system_prompt: str | None = None
     max_prompt_tokens: int = 512
@@ -175,6 +181,33 @@ class Task(ABC):
     def instruction(self, problem: Problem) -> str:
         """The prompt for a tokenizer that is not the task's own, in plain language."""
         return problem.prompt
+
+    def context(self, problem: Problem) -> Sequence[Mapping[str, str]]:
+        """Messages that stand before the prompt, `{"role": ..., "content": ...}` each."""
+        return ()
+
+    def without(self, rows: Collection[int]) -> Task:
+        """The same task without some of its rows, the others numbered anew.
+
+        Raises:
+            ValueError: If the task cannot leave rows out.
+        """
+        raise ValueError(f"The task {self.name!r} cannot leave rows out: raise max_prompt_tokens.")
+
+    def describe_splits(self) -> str:
+        """One line on how large the splits are and how they are cut; "" where nothing is known."""
+        return ""
+
+    def grading_key(self, problem: Problem) -> str:
+        """What identifies the grading of a problem: what the grader is told, and its version.
+
+        A stored grade holds as long as this stays. The version is a hash of the source of the task
+        and of the graders, and the version of math-verify.
+        """
+        told = repr(sorted(problem.data.items(), key=lambda item: item[0]))
+        return blake2b(
+            f"{_version(type(self))}|{told}".encode("utf-8", "replace"), digest_size=8
+        ).hexdigest()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The task's own small tokenizer.
@@ -284,6 +317,12 @@ class GeneratedTask(Task):
         """A fixed large number of rows; distant rows may hold the same problem."""
         return GENERATED_ROWS
 
+    def describe_splits(self) -> str:
+        """The shares of a hash of the problem; problems are made up as they are needed."""
+        shares = (TRAIN_SHARE, VALIDATION_SHARE, 1.0 - TRAIN_SHARE - VALIDATION_SHARE)
+        parts = [f"{name} {share:.0%}" for name, share in zip(SPLITS, shares, strict=True)]
+        return f"Problems are made up; a hash of each decides its split: {', '.join(parts)}"
+
     @property
     def difficulty(self) -> str:
         """Everything but seed, split and row that the problems depend on."""
@@ -364,6 +403,21 @@ class Draws:
         return pool[:count]
 
 
+@lru_cache(maxsize=32)
+def _version(kind: type) -> str:
+    """A hash of the sources that a task's grades depend on."""
+    files = {Path(__file__)}
+    for parent in kind.__mro__:
+        module = sys.modules.get(parent.__module__)
+        if issubclass(parent, Task) and getattr(module, "__file__", None):
+            files.add(Path(module.__file__))  # type: ignore[union-attr, arg-type]
+    files |= set((Path(__file__).parent / "grading").glob("*.py"))
+    digest = blake2b(version("math-verify").encode(), digest_size=8)
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
 def split_of(key: str) -> str:
     """The split that a problem belongs to: a hash of its key, 70 / 15 / 15 %."""
     share = int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") / 2.0**64
@@ -373,29 +427,28 @@ def split_of(key: str) -> str:
 
 
 def distinct_rows(task: Task, n: int, *, patience: int = 20_000) -> list[int]:
-    """The first n rows whose problems differ from one another, for evaluation.
+    """The first n rows whose problems differ from one another; all of them where a task has fewer.
 
     Args:
         task: Where the rows come from.
         n: How many rows.
-        patience: Rows without a new problem after which the search ends.
+        patience: Rows without a new problem after which the search in a task that makes its
+            problems up ends.
 
     Raises:
-        ValueError: If the task does not hold n different problems.
+        ValueError: If a task that makes its problems up does not make n different ones.
     """
-    keys: set[str] = set()
-    rows: list[int] = []
+    first: dict[str, int] = {}
+    endless = len(task) >= GENERATED_ROWS
     last_new = row = 0
-    while len(rows) < n:
-        if row >= len(task) or row - last_new > patience:
+    while len(first) < n and row < len(task):
+        if endless and row - last_new > patience:
             raise ValueError(
                 f"Asked for {n} different problems of the task {task.name!r}, split "
-                f"{task.split!r}; it holds about {len(rows)}. Ask for fewer or make it harder."
+                f"{task.split!r}; it holds about {len(first)}. Ask for fewer or make it harder."
             )
         key = task.problem(row).key
-        if key not in keys:
-            keys.add(key)
-            rows.append(row)
-            last_new = row
+        if key not in first:
+            first[key] = last_new = row
         row += 1
-    return rows
+    return list(first.values())

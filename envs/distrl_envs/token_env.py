@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, SupportsIndex
 
@@ -10,14 +13,30 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from distrl_envs.task import Grade, Problem, Task, TaskError, checked_number, described, grades_of
+from distrl_envs.task import (
+    GENERATED_ROWS,
+    Grade,
+    Problem,
+    Task,
+    TaskError,
+    checked_number,
+    described,
+    grades_of,
+)
 from distrl_envs.tasks import make_task
-from distrl_envs.tokenizers import decode_completion, is_small, load_tokenizer, render_prompt
+from distrl_envs.tokenizers import (
+    decode_completion,
+    is_small,
+    load_tokenizer,
+    mark_special,
+    render_prompt,
+)
 from distrl_envs.user_code import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ON_LONG_PROMPT = ("error", "skip")
 OBS_MODES = ("token", "incremental", "context")
 FOREIGN_TOKENIZER_LIMIT = 512
 """Default token limits of prompt and completion with a tokenizer that is not the task's own."""
@@ -73,6 +92,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         prompt_template: str | None = None,
         vocab_size: int | None = None,
         eos_token_ids: Collection[int] | None = None,
+        window: int | None = None,
+        on_long_prompt: str = "error",
     ):
         """Builds the environment of a task.
 
@@ -94,6 +115,11 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             vocab_size: Number of actions, where a model's vocabulary is larger than its
                 tokenizer's.
             eos_token_ids: All tokens that end a completion; by default the tokenizer's EOS.
+            window: Tokens that the model takes at most, prompt and completion together; lowers
+                `max_prompt_tokens` where that would not leave room for a completion.
+            on_long_prompt: What is done, before anything is sampled, where prompts of a task with
+                a fixed set of rows are too long: "error", or "skip" to leave them out and print
+                how many.
 
         Raises:
             ValueError: On any argument out of bounds, a task without problems, and if the
@@ -109,6 +135,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             raise ValueError(
                 f"The task {self.task.name!r} holds no problems in its split {self.task.split!r}."
             )
+        self._window: int | None = None  # where it is what bounds the prompts
         self.tokenizer = load_tokenizer(tokenizer, self.task)
         self.obs_mode = obs_mode
         self.system_prompt = _system_prompt(self.task, system_prompt)
@@ -116,6 +143,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self.compact = is_small(self.tokenizer)
         self.max_prompt_tokens = self._limit("max_prompt_tokens", max_prompt_tokens)
         self.max_completion_tokens = self._limit("max_completion_tokens", max_completion_tokens)
+        if window is not None:
+            self._fit_window(int(window))
         self.vocab_size = _vocab_size(len(self.tokenizer), vocab_size)
         self.eos_token_id = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.eos_token_ids = frozenset(eos_token_ids or (self.eos_token_id,))
@@ -132,6 +161,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._problem: Problem | None = None  # None unless an episode is under way
         self._verdict: Verdict | None = None  # of a completion that was graded beforehand
         self._rendered: dict[int, tuple[Problem, list[int]]] = {}
+        self._check_prompts(on_long_prompt)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -183,14 +213,87 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         Raises:
             ValueError: If it has more than `max_prompt_tokens`.
         """
-        text = problem.prompt if self.compact else self.task.instruction(problem)
-        ids = render_prompt(self.tokenizer, text, self.system_prompt, self.prompt_template)
+        ids = self._encoded(problem)
         if len(ids) > self.max_prompt_tokens:
-            raise ValueError(
-                f"The prompt of row {problem.row} has {len(ids)} tokens; max_prompt_tokens is "
-                f"{self.max_prompt_tokens}. Raise it, or leave such rows out."
-            )
+            raise ValueError(self._too_long({problem.row: len(ids)}))
         return ids
+
+    def _encoded(self, problem: Problem) -> list[int]:
+        if self.compact:
+            text = problem.prompt
+        else:
+            marked = mark_special(self.tokenizer, problem.prompt)
+            text = self.task.instruction(replace(problem, prompt=marked))
+        context = self.task.context(problem)
+        system_prompt = self.system_prompt
+        if any(message["role"] == "system" for message in context):
+            system_prompt = None  # The row's own says what it asks for.
+        try:
+            return render_prompt(self.tokenizer, text, system_prompt, self.prompt_template, context)
+        except ValueError as error:
+            raise ValueError(f"Row {problem.row}: {error}") from error
+
+    def _check_prompts(self, on_long_prompt: str) -> None:
+        """Measures all prompts of a task with a fixed set of rows, before anything is sampled."""
+        if on_long_prompt not in ON_LONG_PROMPT:
+            raise ValueError(
+                f"Got on_long_prompt={on_long_prompt!r}; it must be 'error' or 'skip'."
+            )
+        total = len(self.task)
+        if total >= GENERATED_ROWS:
+            return
+        lengths = {row: self._tokens_above_limit(row) for row in range(total)}
+        long = {row: length for row, length in lengths.items() if length}
+        if not long:
+            return
+        if on_long_prompt == "error" or len(long) == total:
+            raise ValueError(self._too_long(long))
+        self.task = self.task.without(long)
+        print(
+            f"{self.task.name}: left out {len(long)} of {total} problems of the split "
+            f"{self.task.split!r}, whose prompts have more than {self.max_prompt_tokens} tokens.",
+            file=sys.stderr,
+        )
+
+    def _tokens_above_limit(self, row: int) -> int:
+        """Tokens of a row's prompt if they are too many, else 0; most are short beyond doubt."""
+        problem = self.task.problem(row)
+        plain = not self.task.context(problem)
+        text = problem.prompt if self.compact else self.task.instruction(problem)
+        # No tokenizer makes more tokens than a text has bytes.
+        if plain and self._frame_tokens + len(text.encode("utf-8", "replace")) <= (
+            self.max_prompt_tokens
+        ):
+            return 0
+        length = len(self._encoded(problem))
+        return length if length > self.max_prompt_tokens else 0
+
+    @cached_property
+    def _frame_tokens(self) -> int:
+        """Tokens around the text of a prompt."""
+        return len(render_prompt(self.tokenizer, "0", self.system_prompt, self.prompt_template))
+
+    def _too_long(self, lengths: Mapping[int, int]) -> str:
+        row, length = max(lengths.items(), key=lambda item: item[1])
+        place = self.task.problem(row).data.get("place")
+        where = f"row {row} ({place})" if place else f"row {row}"
+        count = f"; {len(lengths)} of {len(self.task)} are too long" if len(lengths) > 1 else ""
+        window = f", the model's window being {self._window}" if self._window else ""
+        return (
+            f"The prompt of {where} has {length} tokens; max_prompt_tokens is "
+            f"{self.max_prompt_tokens}{window}{count}. Raise it where the window allows, or leave "
+            "such rows out: on_long_prompt = 'skip' in env_config."
+        )
+
+    def _fit_window(self, window: int) -> None:
+        left = window - self.max_completion_tokens
+        if left < 1:
+            raise ValueError(
+                f"Got max_completion_tokens={self.max_completion_tokens}, which leaves no room for "
+                f"a prompt in the model's window of {window} tokens: lower it."
+            )
+        if left < self.max_prompt_tokens:
+            self.max_prompt_tokens, self._window = left, window
 
     def grade_many(
         self, rows: Sequence[int], completions: Sequence[Sequence[int]]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,10 @@ VOCABULARY = {
 }
 """Tokens of the small tokenizer to their ids; a number of 0..99 is one token."""
 WORDS = tuple(VOCABULARY)
+
+MARK_START, MARK_END = "\ue000", "\ue001"
+MARK = re.compile(f"{MARK_START}(\\d+){MARK_END}")
+"""Stands for the text of a special token within a prompt; characters of private use."""
 
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
 
@@ -115,21 +120,26 @@ def render_prompt(
     text: str,
     system_prompt: str | None = None,
     template: str | None = None,
+    context: Sequence[Mapping[str, str]] = (),
 ) -> list[int]:
     r"""The prompt as token ids.
 
-    Uses the tokenizer's chat template where it has one. Otherwise the system prompt stands before
-    the text, and special tokens are those that the tokenizer adds by itself (a BOS, say).
+    Uses the tokenizer's chat template where it has one. A template that refuses a system message
+    gets it at the head of the first turn of the user; one that drops it is an error. Without a
+    template earlier messages stand before the text, and special tokens are those that the
+    tokenizer adds by itself (a BOS, say). What `mark_special` has marked is encoded as text.
 
     Args:
         tokenizer: What encodes.
         text: The problem's prompt.
         system_prompt: Goes into the chat template's system message.
+        context: Messages before the text, `{"role": ..., "content": ...}` each.
         template: Text in which each `{prompt}` stands for the problem's prompt; other braces are
             left alone, so that `\boxed{}` may stand in it.
 
     Raises:
-        ValueError: If the template has no `{prompt}`, or the prompt has no tokens.
+        ValueError: If the template has no `{prompt}`, the chat template refuses the messages or
+            drops one, or the prompt has no tokens.
     """
     if template is not None:
         if "{prompt}" not in template:
@@ -138,18 +148,89 @@ def render_prompt(
                 "problem's text goes."
             )
         text = template.replace("{prompt}", text)
+    system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages = [*system, *map(dict, context), {"role": "user", "content": text}]
     if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": text}]
-        if system_prompt:
-            messages.insert(0, {"role": "system", "content": system_prompt})
-        chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer.encode(str(chat), add_special_tokens=False)
+        ids = _encode_marked(tokenizer, _chat(tokenizer, messages), special=False)
     else:
-        whole = f"{system_prompt}\n\n{text}" if system_prompt else text
-        ids = _encode_small(whole) if is_small(tokenizer) else tokenizer.encode(whole)
+        whole = "\n\n".join(message["content"] for message in messages)
+        ids = (
+            _encode_small(whole)
+            if is_small(tokenizer)
+            else _encode_marked(tokenizer, whole, special=True)
+        )
     if not ids:
         raise ValueError("The prompt has no tokens: the model needs at least one to start from.")
     return list(ids)
+
+
+def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    """The messages in the tokenizer's chat template, none of them refused or dropped."""
+    from jinja2.exceptions import TemplateError
+
+    def rendered(some: list[dict[str, str]]) -> str:
+        return str(tokenizer.apply_chat_template(some, add_generation_prompt=True, tokenize=False))
+
+    try:
+        chat = rendered(messages)
+    except TemplateError as error:
+        if messages[0]["role"] != "system":
+            raise ValueError(
+                f"The tokenizer's chat template refuses the prompt: {error}"
+            ) from error
+        first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
+        messages = [{**messages[1], "content": first}, *messages[2:]]
+        try:
+            chat = rendered(messages)
+        except TemplateError:
+            raise ValueError(
+                f"The tokenizer's chat template refuses the prompt, its system message also in the "
+                f"user's turn: {error}"
+            ) from error
+    for message in (messages[0], messages[-1]):
+        if message["content"].strip() not in chat:
+            raise ValueError(
+                f"The tokenizer's chat template drops the {message['role']}'s message "
+                f"{message['content']!r:.60}, so the model would not see it. Put its text into the "
+                "instruction, or choose a tokenizer with another template."
+            )
+    return chat
+
+
+def mark_special(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The text with each text of a special token marked, for `render_prompt` to encode as text."""
+    specials = _special_texts(tokenizer)
+    for index, special in enumerate(specials):
+        if special in text:
+            text = text.replace(special, f"{MARK_START}{index}{MARK_END}")
+    return text
+
+
+@lru_cache(maxsize=8)
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """What the tokenizer takes for control, the longest first."""
+    added = tokenizer.added_tokens_decoder.values()
+    texts = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
+    return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
+
+
+def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Encodes a text; halves of a special token's text are encoded apart, and stay text.
+
+    With `special` the tokenizer adds what it adds by itself.
+    """
+    if MARK_START not in text:
+        return tokenizer.encode(text, add_special_tokens=special)
+    specials, ids = _special_texts(tokenizer), []
+    for number, piece in enumerate(MARK.split(text)):
+        if number % 2:
+            token = specials[int(piece)]
+            half = (len(token) + 1) // 2
+            for part in filter(None, (token[:half], token[half:])):
+                ids += tokenizer.encode(part, add_special_tokens=False)
+        elif piece or not number:
+            ids += tokenizer.encode(piece, add_special_tokens=special and not number)
+    return ids
 
 
 def decode_completion(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Collection
@@ -25,8 +26,11 @@ def load_attribute(location: str) -> Any:
             imported: with what it raised, and where.
     """
     module, _, attribute = location.partition(":")
-    if not attribute:
-        raise ValueError(f"Got {location!r}; it must be module:name.")
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+(\.\w+)*", location):
+        raise ValueError(
+            f"Got {location!r}; it must be module:name, where the module is what Python imports: "
+            "my_module:name for a file my_module.py in the working directory."
+        )
     if (here := os.getcwd()) not in sys.path:
         sys.path.append(here)
     try:

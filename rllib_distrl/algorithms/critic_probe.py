@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from rllib_distrl.algorithms.inspection import distinct_problems, held_out_runner, sample, score
+from distrl_envs.task import distinct_rows
+from rllib_distrl.algorithms.inspection import held_out_runner, sample, score
 from rllib_distrl.engines.engine import Completion, Request
 from rllib_distrl.env_runners.episodes import play
 from rllib_distrl.maths.advantages import returns_to_go
@@ -45,7 +46,7 @@ def probe_critic(
     """
     runner = held_out_runner(algo, split)
     try:
-        rows = distinct_problems(runner.token_env.unwrapped.task, prefixes)
+        rows = distinct_rows(runner.token_env.unwrapped.task, prefixes)
         groups = sample(algo, runner, rows, 1)
         scored = score(algo, groups, 1)
         episodes = [group[0] for group in groups]

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import ray
 
-from distrl_envs.task import distinct_rows
+from distrl_envs.task import Task, distinct_rows
 from rllib_distrl.algorithms.language_model import runner_weights
 from rllib_distrl.algorithms.sampling import SamplingError
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
@@ -52,7 +52,7 @@ def inspect_policy(
     runner = held_out_runner(algo, split)
     try:
         task = runner.token_env.unwrapped.task
-        chosen = list(rows) if rows is not None else distinct_problems(task, problems)
+        chosen = list(rows) if rows is not None else distinct_rows(task, problems)
         generations = num_generations or runner.rollout["num_generations"]
         groups = sample(algo, runner, chosen, generations)
         tokenizer = runner.token_env.unwrapped.tokenizer
@@ -71,20 +71,12 @@ def held_out_runner(algo: Any, split: str | None) -> Any:
     """
     config = algo.config.copy(copy_frozen=False)
     config.env_runners(num_env_runners=0)
-    if split is not None:
+    made = isinstance(config.env_config.get("task"), Task)  # Such a task has its split.
+    if split is not None or not made:
+        split = split or config.env_config.get("split") or "train"
         config.environment(env_config={**config.env_config, "split": split})
     config.in_evaluation = True  # random numbers apart from those of training
     return CompletionEnvRunner(config=config, worker_index=0)
-
-
-def distinct_problems(task: Any, n: int) -> list[int]:
-    """The first n rows with different problems; all of them where the task holds fewer."""
-    if len(task) > n:
-        return distinct_rows(task, n)
-    first: dict[str, int] = {}
-    for row in range(len(task)):
-        first.setdefault(task.problem(row).key, row)
-    return list(first.values())
 
 
 def sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[list[Any]]:

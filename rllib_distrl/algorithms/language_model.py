@@ -40,10 +40,12 @@ def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[st
     settings = {"max_completion_tokens": rollout.max_completion_tokens, "obs_mode": obs_mode}
     if model.startswith(BUILTIN_PREFIX):
         return settings
+    config = load_config(model).get_text_config()
     return {
         **settings,
         "tokenizer": model,
-        "vocab_size": load_config(model).get_text_config().vocab_size,
+        "vocab_size": config.vocab_size,
+        "window": getattr(config, "max_position_embeddings", None),
         "eos_token_ids": eos_token_ids(_generation_config(model), load_tokenizer(model)),
     }
 

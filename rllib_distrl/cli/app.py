@@ -81,8 +81,8 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Evaluate on this: a preset (gsm8k, math500, aime24, ...), a .jsonl, .parquet or "
-            ".csv file, hf:name/split or an environment id. The recipe's if not given."
+            help="Evaluate on this: a preset (gsm8k, math500, aime24, ...), a .jsonl, .json, "
+            ".parquet or .csv file, hf:name/split or an environment id. The recipe's if not given."
         ),
     ] = None,
     data_dir: Annotated[
@@ -95,6 +95,21 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(help="Divides the logits.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Nucleus; 1 turns it off.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the sampling.")] = None,
+    greedy: Annotated[
+        bool | None, typer.Option("--greedy", help="The most probable tokens; with --n 1.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What grades the data: math (default), code or custom.")
+    ] = None,
+    score: Annotated[str | None, typer.Option(help="module:function of --task custom.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="Published form of the data, such as gsm8k.")
+    ] = None,
+    fields: Annotated[
+        str | None, typer.Option(help="Where the data has what: problem=question,answer=final.")
+    ] = None,
+    on_bad_row: Annotated[str | None, typer.Option(help="error (default) or skip.")] = None,
+    on_long_prompt: Annotated[str | None, typer.Option(help="error (default) or skip.")] = None,
     compare: Annotated[
         list[Path] | None, typer.Option(help="Earlier --out folder to draw as well; repeatable.")
     ] = None,
@@ -107,10 +122,11 @@ def evaluate(
     Data of your own choice: --data. The same command continues an evaluation that was stopped.
     """
     from rllib_distrl.cli.eval import run_eval
-    from rllib_distrl.cli.eval_data import DataOptions, Sampling
+    from rllib_distrl.cli.eval_data import DataOptions, Rows, Sampling
 
-    sampling = Sampling(n, k, problems, max_tokens, temperature, top_p, seed)
-    options = DataOptions(data, data_dir, compare or (), overwrite, sampling)
+    sampling = Sampling(n, k, problems, max_tokens, temperature, top_p, seed, greedy)
+    rows = Rows(task, form, fields, on_bad_row, on_long_prompt, score)
+    options = DataOptions(data, data_dir, compare or (), overwrite, sampling, rows)
     run_eval(target, overrides or [], model=model, out=out, options=options)
 
 

@@ -58,7 +58,7 @@ def probe_checkpoint(run: RunFolder, checkpoint: Path, recipe: Recipe) -> dict[s
         return probe(algo, recipe)
 
 
-def print_critic(console: Console, found: Mapping[str, float]) -> None:
+def print_critic(console: Console, found: Mapping[str, float], split: str) -> None:
     """Prints the table of one critic; nothing where there is none."""
     if not found:
         return
@@ -68,8 +68,9 @@ def print_critic(console: Console, found: Mapping[str, float]) -> None:
     for name, label in _ROWS.items():
         if name in found:
             table.add_row(label, f"{found[name]:.3f}")
+    kind = "training" if split == "train" else "held-out"
     console.print(
-        f"{found['prefixes']} held-out prefixes, {found['continuations']} continuations each:",
+        f"{found['prefixes']} {kind} prefixes, {found['continuations']} continuations each:",
         highlight=False,
         soft_wrap=True,
     )

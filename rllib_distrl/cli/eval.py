@@ -15,7 +15,7 @@ from rllib_distrl.cli.eval_data import DataOptions, run_data_eval
 from rllib_distrl.cli.export import export_checkpoint, find_checkpoint, find_policy
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
-from rllib_distrl.cli.results import print_summary
+from rllib_distrl.cli.results import print_summary, problems_of
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.run_folder import RunFolder
 from rllib_distrl.run_log import write_atomic
@@ -105,10 +105,13 @@ def _measure_and_report(
     with tempfile.TemporaryDirectory(prefix="distrl-eval-") as scratch:
         samples = (out or Path(scratch)) / "samples.parquet"
         result = measure(recipe, model, "Evaluating", console, samples=samples)
-    print_summary(console, result.summary, result.problems, result.samples)
-    print_critic(console, critic or {})
+    measured = {"split": result.split, "scores": list(result.scores)}
+    kind = problems_of(measured)
+    print_summary(console, result.summary, result.problems, result.samples, kind, result.scores)
+    print_critic(console, critic or {}, result.split)
     if out is not None:
         report = {**result.summary, "problems": result.problems, "samples": result.samples}
+        report |= measured
         report |= {"critic": critic} if critic else {}
         write_atomic(out / "eval.json", json.dumps(report, indent=2) + "\n")
         console.print(f"Wrote {out}", highlight=False)

@@ -17,6 +17,7 @@ from rich.table import Table
 from rllib_distrl.cli.eval_progress import EvaluationProgress
 from rllib_distrl.cli.export import export_checkpoint, find_policy
 from rllib_distrl.cli.quiet import hide_loading_bars
+from rllib_distrl.cli.results import shown, unit_of
 from rllib_distrl.recipe import load_recipe
 from rllib_distrl.run_folder import is_run_folder
 
@@ -39,6 +40,7 @@ class Sampling:
         temperature: Divides the logits.
         top_p: Nucleus.
         seed: Of the sampling.
+        greedy: Take the most probable token.
     """
 
     n: int | None = None
@@ -48,6 +50,7 @@ class Sampling:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    greedy: bool | None = None
 
     def given(self) -> dict[str, Any]:
         """The fields of `EvalSettings` that were given.
@@ -63,7 +66,58 @@ class Sampling:
                 raise ValueError(
                     f"--k is {self.k!r}: give whole numbers separated by commas, such as 1,2,4."
                 ) from None
+        if self.temperature == 0:
+            raise ValueError(
+                "--temperature 0 divides by nothing: give --greedy --n 1 for the most probable "
+                "tokens, or a temperature above 0."
+            )
         return values
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of the data are read; the data's own way where None.
+
+    Attributes:
+        task: What grades them: math, code or custom.
+        format: A published form such as gsm8k.
+        fields: `name=path` items, separated by commas.
+        on_bad_row: error or skip.
+        on_long_prompt: error or skip.
+        score: `module:function` of the task custom.
+    """
+
+    task: str | None = None
+    format: str | None = None
+    fields: str | None = None
+    on_bad_row: str | None = None
+    on_long_prompt: str | None = None
+    score: str | None = None
+
+    def given(self) -> list[str]:
+        """The options that were given, as they are written."""
+        return [name.replace("_", "-") for name, value in asdict(self).items() if value is not None]
+
+    def env_config(self) -> dict[str, Any]:
+        """The arguments of the environment that they stand for.
+
+        Raises:
+            ValueError: If the fields are no `name=path` items.
+        """
+        task = {"format": self.format, "on_bad_row": self.on_bad_row, "score": self.score}
+        if self.fields is not None:
+            pairs = [item.partition("=") for item in self.fields.split(",")]
+            if not all(name.strip() and mark and path.strip() for name, mark, path in pairs):
+                raise ValueError(
+                    f"--fields is {self.fields!r}: give problem=NAME,answer=NAME, where NAME is "
+                    "the data's name or a path such as reward_model.ground_truth."
+                )
+            task["fields"] = {name.strip(): path.strip() for name, _, path in pairs}  # type: ignore[assignment]
+        task = {name: value for name, value in task.items() if value is not None}
+        config: dict[str, Any] = {"task_config": task} if task else {}
+        if self.on_long_prompt is not None:
+            config["on_long_prompt"] = self.on_long_prompt
+        return config
 
 
 @dataclass(frozen=True)
@@ -76,6 +130,7 @@ class DataOptions:
         compare: Folders of earlier evaluations to draw into the plot.
         overwrite: Replace another evaluation in the output folder.
         sampling: How to sample.
+        rows: How to read the data.
     """
 
     data: str | None = None
@@ -83,10 +138,12 @@ class DataOptions:
     compare: Sequence[Path] = ()
     overwrite: bool = False
     sampling: Sampling = Sampling()
+    rows: Rows = Rows()
 
     def refuse_without_data(self) -> None:
         """Raises ValueError if an option is given that only `--data` has a use for."""
         given = [name.replace("_", "-") for name in self.sampling.given()]
+        given += self.rows.given()
         given += ["data-dir"] if self.data_dir is not None else []
         given += ["compare"] if self.compare else []
         given += ["overwrite"] if self.overwrite else []
@@ -116,7 +173,12 @@ def run_data_eval(
 
     assert options.data is not None
     _check_compare(options.compare, out)
-    chosen = resolve_data(options.data, options.data_dir)
+    chosen = resolve_data(
+        options.data,
+        options.data_dir,
+        task=options.rows.task or "math",
+        env_config=options.rows.env_config(),
+    )
     with_overrides(chosen.settings, options.sampling.given()).validate()
     hide_loading_bars()
     with _model_of(target, model, console) as name:
@@ -140,12 +202,13 @@ def print_report(console: Console, report: Mapping[str, Any], data: str) -> None
     for column in ("value", "95 % interval"):
         table.add_column(column, justify="right")
     for name, (low, high) in report["intervals"].items():
-        scale, unit = (1, "") if name in _COUNTS else (100, " %")
-        table.add_row(
-            _COUNTS.get(name, name),
-            f"{scale * report[name]:.1f}{unit}",
-            f"{scale * low:.1f} to {scale * high:.1f}",
-        )
+        cells = [report[name], low, high]
+        if name in _COUNTS:
+            value, low, high = (f"{cell:.1f}" for cell in cells)
+        else:
+            value, low, high = (shown(name, cell, report["scores"]) for cell in cells)
+            value += unit_of(name, report["scores"])
+        table.add_row(_COUNTS.get(name, name), value, f"{low} to {high}")
     header = f"{data}: {report['problems']} problems, {report['samples']} samples each"
     console.print(header, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
@@ -161,7 +224,9 @@ def _evaluate(model: str, options: DataOptions, out: Path | None, console: Conso
             options.data,
             options.sampling.given(),
             out,
+            env_config=options.rows.env_config(),
             data_dir=options.data_dir,
+            task=options.rows.task or "math",
             compare=options.compare,
             overwrite=options.overwrite,
             on_progress=report,

@@ -19,6 +19,7 @@ from rllib_distrl.cli.estimates import (
     model_shape,
     runner_memory,
 )
+from rllib_distrl.cli.problems import check_problems
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.recipe import Recipe, load_recipe
 
@@ -53,6 +54,8 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     prompts = _prompt_lengths(config)
     shape = model_shape(load_config(recipe.run.model))
     console = Console()
+    for line in check_problems(recipe, config):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_iteration_table(recipe, updates, prompts))
     console.print(_memory_table(recipe, config, updates, prompts, shape))
     console.print("Estimates: activations and temporary copies vary with the model.", style="dim")

@@ -25,11 +25,15 @@ class Measurement:
         summary: {"avg@64": …, "pass@1": …}, shares in [0, 1].
         problems: Distinct problems.
         samples: Completions per problem.
+        split: Which problems they are.
+        scores: The lowest and the highest score.
     """
 
     summary: dict[str, float]
     problems: int
     samples: int
+    split: str = "test"
+    scores: tuple[float, float] = (0.0, 1.0)
 
 
 def measure(
@@ -64,7 +68,7 @@ def measure(
     result.to_parquet(samples)
     shutil.rmtree(unfinished)
     problems = len(result.frame) // recipe.eval.n
-    return Measurement(result.summary(), problems, recipe.eval.n)
+    return Measurement(result.summary(), problems, recipe.eval.n, recipe.eval.split, result.scores)
 
 
 def evaluation_settings(recipe: Recipe) -> EvalSettings:

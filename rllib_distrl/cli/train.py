@@ -17,6 +17,7 @@ from rllib_distrl.cli.errors import Interrupted
 from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
+from rllib_distrl.cli.problems import check_problems
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.ray_session import check_address
 from rllib_distrl.cli.results import in_one_line, print_before_after
@@ -56,7 +57,7 @@ def run_train(
     """
     silence_libraries()
     console = Console()
-    recipe, path = _check(source, overrides, out, resume, overwrite, console)
+    recipe, path, problems = _check(source, overrides, out, resume, overwrite, console)
     with locked(path), Interrupts(lambda: _announce(console)) as interrupts:
         if resume:
             run = resume_run(path, recipe, sys.argv)
@@ -67,7 +68,7 @@ def run_train(
         checkpoints = TrainingCheckpoints(recipe, run, storage_of(recipe, path), console)
         try:
             checkpoints.copy()
-            _train(checkpoints, interrupts)
+            _train(checkpoints, interrupts, problems)
             checkpoints.copy()
         except Interrupted:
             again = f"distrl train {shlex.quote(str(path))} --resume"
@@ -92,8 +93,8 @@ def _check(
     resume: bool,
     overwrite: bool,
     console: Console,
-) -> tuple[Recipe, Path]:
-    """Returns the recipe and the run folder once nothing speaks against them."""
+) -> tuple[Recipe, Path, list[str]]:
+    """Returns the recipe, the run folder and what to say of the problems, once all is well."""
     if resume and overwrite:
         raise ValueError("--resume continues a run and --overwrite deletes it: give one of them.")
     recipe, path = _locate(source, overrides, out, resume)
@@ -104,11 +105,11 @@ def _check(
         check_free(path, overwrite=overwrite)
         if storage is not None and not overwrite:
             storage.check_free()
-    recipe.build_config()
+    config = recipe.build_config()
     check_address()
     connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
-    return recipe, path
+    return recipe, path, check_problems(recipe, config)
 
 
 def _locate(
@@ -143,10 +144,12 @@ def _run_to_resume(
     return open_run(path)
 
 
-def _train(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -> None:
+def _train(
+    checkpoints: TrainingCheckpoints, interrupts: Interrupts, problems: Sequence[str]
+) -> None:
     recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
     results = run.read_eval()
-    _print_header(recipe, run, console)
+    _print_header(recipe, run, problems, console)
     if not results and recipe.eval.before:
         results = _measured(recipe, run, "before", {}, console)
     if train_and_export(checkpoints, interrupts) or not results.get("after"):
@@ -162,6 +165,8 @@ def _measured(
     model = recipe.run.model if when == "before" else run.model
     samples = run.samples / f"{when}.parquet"
     measured = measure(recipe, model, f"Evaluating {when} training", console, samples=samples)
+    low, high = measured.scores
+    earlier = results.get("scores", [low, high])
     results = {
         "before": None,
         "after": None,
@@ -169,20 +174,26 @@ def _measured(
         when: measured.summary,
         "problems": measured.problems,
         "samples": measured.samples,
+        "split": measured.split,
+        "scores": [min(low, earlier[0]), max(high, earlier[-1])],
     }
     run.write_eval(results)
-    line = f"{when.capitalize()} training: {in_one_line(measured.summary)}"
+    line = f"{when.capitalize()} training: {in_one_line(measured.summary, measured.scores)}"
     _print(console, line)
     return results
 
 
-def _print_header(recipe: Recipe, run: RunFolder, console: Console) -> None:
+def _print_header(
+    recipe: Recipe, run: RunFolder, problems: Sequence[str], console: Console
+) -> None:
     _print(
         console,
         f"{recipe.run.algorithm} on {recipe.env_id} with {recipe.run.model}: "
         f"{Goal.of(recipe.run)} of {recipe.rollout.prompts_per_iteration} prompts x "
         f"{recipe.rollout.num_generations} completions, seed {recipe.run.seed}",
     )
+    for line in problems:
+        _print(console, line)
     _print(console, f"Run folder: {run.path}")
 
 

@@ -179,8 +179,9 @@ def _write_tokens(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -
 
     if not recipe.eval.token_problems:
         return
+    split = "train" if recipe.eval.split == "train" else "validation"
     try:
-        table = inspect_policy(algo, problems=recipe.eval.token_problems, split="validation")
+        table = inspect_policy(algo, problems=recipe.eval.token_problems, split=split)
     except (RuntimeError, ValueError) as error:
         warn(console, f"No token table for `distrl view`: {error}")
         return

@@ -1,5 +1,6 @@
 """An env runner that generates whole completions, then replays them through the env."""
 
+import logging
 import os
 import socket
 import time
@@ -15,7 +16,7 @@ from ray.rllib.env.single_agent_env_runner import SingleAgentEnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from distrl_envs.task import TaskError
+from distrl_envs.task import Task, TaskError
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.token_env import Verdict
 from distrl_envs.user_code import named, report
@@ -25,6 +26,8 @@ from rllib_distrl.engines.make_engine import make_engine
 from rllib_distrl.env_runners.episodes import build_episode, play, play_watched
 from rllib_distrl.env_runners.pools import pool_metrics
 from rllib_distrl.stages.prompt_samplers import PromptRequest
+
+logger = logging.getLogger(__name__)
 
 GENERATION_TIMER = "generation_timer"
 GRADING_TIMER = "grading_timer"
@@ -121,6 +124,26 @@ def process_name() -> str:
     return f"pid {os.getpid()} on {socket.gethostname()}"
 
 
+def _off_training_problems(config: Any) -> Any:
+    """The settings of an evaluation, on the validation split unless they name another.
+
+    RLlib evaluates on the env of training, whose split is the one that is trained on.
+    """
+    if "split" in config.env_config:
+        return config
+    task = config.env_config.get("task")
+    if isinstance(task, Task):
+        if task.split == "train":
+            logger.warning(
+                "The evaluation asks training problems: env_config holds a finished task with "
+                "split = 'train'. Give the evaluation one of its own: evaluation_config = "
+                "{'env_config': {'task': ...}}."
+            )
+        return config
+    config = config.copy(copy_frozen=False)
+    return config.environment(env_config={**config.env_config, "split": "validation"})
+
+
 class CompletionEnvRunner(SingleAgentEnvRunner):
     """Samples completions with a rollout engine and returns RLlib's own episodes.
 
@@ -136,6 +159,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     def __init__(self, *, config: Any, **kwargs: Any):
         """Builds env, module and engine as ``config`` says."""
         torch.set_num_threads(int(config.model_config["rollout"]["torch_threads"]))
+        if config.in_evaluation:
+            config = _off_training_problems(config)
         super().__init__(config=config, **kwargs)
         self.rollout = config.model_config["rollout"]
         # The local runner beside remote ones has no env, and nothing to sample.
@@ -298,7 +323,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             return  # What a wrapper has cut has no grade.
         grades = [episode.infos[-1]["grade"] for episode in episodes]
         for start in range(0, len(grades), generations):
-            pool = pool_metrics(grades[start : start + generations], equivalent)
+            some = grades[start : start + generations]
+            pool = pool_metrics(some, equivalent, votes=task.names_answers)
             for name, value in pool.items():
                 self.metrics.log_value(name, value, reduce="mean")
 

@@ -1,8 +1,10 @@
 """The evaluation loop: problems in, graded samples out, in bounded memory and resumable."""
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from rllib_distrl.evaluation.result import EvalResult
 from rllib_distrl.evaluation.settings import EvalSettings, Progress
 from rllib_distrl.evaluation.store import SCHEMA, SampleStore
 from rllib_distrl.evaluation.summary import Equivalence
-from rllib_distrl.models.loading import eos_token_ids, load_model
+from rllib_distrl.models.loading import eos_token_ids, load_config, load_model
 
 BUILTIN_PREFIX = "builtin:"
 ENGINES = ("torch",)
@@ -55,7 +57,8 @@ def evaluate_model(
 
     Problems are worked on a chunk at a time, so that memory does not grow with their number.
     With ``out``, each finished chunk is on disk before the next begins, and a later call with
-    the same arguments continues after the last one. A sample's randomness is addressed by
+    the same arguments continues after the last one; samples whose gold or grader has changed
+    since are graded anew. A sample's randomness is addressed by
     (seed, row, sample), so it does not matter in which process it is drawn. The score is the
     grade's; step rewards of tasks that have them are not part of it.
 
@@ -76,8 +79,10 @@ def evaluate_model(
         The graded samples.
 
     Raises:
-        ValueError: settings out of bounds, an unknown environment or engine, prompts too long for
-            the model's window, or ``out`` holding another evaluation.
+        ValueError: settings out of bounds, an unknown environment or engine, a task that serves
+            another split than the settings name (training problems are asked only where
+            ``split="train"``), prompts too long for the model's window, or ``out`` holding
+            another evaluation.
     """
     settings = settings or EvalSettings()
     settings.validate()
@@ -85,6 +90,7 @@ def evaluate_model(
         raise ValueError(f"engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}.")
     env = _make_env(env_id, _env_arguments(model, env_config or {}, settings))
     try:
+        _check_split(env.get_wrapper_attr("task"), settings.split)
         loaded = _load(model, settings) if isinstance(model, str) else model
         run = _Evaluation(loaded, env.unwrapped, settings, engine)
         info = {"env_id": env_id, "env_config": _plain(env_config or {}), **run.identity()}
@@ -146,6 +152,34 @@ class _Evaluation:
                 return f"problem {prompted.position} was {key!r} and is {now!r}"
         return ""
 
+    def is_stale(self, position: int, grading: str | None) -> bool:
+        """Whether a stored grade is one of another gold or grader."""
+        return position < len(self.prompted) and grading != self._gradings[position]
+
+    def grade_anew(self, records: list[dict[str, Any]]) -> int:
+        """Grades stored samples again whose gold or grader is another now; how many they were.
+
+        The records are changed in place.
+        """
+        stale = [
+            (record, self.prompted[record["problem"]].problem)
+            for record in records
+            if self.is_stale(record["problem"], record["grading"])
+        ]
+        grades = self.task.grade_many(
+            [problem for _, problem in stale],
+            [record["completion"] for record, _ in stale],
+            [record["finish_reason"] == "length" for record, _ in stale],
+        )
+        for (record, _), grade in zip(stale, grades, strict=True):
+            record |= _graded(grade, self._gradings[record["problem"]])
+        return len(stale)
+
+    @cached_property
+    def _gradings(self) -> list[str]:
+        """What identifies the grading of each problem."""
+        return [self.task.grading_key(prompted.problem) for prompted in self.prompted]
+
     def parts(
         self, finished: Collection[int], on_progress: ProgressCallback | None
     ) -> Iterator[list[dict[str, Any]]]:
@@ -181,7 +215,7 @@ class _Evaluation:
         truncated = [c.finish_reason == "length" for c in completions]
         grades = grades_of(self.task, [p.problem for p, _ in jobs], texts, truncated)
         return [
-            _record(*job, completion, text, grade)
+            _record(*job, completion, text) | _graded(grade, self._gradings[job[0].position])
             for job, completion, text, grade in zip(jobs, completions, texts, grades, strict=True)
         ]
 
@@ -193,6 +227,11 @@ def _sample_to_disk(
     finished = store.finished()
     if changed := run.changed(finished):
         finished = store.forget(f"holds samples of other data: {changed}")
+    if regraded := store.update(run.is_stale, run.grade_anew):
+        print(
+            f"Graded {regraded:,} stored samples anew: their gold or the grader has changed.",
+            file=sys.stderr,
+        )
     for part in run.parts(finished, on_progress):
         store.write(part)
     frame = store.light_frame()
@@ -200,10 +239,18 @@ def _sample_to_disk(
     return frame.loc[wanted].reset_index(drop=True)
 
 
-def _record(
-    prompted: Prompted, sample: int, completion: Completion, text: str, grade: Grade
-) -> dict[str, Any]:
-    """One row of `store.SCHEMA`."""
+def _graded(grade: Grade, grading: str) -> dict[str, Any]:
+    """The columns of `store.SCHEMA` that a grade decides."""
+    return {
+        "status": grade.status,
+        "score": float(grade.score),
+        "answer": grade.answer,
+        "grading": grading,
+    }
+
+
+def _record(prompted: Prompted, sample: int, completion: Completion, text: str) -> dict[str, Any]:
+    """One row of `store.SCHEMA`, its grade aside."""
     collapsed = " ".join(text.split())
     return {
         "problem": prompted.position,
@@ -216,9 +263,6 @@ def _record(
         "text_hash": blake2b(collapsed.encode(), digest_size=8).hexdigest(),
         "tokens": len(completion.tokens),
         "finish_reason": completion.finish_reason,
-        "status": grade.status,
-        "score": float(grade.score),
-        "answer": grade.answer,
         "logp_sum": float(completion.logps.sum(dtype="float64")),
     }
 
@@ -234,7 +278,19 @@ def _env_arguments(
         arguments["max_completion_tokens"] = settings.max_tokens
     if isinstance(model, str) and not model.startswith(BUILTIN_PREFIX):
         arguments.setdefault("tokenizer", model)
+    if arguments.get("on_long_prompt") == "skip":
+        arguments.setdefault("window", _window(model))
     return arguments
+
+
+def _check_split(task: Task, split: str) -> None:
+    """Refuses an evaluation on another split than the settings name."""
+    if task.split != split:
+        raise ValueError(
+            f"The task {task.name!r} serves the split {task.split!r}, but the evaluation asks for "
+            f"{split!r}. Make the task with split={split!r} (a task of your own sets self.split), "
+            f"or say so: split={task.split!r} in EvalSettings, eval.split in a recipe."
+        )
 
 
 def _make_env(env_id: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
@@ -249,7 +305,7 @@ def _make_env(env_id: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
 
 def _prompts(env: Any, count: int) -> list[Prompted]:
     """The first ``count`` distinct problems, or all of a smaller data set."""
-    rows = distinct_rows(env.task, min(count, len(env.task)))
+    rows = distinct_rows(env.task, count)
     prompted = []
     for position, row in enumerate(rows):
         _, info = env.reset(options={"row": row})
@@ -258,13 +314,22 @@ def _prompts(env: Any, count: int) -> list[Prompted]:
 
 
 def _check_window(model: PreTrainedModel, prompted: Sequence[Prompted], max_tokens: int) -> None:
-    window = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    window = _window(model)
     longest = max(len(p.prompt_ids) for p in prompted)
     if window is not None and longest + max_tokens > window:
+        skip = (
+            "leave such problems out (on_long_prompt='skip' in env_config, --on-long-prompt skip)"
+        )
+        lower = f"set max_tokens to at most {window - longest}, or " if longest < window else ""
         raise ValueError(
             f"the longest prompt ({longest} tokens) and max_tokens ({max_tokens}) exceed the "
-            f"model's window of {window} tokens: set max_tokens to at most {window - longest}."
+            f"model's window of {window} tokens: {lower}{skip}."
         )
+
+
+def _window(model: str | PreTrainedModel) -> int | None:
+    config = load_config(model) if isinstance(model, str) else model.config
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _torch_engine(

@@ -14,10 +14,18 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from distrl_envs.data_files import READERS
 from rllib_distrl.evaluation.settings import EvalSettings
 
 MATH_ENV_ID = "distrl_envs:distrl/Math-v0"
-FILE_ENDINGS = (".jsonl", ".parquet", ".csv")
+ENV_IDS = {
+    "math": MATH_ENV_ID,
+    "code": "distrl_envs:distrl/Code-v0",
+    "custom": "distrl_envs:distrl/Custom-v0",
+}
+"""What grades the rows of a file, by the task's name."""
+_DATA_ENVS = {id_.rpartition("/")[2]: task for task, id_ in ENV_IDS.items()}
+FILE_ENDINGS = tuple(READERS)
 LARGEST = 1_000_000
 """More problems than any data set has: all of them."""
 
@@ -109,13 +117,23 @@ class EvalData:
     settings: EvalSettings
 
 
-def resolve_data(data: str, data_dir: Path | str | None = None) -> EvalData:
+def resolve_data(
+    data: str,
+    data_dir: Path | str | None = None,
+    *,
+    task: str = "math",
+    env_config: Mapping[str, Any] | None = None,
+) -> EvalData:
     """Finds the environment that a name, a file or an id stands for.
 
     Args:
-        data: a preset's name, a ``.jsonl``, ``.parquet`` or ``.csv`` file with fields ``problem``
-            and ``answer``, ``hf:name/split``, or an environment id.
+        data: a preset's name, a file (``.jsonl``, ``.json``, ``.parquet`` or ``.csv``) with fields
+            ``problem`` and ``answer``, ``hf:name/split``, or an environment id. A file or hub
+            split is asked whole, as the test split that it then is.
         data_dir: folder with the presets' files, instead of the Hugging Face hub.
+        task: what grades a file or hub split: "math", "code" or "custom".
+        env_config: further arguments of the environment; those of ``task_config`` are added to
+            what the data stand for.
 
     Returns:
         Environment and settings.
@@ -123,15 +141,35 @@ def resolve_data(data: str, data_dir: Path | str | None = None) -> EvalData:
     Raises:
         ValueError: a file that does not exist, or a name that is none of these.
     """
+    env_config = env_config or {}
+    found = _resolve(data, data_dir, task, env_config)
+    given = {**found.env_config.get("task_config", {}), **env_config.get("task_config", {})}
+    if "format" in given and "fields" not in env_config.get("task_config", {}):
+        given.pop("fields", None)
+    merged = {**found.env_config, **env_config}
+    return replace(found, env_config=merged | ({"task_config": given} if given else {}))
+
+
+def _resolve(
+    data: str, data_dir: Path | str | None, task: str, env_config: Mapping[str, Any]
+) -> EvalData:
+    if task not in ENV_IDS:
+        raise ValueError(f"task {task!r} does not grade data: choose one of {', '.join(ENV_IDS)}.")
     if data in PRESETS:
         return _preset_data(data, PRESETS[data], data_dir)
     if data.startswith("hf:"):
-        return EvalData(data, MATH_ENV_ID, _math_config(data), BROAD_SETTINGS)
-    if data.endswith(FILE_ENDINGS):
+        return EvalData(data, ENV_IDS[task], _data_config(data), BROAD_SETTINGS)
+    if Path(data).suffix.lower() in FILE_ENDINGS:
         _check_file(Path(data), "give a path that exists")
-        return EvalData(Path(data).stem, MATH_ENV_ID, _math_config(data), BROAD_SETTINGS)
+        return EvalData(Path(data).stem, ENV_IDS[task], _data_config(data), BROAD_SETTINGS)
     if re.search(r"-v\d+$", data):
         name = data.rsplit(":", 1)[-1].rsplit("/", 1)[-1]
+        if name in _DATA_ENVS and not env_config.get("task_config", {}).get("data"):
+            raise ValueError(
+                f"{data} needs problems: give a file or hf:name/split as --data, with --task "
+                f"{_DATA_ENVS[name]} where it is not mathematics; from Python also "
+                "env_config={'task_config': {'data': ...}}."
+            )
         return EvalData(name, data, {}, EvalSettings())
     near = get_close_matches(data, PRESETS, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -168,19 +206,19 @@ def with_overrides(settings: EvalSettings, overrides: Mapping[str, Any]) -> Eval
 
 def _preset_data(name: str, preset: Preset, data_dir: Path | str | None) -> EvalData:
     if data_dir is None:
-        config = _math_config(f"hf:{preset.hub}", preset.hub_fields, preset.gold_pattern)
+        config = _data_config(f"hf:{preset.hub}", preset.hub_fields, preset.gold_pattern)
     else:
         path = Path(data_dir) / preset.file
         _check_file(path, f"put a copy of {preset.hub} there, or leave the folder out")
-        config = _math_config(str(path))
+        config = _data_config(str(path))
     return EvalData(name, MATH_ENV_ID, config, preset.settings)
 
 
-def _math_config(
+def _data_config(
     data: str, names: Mapping[str, str] | None = None, gold_pattern: str | None = None
 ) -> dict[str, Any]:
-    """Arguments of the Math environment."""
-    task: dict[str, Any] = {"data": data}
+    """Arguments of an environment that asks all of some data, as the test split that it is."""
+    task: dict[str, Any] = {"data": {"test": data}}
     if names is not None:
         task["fields"] = dict(names)
     if gold_pattern is not None:

@@ -16,6 +16,7 @@ from rllib_distrl.evaluation.store import (
     LIGHT_COLUMNS,
     SCHEMA,
     load_samples,
+    read_part,
     sample_parts,
     write_text,
 )
@@ -66,6 +67,12 @@ class EvalResult:
         means = dict(zip(problems.columns, problems.to_numpy().mean(axis=0).tolist(), strict=True))
         return {name: mean for name, mean in means.items() if name.startswith(wanted)}
 
+    @property
+    def scores(self) -> tuple[float, float]:
+        """The lowest and the highest score; outside of [0, 1] they are numbers, no shares."""
+        scores = self.frame["score"].to_numpy()
+        return float(scores.min()), float(scores.max())
+
     def per_problem(self, k: Sequence[int] | None = None, *, votes: bool = True) -> pd.DataFrame:
         """One row per problem: see `summary.per_problem`."""
         return per_problem(
@@ -98,7 +105,7 @@ class EvalResult:
                 writer.write_table(pa.Table.from_pandas(self.frame, SCHEMA, preserve_index=False))
                 return
             for part in sample_parts(self.folder):
-                writer.write_table(pq.read_table(part, schema=SCHEMA))
+                writer.write_table(read_part(part, SCHEMA.names).cast(SCHEMA))
 
     def _ks(self, k: Sequence[int] | None) -> tuple[int, ...]:
         return self.settings.ks if k is None else tuple(k)

@@ -25,6 +25,7 @@ def run_evaluation(
     *,
     env_config: Mapping[str, Any] | None = None,
     data_dir: Path | str | None = None,
+    task: str = "math",
     engine: str | RolloutEngine = "torch",
     compare: Sequence[Path | str] = (),
     label: str | None = None,
@@ -43,6 +44,7 @@ def run_evaluation(
         out: folder to write; nothing is written when None.
         env_config: further arguments of the environment.
         data_dir: folder with the presets' files, instead of the hub.
+        task: what grades a file: "math", "code" or "custom".
         engine: "torch" or an engine.
         compare: folders of earlier evaluations to draw into the plot.
         label: name of this one in the plot; the folder's by default.
@@ -55,14 +57,14 @@ def run_evaluation(
     Raises:
         ValueError: bad input, before anything is generated.
     """
-    chosen = resolve_data(data, data_dir)
+    chosen = resolve_data(data, data_dir, task=task, env_config=env_config)
     if not isinstance(settings, EvalSettings):
         settings = with_overrides(chosen.settings, settings or {})
     others = {Path(folder).name: load_result(folder) for folder in compare}
     result = evaluate_model(
         model,
         chosen.env_id,
-        {**chosen.env_config, **(env_config or {})},
+        chosen.env_config,
         settings,
         out=out,
         engine=engine,

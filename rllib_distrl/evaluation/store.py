@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ SCHEMA = pa.schema(
         ("score", pa.float64()),
         ("answer", pa.string()),
         ("logp_sum", pa.float64()),
+        ("grading", pa.string()),  # Of the gold and the grader; another one, another grade.
     ]
 )
 TEXT_COLUMNS = ("prompt", "completion", "token_ids")
@@ -90,10 +91,28 @@ class SampleStore:
             The part's path, named after its first problem.
         """
         path = self.samples / f"part-{records[0]['problem']:06d}.parquet"
-        partial = path.with_suffix(f".tmp{os.getpid()}")
-        pq.write_table(pa.Table.from_pylist(list(records), SCHEMA), partial, compression="zstd")
-        os.replace(partial, path)
+        _write(path, records)
         return path
+
+    def update(
+        self,
+        is_stale: Callable[[int, str | None], bool],
+        grade_anew: Callable[[list[dict[str, Any]]], int],
+    ) -> int:
+        """Grades samples anew, each part in one step; how many they were.
+
+        Args:
+            is_stale: says of a problem's position and a stored `grading` whether it is outdated.
+            grade_anew: changes the records of a part in place and returns how many.
+        """
+        total = 0
+        for part in sample_parts(self.folder):
+            stored = read_part(part, ["problem", "grading"]).to_pydict()
+            if any(map(is_stale, stored["problem"], stored["grading"])):
+                records = read_part(part, SCHEMA.names).to_pylist()
+                total += grade_anew(records)
+                _write(part, records)
+        return total
 
     def forget(self, reason: str) -> dict[int, str]:
         """Removes every sample if overwriting is allowed.
@@ -134,12 +153,30 @@ def load_samples(folder: Path | str, columns: Sequence[str] | None = None) -> pd
     """
     wanted = list(SCHEMA.names if columns is None else columns)
     order = [name for name in ("problem", "sample") if name not in wanted]
-    tables = [pq.read_table(part, columns=wanted + order) for part in sample_parts(folder)]
+    tables = [read_part(part, wanted + order) for part in sample_parts(folder)]
     if not tables:
         return SCHEMA.empty_table().select(wanted).to_pandas()
     frame = pa.concat_tables(tables).to_pandas()
     frame = frame.sort_values(["problem", "sample"], kind="stable", ignore_index=True)
     return frame[wanted]
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    """Writes a part in one step."""
+    partial = path.with_suffix(f".tmp{os.getpid()}")
+    pq.write_table(pa.Table.from_pylist(list(records), SCHEMA), partial, compression="zstd")
+    os.replace(partial, path)
+
+
+def read_part(part: Path, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a part; those that an earlier version did not write are empty."""
+    there = set(pq.read_schema(part).names)
+    table = pq.read_table(part, columns=[name for name in columns if name in there])
+    for name in columns:
+        if name not in there:
+            kind = SCHEMA.field(name).type
+            table = table.append_column(name, pa.nulls(len(table), kind))
+    return table.select(list(columns))
 
 
 def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
@@ -18,7 +19,8 @@ from rllib_distrl.maths.pass_k import (
     passes,
 )
 
-NO_ANSWER = "no_answer"
+CORRECT, WRONG, NO_ANSWER = "correct", "wrong", "no_answer"
+SAME = 1e-9
 TRUNCATED = "length"
 
 
@@ -28,7 +30,7 @@ class SampleTable:
     Attributes:
         frame: the samples, sorted by problem and sample.
         n: samples per problem.
-        scores: (P, n) in [0, 1].
+        scores: (P, n), usually in [0, 1].
     """
 
     def __init__(self, frame: pd.DataFrame):
@@ -53,14 +55,30 @@ class SampleTable:
         return self.frame[column].to_numpy().reshape(-1, self.n)
 
     @property
+    def passed(self) -> npt.NDArray[np.bool_]:
+        """(P, n) which samples count for pass@k: those that were graded correct."""
+        if "status" not in self.frame:
+            return passes(self.scores)
+        return self._arranged("status") == CORRECT
+
+    @property
     def correct(self) -> np.ndarray:
         """(P,) passing samples of each problem."""
-        return passes(self.scores).sum(axis=1)
+        return self.passed.sum(axis=1)
 
     @property
     def graded(self) -> bool:
-        """Whether some score lies strictly between 0 and 1."""
-        return bool(((self.scores > 0) & ~passes(self.scores)).any())
+        """Whether some score is neither 0 nor 1, or 1 and not correct, or correct and not 1."""
+        return bool((np.abs(self.scores - self.passed) > SAME).any())
+
+    @property
+    def has_votes(self) -> bool:
+        """Whether the task's grades name answers, without which there is no majority."""
+        if "status" not in self.frame:
+            return True
+        decided = self.frame["status"].isin((CORRECT, WRONG)).to_numpy()
+        named = self.frame["answer"].notna().to_numpy()
+        return bool(not decided.any() or (decided & named).any())
 
     def majority(self, ks: Sequence[int], equivalent: Equivalence | None = None) -> FloatArray:
         """(P, len(ks)) maj@k of each problem; answers vote where they are not missing."""
@@ -74,7 +92,7 @@ class SampleTable:
     def distinct(self, by: Literal["answer", "completion"]) -> FloatArray:
         """(P,) distinct correct solutions, told apart by normalised answer or by their text."""
         column = self._arranged("answer" if by == "answer" else "text_hash")
-        marks = passes(self.scores)
+        marks = self.passed
         counts = [distinct_correct(s, m) for s, m in zip(column.tolist(), marks, strict=True)]
         return np.asarray(counts, dtype=np.float64)
 
@@ -117,8 +135,9 @@ def per_problem(
         equivalent: compares normalised answers in votes; equality when None.
 
     Returns:
-        avg@n, pass@k and maj@k per k (best@k too when some score is strictly between 0 and 1),
-        distinct_correct, truncated and unparsable shares, tokens.
+        avg@n, pass@k and, where grades name answers, maj@k per k (best@k too where scores are more
+        than 1 for what is correct and 0 for the rest), distinct_correct, truncated and unparsable
+        shares, tokens.
 
     Raises:
         ValueError: a k above n, or problems with different numbers of samples.
@@ -128,7 +147,7 @@ def per_problem(
     columns |= {f"pass@{k}": pass_at_k(table.n, table.correct, k) for k in ks}
     if table.graded:
         columns |= {f"best@{k}": best_at_k(table.scores, k) for k in ks}
-    if votes:
+    if votes and table.has_votes:
         majority = table.majority(ks, equivalent)
         columns |= {f"maj@{k}": majority[:, j] for j, k in enumerate(ks)}
     columns["distinct_correct"] = table.distinct(distinct_by)
@@ -159,7 +178,8 @@ def summarise(
 
     Returns:
         ``{"avg@64": 0.41, "pass@1": …, …, "problems": 200, "samples": 64, "status": {…},
-        "intervals": {"avg@64": [low, high], …}}``; shares and probabilities in [0, 1].
+        "scores": [lowest, highest], "intervals": {"avg@64": [low, high], …}}``; shares and
+        probabilities in [0, 1].
     """
     problems = per_problem(frame, ks, distinct_by=distinct_by, equivalent=equivalent)
     low, high = bootstrap_interval(problems.to_numpy(), level=level, seed=seed)
@@ -167,6 +187,8 @@ def summarise(
     result: dict[str, Any] = dict(zip(problems.columns, means, strict=True))
     result["problems"] = len(problems)
     result["samples"] = len(frame) // len(problems)
+    scores = frame["score"].to_numpy()
+    result["scores"] = [float(scores.min()), float(scores.max())]
     result["status"] = dict(Counter(frame["status"].tolist()).most_common())
     result["intervals"] = {name: [float(low[j]), float(high[j])] for j, name in enumerate(problems)}
     return result

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
+from distrl_envs.task import distinct_rows
 from rllib_distrl.algorithms.critic_probe import probe_critic
-from rllib_distrl.algorithms.inspection import distinct_problems, held_out_runner
+from rllib_distrl.algorithms.inspection import held_out_runner
 from rllib_distrl.env_runners.completion_env_runner import PromptRequest
 from tests.golden.curve import EvenDigits
 from tests.helpers import distrl_config
@@ -23,7 +24,7 @@ def cold():
 def test_the_error_is_that_of_the_mean_return_of_continuations(cold):
     found = probe_critic(cold, prefixes=6, continuations=3, split=None)
     runner = held_out_runner(cold, None)
-    rows = distinct_problems(runner.token_env.unwrapped.task, 6)
+    rows = distinct_rows(runner.token_env.unwrapped.task, 6)
     report = runner.sample_prompts([PromptRequest(row, 0) for row in rows], 1)
     runner.stop()
     returns = torch.tensor([episode.get_return() for episode in report.episodes])

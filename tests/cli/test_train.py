@@ -136,7 +136,9 @@ def test_the_run_folder_is_complete(finished: tuple[Path, str, str]) -> None:
 
 def test_eval_json(finished: tuple[Path, str, str]) -> None:
     results = json.loads((finished[0] / "eval.json").read_text())
-    assert results.keys() == {"before", "after", "critic", "problems", "samples"}
+    assert results.keys() == {
+        "before", "after", "critic", "problems", "samples", "split", "scores"
+    }  # fmt: skip
     assert results["critic"]["prefixes"] == 8
     assert results["critic"]["continuations"] == 2
     assert {"quantile_state_rmse", "quantile_coverage_50"} <= results["critic"].keys()
@@ -232,6 +234,7 @@ def test_eval_and_export_of_run_and_checkpoint(
     written = json.loads((run / "eval.json").read_text())
     expected = {**written["after"], "critic": written["critic"]}
     report = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert report.pop("split") == "test" and len(report.pop("scores")) == 2
     assert report == {**expected, "problems": 10, "samples": 8}
     other = CliRunner().invoke(
         app, ["eval", str(run / "recipe.toml"), "--model", str(run / "model")]

@@ -1,11 +1,14 @@
 import json
 import pickle
+import re
 import sys
+from hashlib import blake2b
 
 import gymnasium
 import pytest
 
 from distrl_envs import TokenEnv
+from distrl_envs.task import SPLITS, distinct_rows
 from distrl_envs.tasks import make_task
 from distrl_envs.tasks.custom import ScoreError
 
@@ -28,6 +31,11 @@ number = 3
 """
 
 
+def make_whole(name, **config):
+    """A task whose training split is all of its file."""
+    return make_task(name, holdout=0.0, **config)
+
+
 @pytest.fixture
 def math_file(tmp_path):
     return _write(tmp_path / "math.jsonl", MATH)
@@ -42,7 +50,7 @@ def scores(tmp_path, monkeypatch):
 
 
 def test_math_grades_and_asks_for_what_it_grades(math_file):
-    task = make_task("math", data=str(math_file))
+    task = make_whole("math", data=str(math_file))
     problem = task.problem(3)
     assert problem.data["answer"] == ("6",)
     assert task.instruction(problem).startswith("3 + 3?")
@@ -53,7 +61,7 @@ def test_math_grades_and_asks_for_what_it_grades(math_file):
 
 
 def test_answers_that_mean_the_same_vote_together(math_file):
-    task = make_task("math", data=str(math_file), timeout=1.0)
+    task = make_whole("math", data=str(math_file), timeout=1.0)
     assert task.same_answer(r"\sqrt{8}", r"2\sqrt{2}")
     assert not task.same_answer(r"\sqrt{8}", r"3\sqrt{2}")
     assert not task.same_answer("9^{9^{9^{9}}}", "1")  # Undecided is not the same.
@@ -61,12 +69,12 @@ def test_answers_that_mean_the_same_vote_together(math_file):
 
 def test_prompt_and_pattern_cannot_disagree(math_file):
     with pytest.raises(ValueError, match="instruction"):
-        make_task("math", data=str(math_file), answer_pattern="Answer: (.*)")
+        make_whole("math", data=str(math_file), answer_pattern="Answer: (.*)")
     with pytest.raises(ValueError, match="boxed"):
-        make_task("math", data=str(math_file), instruction="{problem} Be brief.")
+        make_whole("math", data=str(math_file), instruction="{problem} Be brief.")
     with pytest.raises(ValueError, match="problem"):
-        make_task("math", data=str(math_file), instruction="Box it: \\boxed{}")
-    task = make_task(
+        make_whole("math", data=str(math_file), instruction="Box it: \\boxed{}")
+    task = make_whole(
         "math", data=str(math_file), answer_pattern=r"Answer: (\d+)",
         instruction="{problem} End with 'Answer: ' and the number.",
     )  # fmt: skip
@@ -80,7 +88,7 @@ def test_any_of_several_golds_is_right(tmp_path):
         {"problem": "huge", "answer": ["9^{9^{9^{9}}}", "1"]},
     ]
     path = _write(tmp_path / "several.jsonl", rows)
-    task = make_task("math", data=str(path), timeout=1.0)
+    task = make_whole("math", data=str(path), timeout=1.0)
     problems = [task.problem(row) for row in (0, 0, 0, 1, 1, 2, 2)]
     answers = ["2", "-1.0", "3", "5", "2", "1", "9^{9^{9^{8}}}"]
     texts = [rf"\boxed{{{answer}}}" for answer in answers]
@@ -95,7 +103,7 @@ def test_lists_of_golds_are_checked_like_golds(tmp_path):
             {"problem": "e", "answer": ["1", "2"]}, {"problem": "e", "answer": ["2", "1.0"]},
             {"problem": "f", "answer": ["1", "2"]}, {"problem": "f", "answer": "1"}]  # fmt: skip
     with pytest.raises(ValueError) as caught:
-        make_task("math", data=str(_write(tmp_path / "bad.jsonl", rows)))
+        make_whole("math", data=str(_write(tmp_path / "bad.jsonl", rows)))
     faults = str(caught.value).splitlines()
     assert "6 faults" in faults[0]
     expected = [
@@ -111,37 +119,78 @@ def test_gold_pattern(tmp_path):
     path = _write(tmp_path / "gsm.jsonl", rows)
     pattern = r"####\s*(.+?)\s*$"
     with pytest.raises(ValueError, match=r"gsm.jsonl:2: .*gold_pattern"):
-        make_task("math", data=str(path), gold_pattern=pattern)
-    task = make_task("math", data=str(path), gold_pattern=pattern, on_bad_row="skip")
+        make_whole("math", data=str(path), gold_pattern=pattern)
+    task = make_whole("math", data=str(path), gold_pattern=pattern, on_bad_row="skip")
     assert task.problem(0).data["answer"] == ("6",)
 
 
 def test_equal_golds_written_differently_are_no_conflict(tmp_path):
     same = [{"problem": "half", "answer": "1/2"}, {"problem": "half", "answer": "0.5"}]
-    assert len(make_task("math", data=str(_write(tmp_path / "a.jsonl", same)))) == 2
+    assert len(make_whole("math", data=str(_write(tmp_path / "a.jsonl", same)))) == 2
     other = [*same, {"problem": "half", "answer": "2"}]
     with pytest.raises(ValueError, match="3 faults"):
-        make_task("math", data=str(_write(tmp_path / "b.jsonl", other)))
+        make_whole("math", data=str(_write(tmp_path / "b.jsonl", other)))
 
 
-def test_holdout_splits_by_problem(math_file):
-    parts = {split: make_task("math", data=str(math_file), split=split, holdout=0.3)
-             for split in ("train", "validation")}  # fmt: skip
+def test_three_splits_by_a_hash_of_the_problem(math_file):
+    parts = {split: make_task("math", data=str(math_file), split=split) for split in SPLITS}
     keys = {split: {task.problem(row).key for row in range(len(task))}
             for split, task in parts.items()}  # fmt: skip
-    assert keys["train"] | keys["validation"] == {row["problem"] for row in MATH}
-    assert not keys["train"] & keys["validation"]
-    assert 4 <= len(keys["validation"]) <= 20
-    assert len(make_task("math", data=str(math_file), split="test")) == len(MATH)
+    assert keys["train"] | keys["validation"] | keys["test"] == {row["problem"] for row in MATH}
+    assert sum(map(len, keys.values())) == len(MATH)
+    # 80, 10 and 10 %: by hand, blake2b(key) / 2**64 below .1, below .2, above.
+    share = {key: int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") / 2**64
+             for key in (row["problem"] for row in MATH)}  # fmt: skip
+    assert keys["validation"] == {key for key, value in share.items() if value < 0.1}
+    assert keys["test"] == {key for key, value in share.items() if 0.1 <= value < 0.2}
+    counts = ", ".join(f"{split} {len(keys[split])}" for split in SPLITS)
+    assert f"{counts}, cut by a hash of the problem (holdout = 0.2)" in (
+        parts["test"].describe_splits()
+    )
+
+
+def test_nothing_held_out_is_said_instead_of_serving_training_problems(math_file):
+    assert len(make_task("math", data=str(math_file), holdout=0.0)) == len(MATH)
+    for split in ("validation", "test"):
+        with pytest.raises(ValueError, match="nothing is held out") as caught:
+            make_task("math", data=str(math_file), split=split, holdout=0.0)
+        assert "split = 'train'" in str(caught.value)
+    with pytest.raises(ValueError, match="no problems for the split 'train'"):
+        make_task("math", data={"test": str(math_file)})
+    with pytest.raises(ValueError, match=r"Got data for \['dev'\]"):
+        make_task("math", data={"dev": str(math_file)})
+
+
+def test_a_file_for_each_split_and_their_overlap(tmp_path, math_file):
+    other = [{"problem": f"{n}  + {n}?", "answer": str(2 * n)} for n in range(36, 46)]
+    files = {"train": str(math_file), "test": str(_write(tmp_path / "test.jsonl", other))}
+    parts = {split: make_task("math", data=files, split=split) for split in SPLITS}
+    keys = {split: {task.problem(row).key for row in range(len(task))}
+            for split, task in parts.items()}  # fmt: skip
+    assert keys["test"] == {f"{n} + {n}?" for n in range(36, 46)}  # The whole file.
+    assert not keys["train"] & (keys["test"] | keys["validation"])
+    # The hash still cuts validation out of the training file; its share for test stays there.
+    assert keys["validation"] | keys["train"] == {f"{n} + {n}?" for n in range(36)}
+    overlaps = [
+        int(n) for n in re.findall(r"(\d+) problems of the file", parts["train"].describe_splits())
+    ]
+    assert sum(overlaps) == 4
+
+
+def test_repeated_problems_are_asked_once_and_counted(tmp_path):
+    rows = [MATH[0], MATH[1], MATH[0]]
+    task = make_task("math", data={"test": str(_write(tmp_path / "a.jsonl", rows))}, split="test")
+    assert "test 2 (1 of 3 rows repeat one)" in task.describe_splits()
+    assert distinct_rows(task, 3) == [0, 1]
 
 
 def test_math_task_pickles(math_file):
-    task = pickle.loads(pickle.dumps(make_task("math", data=str(math_file))))
+    task = pickle.loads(pickle.dumps(make_whole("math", data=str(math_file))))
     assert task.grade(task.problem(5), r"\boxed{10}").score == 1.0
 
 
 def test_code_reads_both_kinds_of_tests(tmp_path):
-    task = make_task("code", data=str(_write(tmp_path / "code.jsonl", CODE)))
+    task = make_whole("code", data=str(_write(tmp_path / "code.jsonl", CODE)))
     good = "```python\ndef f(x):\n    return 2 * x\n```"
     bad = "```python\ndef f(x):\n    return x + 2\n```"
     problems = [task.problem(0), task.problem(1)]
@@ -158,11 +207,11 @@ def test_code_faults_name_their_lines(tmp_path):
     ]
     path = _write(tmp_path / "code.jsonl", rows)
     with pytest.raises(ValueError, match=r"2 faults(.|\n)*:3: .*entry_point(.|\n)*:4: .*empty"):
-        make_task("code", data=str(path))
+        make_whole("code", data=str(path))
 
 
 def test_custom_scores(scores):
-    task = make_task("custom", data=str(scores), score="my_scores:length")
+    task = make_whole("custom", data=str(scores), score="my_scores:length")
     problem = task.problem(0)
     assert (task.grade(problem, "ab").score, task.grade(problem, "ab").status) == (0.5, "wrong")
     assert task.grade(problem, "abcd").status == "correct"
@@ -171,7 +220,7 @@ def test_custom_scores(scores):
 
 @pytest.mark.parametrize("name, reason", [("broken", "ZeroDivisionError"), ("endless", "nan")])
 def test_custom_failures_are_reported_with_the_row(scores, name, reason):
-    task = make_task("custom", data=str(scores), score=f"my_scores:{name}")
+    task = make_whole("custom", data=str(scores), score=f"my_scores:{name}")
     with pytest.raises(ScoreError, match=rf"row 0 \(.*rows.jsonl:1\).*{reason}"):
         task.grade(task.problem(0), "text")
 
@@ -179,15 +228,15 @@ def test_custom_failures_are_reported_with_the_row(scores, name, reason):
 @pytest.mark.parametrize("name", ["my_scores:missing", "no_such_module:f", "my_scores:number", "f"])
 def test_custom_functions_must_exist(scores, name):
     with pytest.raises(ValueError):
-        make_task("custom", data=str(scores), score=name)
+        make_whole("custom", data=str(scores), score=name)
 
 
 def test_dense_rewards_and_length_penalty(scores):
-    task = make_task("custom", data=str(scores), score="my_scores:length",
+    task = make_whole("custom", data=str(scores), score="my_scores:length",
                      step_score="my_scores:growth", length_penalty=0.25)  # fmt: skip
     assert task.has_step_reward
     assert task.step_reward(task.problem(0), [7, 8]) == 0.75
-    plain = make_task("custom", data=str(scores), score="my_scores:length")
+    plain = make_whole("custom", data=str(scores), score="my_scores:length")
     assert not plain.has_step_reward
 
 
@@ -195,13 +244,13 @@ def test_dense_rewards_and_length_penalty(scores):
 def test_an_argument_that_no_task_takes_is_named(name, math_file):
     config = {"score": "m:f"} if name == "custom" else {}
     with pytest.raises(ValueError, match="on_bad_rows"):
-        make_task(name, data=str(math_file), on_bad_rows="skip", **config)
+        make_whole(name, data=str(math_file), on_bad_rows="skip", **config)
 
 
 def test_environments_are_registered(math_file, scores):
     for name, config in (
-        ("Math", {"data": str(math_file), "length_penalty": 0.125}),
-        ("Custom", {"data": str(scores), "score": "my_scores:length"}),
+        ("Math", {"data": str(math_file), "length_penalty": 0.125, "holdout": 0.0}),
+        ("Custom", {"data": str(scores), "score": "my_scores:length", "holdout": 0.0}),
     ):
         env = gymnasium.make(
             f"distrl_envs:distrl/{name}-v0", task_config=config, tokenizer=_tokenizer(),

@@ -30,7 +30,10 @@ def data_env(kind, rows, folder, **task_config):
     """An environment over rows that the tiny model's own tokenizer can read."""
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = {"task_config": {"data": str(path), **task_config}, "tokenizer": small_tokenizer()}
+    config = {
+        "task_config": {"data": str(path), "holdout": 0.0, **task_config},
+        "tokenizer": small_tokenizer(),
+    }
     return f"distrl_envs:distrl/{kind}-v0", config
 
 
@@ -176,7 +179,7 @@ def test_a_validation_in_rounds_goes_on_until_it_is_forced_to_begin_again():
 
 def test_validation_runners_share_the_problems_of_a_small_data_set(tmp_path):
     rows = [{"problem": f"{n} + {n} =", "answer": str(2 * n)} for n in range(5)]
-    env = data_env("Math", rows, tmp_path)
+    env = data_env("Math", rows, tmp_path, data={"validation": str(tmp_path / "rows.jsonl")})
     seen = [
         visited(make_runner(env, 2, index, in_evaluation=True).sample(num_episodes=3))
         for index in (1, 2)

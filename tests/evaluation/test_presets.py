@@ -21,7 +21,7 @@ def test_every_preset_validates_and_names_a_split(name):
     assert 3 <= len(preset.hub.split("/")) <= 4
     data = resolve_data(name)
     assert data.env_id == MATH_ENV_ID
-    assert data.env_config["task_config"]["data"] == f"hf:{preset.hub}"
+    assert data.env_config["task_config"]["data"] == {"test": f"hf:{preset.hub}"}
     assert set(data.env_config["task_config"]["fields"]) == {"problem", "answer"}
 
 
@@ -57,7 +57,7 @@ def test_a_preset_reads_what_the_hub_holds(name, tmp_path, monkeypatch):
     files = f"  data_files:\n  - split: {parts[-1]}\n    path: rows.jsonl\n"
     (folder / "README.md").write_text(f"---\n{config}{files}---\n")
 
-    task = make_task("math", **resolve_data(name).env_config["task_config"])
+    task = make_task("math", split="test", **resolve_data(name).env_config["task_config"])
     assert len(task) == 1
     assert task.grade(task.problem(0), r"\boxed{7}").status == "correct"
     assert task.grade(task.problem(0), r"\boxed{9}").status == "wrong"
@@ -68,14 +68,18 @@ def test_a_folder_takes_the_place_of_the_hub(tmp_path):
         resolve_data("aime24", tmp_path)
     (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1", "answer": "2"}\n')
     config = resolve_data("aime24", tmp_path).env_config
-    assert config["task_config"] == {"data": str(tmp_path / "aime24.jsonl")}
+    assert config["task_config"] == {"data": {"test": str(tmp_path / "aime24.jsonl")}}
 
 
 def test_files_hub_names_and_environment_ids(tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("{}")
     assert resolve_data(str(file)).name == "mine"
-    assert resolve_data("hf:someone/data/test").env_config["task_config"]["data"].startswith("hf:")
+    hub = resolve_data("hf:someone/data/test").env_config["task_config"]["data"]
+    assert hub == {"test": "hf:someone/data/test"}
+    loud = file.with_name("LOUD.JSONL")
+    loud.write_text("{}")
+    assert resolve_data(str(loud)).env_config["task_config"]["data"] == {"test": str(loud)}
     countdown = resolve_data("distrl_envs:distrl/Countdown-v0")
     assert countdown.env_id == "distrl_envs:distrl/Countdown-v0"
     assert countdown.name == "Countdown-v0" and countdown.env_config == {}
@@ -87,6 +91,7 @@ def test_files_hub_names_and_environment_ids(tmp_path):
         ("aime2", "Did you mean 'aime2"),
         ("nowhere.jsonl", "no file nowhere.jsonl"),
         ("x", "neither"),
+        ("distrl_envs:distrl/Code-v0", "needs problems"),
     ],
 )
 def test_anything_else_is_refused(data, message):

@@ -23,6 +23,7 @@ class FirstNumber(Task):
     """
 
     name = "first_number"
+    split = "test"
     max_prompt_tokens = 8
     max_completion_tokens = 12
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from distrl_envs.data import Column
 from distrl_envs.grading.code_grader import CodeGrader, check_tests
 from distrl_envs.task import Grade, Problem
-from distrl_envs.tasks.data_task import DataTask
+from distrl_envs.tasks.data_task import PROBLEM, DataTask
 
 INSTRUCTION = (
     "{problem}\n\nWrite your final program in Python, complete with its imports, in one block that "
@@ -32,7 +32,7 @@ class CodeTask(DataTask):
 
     def __init__(
         self,
-        data: str | Path,
+        data: str | Path | Mapping[str, str],
         *,
         instruction: str = INSTRUCTION,
         timeout: float = 6.0,
@@ -44,7 +44,7 @@ class CodeTask(DataTask):
         """Loads the problems.
 
         Args:
-            data: A file or `hf:name/split`; see `distrl_envs.data.load_data`.
+            data: A file or `hf:name/split`, or one for each split; see `DataTask`.
             instruction: Prompt around `{problem}`.
             timeout: Seconds for a program and all its tests.
             workers: Programs run at a time; by default half the cores.
@@ -56,7 +56,7 @@ class CodeTask(DataTask):
             ValueError: If the data has faults or an argument is out of bounds.
         """
         columns = {
-            "problem": Column(),
+            "problem": PROBLEM,
             "tests": Column((str, list), convert=_tests),
             "entry_point": Column(required=False),
         }

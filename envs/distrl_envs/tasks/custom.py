@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.data import Column
 from distrl_envs.task import PLACE, Grade, Problem, TaskError, checked_number
-from distrl_envs.tasks.data_task import DataTask
+from distrl_envs.tasks.data_task import PROBLEM, DataTask
 from distrl_envs.user_code import load_attribute, named
 
 
@@ -19,16 +21,17 @@ class ScoreError(TaskError):
 class CustomTask(DataTask):
     """Problems graded by `score(prompt, completion, row) -> float`.
 
-    `prompt` is the row's problem and `row` all its fields. A score of `correct_from` or more counts
-    as correct. What the function raises, and what it returns that is no finite number, is raised
-    as a `ScoreError` with the file and line of the row.
+    `prompt` is the row's problem and `row` a copy of all its fields. A score of `correct_from` or
+    more counts as correct, in pass@k too. What the function raises, `sys.exit` included, and what
+    it returns that is no finite number, is raised as a `ScoreError` with the row's file and line.
     """
 
     name = "custom"
+    names_answers = False
 
     def __init__(
         self,
-        data: str | Path,
+        data: str | Path | Mapping[str, str],
         score: str,
         *,
         step_score: str | None = None,
@@ -39,7 +42,7 @@ class CustomTask(DataTask):
         """Loads problems and functions.
 
         Args:
-            data: A file or `hf:name/split`; see `distrl_envs.data.load_data`.
+            data: A file or `hf:name/split`, or one for each split; see `DataTask`.
             score: `module:function`, called as `function(prompt, completion, row)`.
             step_score: `module:function` for a reward at each step, called as
                 `function(prompt, completion_ids, row)` with the tokens so far.
@@ -50,7 +53,7 @@ class CustomTask(DataTask):
         Raises:
             ValueError: If the data has faults or a function cannot be found.
         """
-        super().__init__(data, {"problem": Column()}, instruction=instruction, **common)
+        super().__init__(data, {"problem": PROBLEM}, instruction=instruction, **common)
         self.correct_from = correct_from
         self._score, self._step_score = score, step_score
         self._functions: dict[str, Callable[..., Any]] = {}
@@ -60,7 +63,7 @@ class CustomTask(DataTask):
 
     def __getstate__(self) -> dict[str, Any]:
         """Functions travel by name."""
-        return {**self.__dict__, "_functions": {}}
+        return {**super().__getstate__(), "_functions": {}}
 
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
         """The function's score.
@@ -72,6 +75,14 @@ class CustomTask(DataTask):
         if score >= self.correct_from:
             return Grade(score, "correct")
         return Grade(score, "too_long" if truncated else "wrong")
+
+    def grading_key(self, problem: Problem) -> str:
+        """As for any task; the source of the function's module and `correct_from` belong to it."""
+        module = sys.modules[self._function(self._score).__module__]
+        file = getattr(module, "__file__", None)
+        source = Path(file).read_bytes() if file else b""
+        own = blake2b(source + repr(self.correct_from).encode(), digest_size=8).hexdigest()
+        return f"{super().grading_key(problem)}-{own}"
 
     def step_reward(self, problem: Problem, completion_ids: Sequence[int]) -> float:
         """The step function's value less the length penalty.
@@ -85,7 +96,8 @@ class CustomTask(DataTask):
         return reward
 
     def _call(self, location: str, problem: Problem, completion: Any) -> float:
-        row = {name: value for name, value in problem.data.items() if name != PLACE}
+        # A copy of its own for each call: what a function does to the row ends with the call.
+        row = copy.deepcopy({name: v for name, v in problem.data.items() if name != PLACE})
         where = f"{location} on row {problem.row} ({problem.data[PLACE]})"
         try:
             score = self._function(location)(problem.prompt, completion, row)

@@ -36,10 +36,10 @@ function groupRow(row, problem) {
   const members = groups.get(problem);
   row.setAttribute("role", "presentation");
   put(row, "span", visible(index.problems[problem]), "text").dir = "auto";
-  put(row, "span", `${members.filter((c) => index.score[c] >= 1).length}/${members.length}`, "extra").title = "correct";
+  put(row, "span", `${members.filter((c) => index.status[c] === "correct").length}/${members.length}`, "extra").title = "correct";
 }
 function mark(c) {
-  if (index.score[c] >= 1) return ["✓", "good", "correct"];
+  if (index.status[c] === "correct") return ["✓", "good", "correct"];
   if (index.cut[c]) return ["…", "warn", "truncated"];
   return index.score[c] > 0 ? ["◐", "warn", "partly right"] : ["✗", "bad", "wrong"];
 }
