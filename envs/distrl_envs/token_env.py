@@ -257,7 +257,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
 
     def _tokens_above_limit(self, row: int) -> int:
         """Tokens of a row's prompt if they are too many, else 0; most are short beyond doubt."""
-        problem = self.task.problem(row)
+        problem = self._problem_of(row)
         plain = not self.task.context(problem)
         text = problem.prompt if self.compact else self.task.instruction(problem)
         # No tokenizer makes more tokens than a text has bytes.

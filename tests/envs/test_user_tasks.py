@@ -113,9 +113,9 @@ def test_a_bad_step_reward_is_refused(reward):
 
 
 def test_a_bad_problem_and_a_wrong_number_of_grades_are_refused():
-    with pytest.raises(TaskError, match=r"problem\(\).* of row 1 returned '1 2'"):
+    with pytest.raises(TaskError, match=r"problem\(\).* of row 0 returned '1 2'"):
         finish(Mine(problem=lambda _: "1 2"))
-    with pytest.raises(TaskError, match=r"problem\(\).* of row 1 failed: SystemExit: 3"):
+    with pytest.raises(TaskError, match=r"problem\(\).* of row 0 failed: SystemExit: 3"):
         finish(Mine(problem=leave))
     few = Mine(grade_many=lambda *_: [])
     with pytest.raises(TaskError, match=r"to row 2 .* returned 0 grades for 2 completions"):
