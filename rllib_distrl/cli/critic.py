@@ -20,6 +20,7 @@ _ROWS = {
     "quantile_crps": "continuous ranked probability score",
     "quantile_coverage_50": "coverage of the central 50 %",
     "quantile_coverage_90": "coverage of the central 90 %",
+    "quantile_pit_ks": "largest deviation of the PIT from uniform",
     "quantile_crossing_rate": "crossing rate",
     "quantile_spread": "spread",
     "quantile_spread_error_correlation": "spread and error, rank correlation",

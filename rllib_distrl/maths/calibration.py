@@ -9,6 +9,9 @@ from rllib_distrl.maths.quantiles import midpoints
 from rllib_distrl.maths.rank_correlation import partial_rank_correlation, rank_correlation
 
 PIT_BINS = 10
+TIE_WIDTH = 0.05
+"""Predicted atoms this close to the outcome count as equal to it (our choice): the loss is quadratic
+within κ, so quantiles of 0/1 returns stop a little short of 0 and 1."""
 
 
 def probability_interval(
@@ -69,6 +72,28 @@ def pit_histogram(
     return _mass_within(low[:, None], high[:, None], edges[:-1], edges[1:])
 
 
+def pit_ks(quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: float = 0.0) -> float:
+    """Largest distance of the PIT's distribution function from that of the uniform law.
+
+    The Kolmogorov-Smirnov statistic sup_u |mean_k P(U_k ≤ u) − u|, where U_k is uniform between
+    F(y_k−) and F(y_k) (the randomised PIT, its randomness averaged out). Both ends are multiples
+    of 1/2N, between which the function is straight, so the supremum is over these.
+
+    Args:
+        quantiles: (B, T, N), ordered.
+        returns: (B, T), observed returns to go.
+        loss_mask: (B, T), bool.
+        tie_width: See `probability_interval`.
+
+    Returns:
+        In [0, 1]; 0 if calibrated.
+    """
+    low, high = probability_interval(quantiles[loss_mask], returns[loss_mask], tie_width)
+    levels = torch.linspace(0, 1, 2 * quantiles.shape[-1] + 1, dtype=low.dtype, device=low.device)
+    reached = ((levels - low[:, None]) / (high - low)[:, None]).clamp(0.0, 1.0).mean(0)
+    return float((reached - levels).abs().max())
+
+
 def central_coverage(
     quantiles: Tensor,
     returns: Tensor,
@@ -76,10 +101,10 @@ def central_coverage(
     level: float,
     tie_width: float = 0.0,
 ) -> float:
-    """Share of returns in the central interval of the predicted law; `level` if calibrated.
+    """Share of the randomised PIT in the central interval of [0, 1]; `level` if calibrated.
 
-    Counted on F(y), ties spread over their probabilities: for 0/1 returns the closed interval
-    itself would nearly always hold both outcomes and say nothing.
+    The PIT is uniform between F(y−) and F(y). Counting returns inside the closed interval instead
+    says nothing where they have atoms: it nearly always holds both outcomes of a 0/1 return.
 
     Args:
         quantiles: (B, T, N).
@@ -171,12 +196,9 @@ def explained_variance_by_position(
 
 
 def calibration_metrics(
-    quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: float = 0.1
+    quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: float = TIE_WIDTH
 ) -> dict[str, float]:
     """What is logged every iteration.
-
-    The loss is quadratic within κ, so quantiles of 0/1 returns stop short of 0 and 1; without a
-    `tie_width` of about κ every return would look extreme (our choice).
 
     Args:
         quantiles: (B, T, N), θ before each token.
@@ -195,6 +217,7 @@ def calibration_metrics(
     metrics = {
         "quantile_coverage_50": central_coverage(quantiles, returns, loss_mask, 0.5, tie_width),
         "quantile_coverage_90": central_coverage(quantiles, returns, loss_mask, 0.9, tie_width),
+        "quantile_pit_ks": pit_ks(quantiles, returns, loss_mask, tie_width),
         "quantile_crps": crps(quantiles, returns, loss_mask),
         "quantile_explained_variance": explained_variance(values, returns, loss_mask),
         "quantile_crossing_rate": crossing_rate(quantiles, loss_mask),

@@ -19,6 +19,7 @@ _LEARNER = "learners/default_policy/"
 CALIBRATION = {
     "Coverage of the central 50 %": f"{_LEARNER}quantile_coverage_50",
     "Coverage of the central 90 %": f"{_LEARNER}quantile_coverage_90",
+    "Largest deviation of the PIT from uniform": f"{_LEARNER}quantile_pit_ks",
     "Explained variance of the value": f"{_LEARNER}quantile_explained_variance",
     "CRPS": f"{_LEARNER}quantile_crps",
     "Spread": f"{_LEARNER}quantile_spread",

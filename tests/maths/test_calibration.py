@@ -13,6 +13,7 @@ from rllib_distrl.maths.calibration import (
     explained_variance_by_position,
     ignorance_metrics,
     pit_histogram,
+    pit_ks,
 )
 from rllib_distrl.maths.quantiles import midpoints
 from rllib_distrl.maths.rank_correlation import (
@@ -59,6 +60,36 @@ def test_calibrated_bernoulli_returns(p, short):
     assert torch.allclose(histogram, torch.full((10,), 0.1).double())
     if short:
         assert pit_histogram(*arguments)[0].item() > 0.15
+
+
+def bernoulli_critic(spread):
+    """Of Bernoulli(p) returns, p = 3/16 … 13/16: their law, shrunk to its mean."""
+    wins = torch.arange(3, N - 2)
+    atoms = (torch.arange(N) >= N - wins[:, None]).double()
+    mean = atoms.mean(-1, keepdim=True)
+    theta = mean + spread * (atoms - mean)
+    outcomes = torch.arange(N)  # of 16 returns of each p, so many are 1
+    returns = (outcomes < wins[:, None]).double()
+    quantiles = theta[:, None].expand(-1, N, N)
+    return quantiles, returns, torch.ones_like(returns, dtype=torch.bool)
+
+
+def test_the_pit_is_uniform_for_the_true_law_and_for_no_narrower_one():
+    true = bernoulli_critic(spread=1.0)
+    assert pit_ks(*true, tie_width=0.05) == pytest.approx(0.0, abs=1e-12)
+    for level in (0.5, 0.9):
+        assert central_coverage(*true, level, tie_width=0.05) == pytest.approx(level)
+    # Of half the spread, no atom is near an outcome: each falls beyond one end of the law.
+    # U is uniform in [0, 1/32] or [31/32, 1]: half of it is below 1/32, all else at the top.
+    narrow = bernoulli_critic(spread=0.5)
+    assert central_coverage(*narrow, 0.9, tie_width=0.05) == pytest.approx(0.0)
+    assert pit_ks(*narrow, tie_width=0.05) == pytest.approx(0.5 - 1 / 32)
+
+
+def test_pit_ks_of_a_shifted_law():
+    # sup |Phi(x) - Phi(x - .5)| is at x = .25: 2 Phi(.25) - 1 = .1974.
+    assert pit_ks(*normal_case(shift=0.5)) == pytest.approx(0.1974, abs=0.01)
+    assert pit_ks(*normal_case()) < 0.01
 
 
 def test_pit_histogram_shows_the_direction_of_a_bias():
