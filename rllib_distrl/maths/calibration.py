@@ -10,8 +10,8 @@ from rllib_distrl.maths.rank_correlation import partial_rank_correlation, rank_c
 
 PIT_BINS = 10
 TIE_WIDTH = 0.05
-"""Predicted atoms this close to the outcome count as equal to it (our choice): the loss is quadratic
-within κ, so quantiles of 0/1 returns stop a little short of 0 and 1."""
+"""Predicted atoms this close to the outcome count as equal to it (our choice): the loss is
+quadratic within κ, so quantiles of 0/1 returns stop a little short of 0 and 1."""
 
 
 def probability_interval(
