@@ -6,6 +6,8 @@ from ray.rllib.utils.schedules.scheduler import Scheduler
 
 from rllib_distrl.algorithms.gpus import check_runner_gpus
 from rllib_distrl.algorithms.language_model import check_window
+from rllib_distrl.algorithms.unread_settings import check_all_settings_are_read
+from rllib_distrl.learners.method import OPTIMISM
 from rllib_distrl.learners.optimizers import lr_schedule_settings
 from rllib_distrl.maths.lr_schedule import lr_factor
 from rllib_distrl.maths.optimism import BONUS_STATS
@@ -48,6 +50,7 @@ def validate_distrl(config: "DistRLConfig") -> None:
     _check_runners(config)
     _check_dynamic_sampling(config)
     _check_stages(config)
+    check_all_settings_are_read(config)
 
 
 def _check_model(config: "DistRLConfig") -> None:
@@ -231,6 +234,7 @@ def _check_runners(config: "DistRLConfig") -> None:
 
 
 def _check_stages(config: "DistRLConfig") -> None:
+    _check_named_once(config)
     stages = [
         *(resolve("reward", spec) for spec in config.reward_transforms),
         resolve("advantage", config.advantage),
@@ -245,12 +249,40 @@ def _check_stages(config: "DistRLConfig") -> None:
     resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks its settings' bounds.
 
 
+def _check_named_once(config: "DistRLConfig") -> None:
+    for setting in ("reward_transforms", "shapers", "regularisers"):
+        chosen = [spec.get("name") for spec in getattr(config, setting)]
+        for name in chosen:
+            if chosen.count(name) > 1:
+                raise ValueError(
+                    f"{setting} names {name!r} {chosen.count(name)} times. Keep one of them."
+                )
+    if any(spec.get("name") == OPTIMISM["name"] for spec in config.shapers):
+        own = next(s for s in config.shapers if s.get("name") == OPTIMISM["name"])
+        if config.bonus_coeff > 0:
+            raise ValueError(
+                f"shapers names 'dltv', which bonus_coeff = {config.bonus_coeff} adds by itself: "
+                "the bonus would count twice. Leave it out of shapers, or set bonus_coeff = 0 in "
+                "[training] to give it a place and a bonus_coeff of its own there."
+            )
+        if not own.get("bonus_coeff", 0.0) > 0:
+            raise ValueError(
+                "shapers names 'dltv' with no bonus: bonus_coeff is 0. Set bonus_coeff in "
+                "[training] and leave it out of shapers, or give it a bonus_coeff above 0 there."
+            )
+
+
 def _check_needs(stage: Stage, config: "DistRLConfig") -> None:
     what = f"{stage.method.kind} {stage.name!r}"
     if config.critic == "none" and stage.needs & {"quantiles", "values"}:
         raise ValueError(
             f"{what} reads the critic, but critic is 'none'. Choose a critic, or a method that "
             "does without, such as advantage 'grpo'."
+        )
+    if stage.method.kind == "advantage" and "groups" in stage.needs and config.gamma != 1.0:
+        raise ValueError(
+            f"{what} compares returns of whole completions, which are not discounted, but gamma "
+            f"is {config.gamma}. Set gamma = 1.0, or use advantage 'gae' or 'reinforce_pp'."
         )
     group = config.rollout_settings.num_generations
     if "groups" in stage.needs and group < 2:

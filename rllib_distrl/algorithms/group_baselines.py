@@ -135,6 +135,7 @@ class GSPOConfig(GroupBaselineConfig):
         super().__init__(algo_class=algo_class or GSPO)
         self.advantage = {"name": "grpo"}
         self.policy_loss = {"name": "gspo"}
+        self.clip_param, self.clip_param_high = 3e-4, 4e-4
         self.aggregation = "sequence_mean"
 
 

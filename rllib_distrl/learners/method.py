@@ -14,21 +14,11 @@ from rllib_distrl.stages.registry import Stage, resolve
 if TYPE_CHECKING:
     from rllib_distrl.algorithms.distrl_config import DistRLConfig
 
-# Settings of these stages that a recipe gives once, in `[training]` itself.
-_FROM_TRAINING = {
-    ("advantage", "gae"): ("gamma", "lambda_"),
-    ("advantage", "best_of_k"): ("lambda_",),
-    ("policy_loss", "clip"): ("clip_param", "clip_param_high", "dual_clip"),
-    ("shaper", "dltv"): (
-        "bonus_coeff",
-        "bonus_stat",
-        "bonus_at",
-        "bonus_center",
-        "bonus_schedule",
-        "bonus_horizon",
-        "bonus_max_ratio",
-    ),
-}
+# Settings of `[training]` that a stage may have: it then takes them from there.
+SHARED = frozenset(
+    {"gamma", "lambda_", "clip_param", "clip_param_high", "dual_clip", "bonus_coeff", "bonus_stat",
+     "bonus_at", "bonus_center", "bonus_schedule", "bonus_horizon", "bonus_max_ratio"}
+)  # fmt: skip
 OPTIMISM = {"name": "dltv"}
 
 
@@ -46,6 +36,17 @@ class Method:
     policy_loss: Stage
     regularisers: tuple[Stage, ...]
     needs: frozenset[str]
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All of them."""
+        return (
+            *self.reward_transforms,
+            self.advantage,
+            *self.shapers,
+            self.policy_loss,
+            *self.regularisers,
+        )
 
     @classmethod
     def from_config(cls, config: "DistRLConfig") -> "Method":
@@ -99,5 +100,11 @@ class Method:
 
 
 def _stage(kind: str, spec: dict[str, Any], config: "DistRLConfig") -> Stage:
-    names = _FROM_TRAINING.get((kind, spec["name"]), ())
-    return resolve(kind, {**{name: getattr(config, name) for name in names}, **spec})
+    method = resolve(kind, spec).method
+    taken = {name: getattr(config, name) for name in SHARED & method.settings().keys()}
+    if own := method.own_defaults & taken.keys():
+        default = type(config)()
+        for name in own:
+            if taken[name] == getattr(default, name):
+                del taken[name]
+    return resolve(kind, {**taken, **spec})

@@ -11,11 +11,11 @@ probabilities from 0 to 1: quantiles have the edges i/N.
 import torch
 from torch import Tensor
 
+from rllib_distrl.maths.group_calibration import check_unit_returns
 from rllib_distrl.maths.statistics import AllReduce, identity
 
 # Steps of the grid on which the law of a batch's returns is counted: exact for 0/1 returns.
 _GRID = 50
-_ROUNDING = 1e-5  # sums of rewards may end a little outside
 
 
 def gain_over_best(x: Tensor, atoms: Tensor, edges: Tensor, k: int) -> Tensor:
@@ -55,8 +55,7 @@ def law_of_batch(returns: Tensor, all_reduce: AllReduce = identity) -> tuple[Ten
     Raises:
         ValueError: For a return outside [0, 1].
     """
-    if bool(((returns < -_ROUNDING) | (returns > 1 + _ROUNDING)).any()):
-        raise ValueError("best_of_k needs returns in [0, 1]; scale the rewards")
+    check_unit_returns(returns, "the law of a batch")
     place = returns.clamp(0.0, 1.0) * _GRID
     low = place.floor().clamp(max=_GRID - 1)
     counts = returns.new_zeros(_GRID + 1)

@@ -10,6 +10,26 @@ from rllib_distrl.maths.group_advantages import group_index
 
 # Keeps logits finite: no critic's 0 or 1 is meant as certainty.
 _PROBABILITY_FLOOR = 1e-4
+_ROUNDING = 1e-5  # sums of rewards may end a little outside
+
+
+def check_unit_returns(returns: Tensor, what: str) -> None:
+    """Refuses returns that are no probability, or share, of success.
+
+    Args:
+        returns: (B,).
+        what: Who needs them, for the message.
+
+    Raises:
+        ValueError: For a return outside [0, 1], naming it.
+    """
+    outside = (returns < -_ROUNDING) | (returns > 1 + _ROUNDING)
+    if bool(outside.any()):
+        raise ValueError(
+            f"{what} needs returns in [0, 1] and got {float(returns[outside][0]):g}. Scale the "
+            "task's rewards, and leave out reward transforms that move them (overlong, "
+            "kl_penalty, noise_backward)."
+        )
 
 
 def leave_one_out_posterior(

@@ -32,7 +32,16 @@ def gae(batch: SequenceBatch, *, gamma: float = 1.0, lambda_: float = 0.95) -> T
     return critic_maths.gae(values, batch.rewards, batch.loss_mask, gamma, lambda_)
 
 
-@register("advantage", "zero")
+def _zero_fits(config: Any) -> None:
+    if config.bonus_coeff > 0 and config.bonus_max_ratio is not None:
+        raise ValueError(
+            f"advantage 'zero' leaves bonus_max_ratio = {config.bonus_max_ratio} nothing to be a "
+            "share of: the bonus would be 0 too. Set bonus_max_ratio = None ('none' in a recipe), "
+            "or bonus_coeff = 0."
+        )
+
+
+@register("advantage", "zero", fits=_zero_fits)
 def zero(batch: SequenceBatch) -> Tensor:
     """No advantage at all: what remains is the bonus and the regularisers (an ablation).
 

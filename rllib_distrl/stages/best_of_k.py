@@ -9,13 +9,14 @@ from torch import Tensor
 from rllib_distrl.maths import advantages as critic_maths
 from rllib_distrl.maths.best_of_k import gain_over_best, law_of_batch
 from rllib_distrl.maths.group_calibration import (
+    check_unit_returns,
     leave_one_out_posterior,
     logit_shift,
     shifted_edges,
 )
 from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.stages.batch import SequenceBatch
-from rllib_distrl.stages.difficulty import SOURCES
+from rllib_distrl.stages.difficulty import SOURCES, unused_of_group
 from rllib_distrl.stages.registry import demand, register
 
 
@@ -37,7 +38,7 @@ def _fits(config: Any, **_: Any) -> None:
     demand(config, "advantage 'best_of_k'", gamma=1.0)
 
 
-@register("advantage", "best_of_k", needs=_needs, check=_check, fits=_fits)
+@register("advantage", "best_of_k", needs=_needs, check=_check, fits=_fits, ignores=unused_of_group)
 def best_of_k(
     batch: SequenceBatch,
     *,
@@ -66,8 +67,12 @@ def best_of_k(
 
     Returns:
         (B, T).
+
+    Raises:
+        ValueError: For returns outside [0, 1].
     """
     total = batch.returns
+    check_unit_returns(total, "advantage 'best_of_k'")
     atoms, edges = _law(batch, source)
     prior = (atoms * edges.diff(dim=-1)).sum(-1)[:, 0].clamp(0.0, 1.0)
     if calibrate:

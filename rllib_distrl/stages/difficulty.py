@@ -8,19 +8,26 @@ from torch import Tensor
 
 from rllib_distrl.maths.group_calibration import (
     calibrated_edges,
+    check_unit_returns,
     leave_one_out_posterior,
     logit_shift,
 )
 from rllib_distrl.maths.read_outs import best_of_k
 from rllib_distrl.maths.statistics import masked_mean
 from rllib_distrl.stages.batch import SequenceBatch
-from rllib_distrl.stages.registry import register
+from rllib_distrl.stages.registry import demand, register
 
 SOURCES = ("quantiles", "values", "returns")
 
 
+def unused_of_group(settings: Mapping[str, Any]) -> set[str]:
+    """What of a calibration's settings is not read: without it the source counts for itself."""
+    return set() if settings["calibrate"] else {"prior_weight"}
+
+
 def _needs(settings: Mapping[str, Any]) -> set[str]:
-    return {"groups", str(settings["source"])} - {"returns"}
+    groups = {"groups"} if settings["calibrate"] else set()
+    return groups | {str(settings["source"])} - {"returns"}
 
 
 def _prior(batch: SequenceBatch, source: str) -> Tensor:
@@ -32,7 +39,21 @@ def _prior(batch: SequenceBatch, source: str) -> Tensor:
     return (column.mean(-1) if source == "quantiles" else column).clamp(0.0, 1.0)
 
 
-@register("shaper", "pass_at_k", needs=_needs)
+def _check(*, k: int, source: str, prior_weight: float, **_: Any) -> None:
+    if k < 1 or source not in SOURCES:
+        raise ValueError(
+            f"shaper 'pass_at_k' takes k >= 1 and source in {SOURCES}; got {k}, {source!r}"
+        )
+    if not prior_weight >= 0:
+        raise ValueError(f"shaper 'pass_at_k' takes prior_weight >= 0; got {prior_weight}")
+
+
+def _fits(config: Any, *, source: str, calibrate: bool, **_: Any) -> None:
+    if calibrate or source == "returns":  # undiscounted ones of whole completions
+        demand(config, "shaper 'pass_at_k' on returns", gamma=1.0)
+
+
+@register("shaper", "pass_at_k", needs=_needs, check=_check, fits=_fits, ignores=unused_of_group)
 def pass_at_k(
     batch: SequenceBatch,
     advantages: Tensor,
@@ -60,10 +81,10 @@ def pass_at_k(
         (B, T).
 
     Raises:
-        ValueError: For k < 1 or an unknown source.
+        ValueError: For returns outside [0, 1], where they are read.
     """
-    if k < 1 or source not in SOURCES:
-        raise ValueError(f"pass_at_k needs k >= 1 and source in {SOURCES}; got {k}, {source!r}")
+    if calibrate or source == "returns":
+        check_unit_returns(batch.returns, "shaper 'pass_at_k'")
     value = prior = _prior(batch, source)
     if calibrate:
         value = leave_one_out_posterior(prior, batch.returns, batch.group, prior_weight)

@@ -45,7 +45,7 @@ def _gspo_fits(config: Any, **settings: Any) -> None:
     demand(config, "policy_loss 'gspo'", aggregation="sequence_mean")
 
 
-@register("policy_loss", "gspo", fits=_gspo_fits)
+@register("policy_loss", "gspo", fits=_gspo_fits, own_defaults=("clip_param", "clip_param_high"))
 def gspo(
     logp: Tensor,
     batch: SequenceBatch,

@@ -2,9 +2,14 @@
 
 A new method is one file in this package with `@register(kind, name)` above a function (data
 first, settings keyword-only): every module here is imported when a name is first looked up.
+
+A setting that bears the name of one of `[training]` (`gamma`, `clip_param`) is that one: it is
+given there once, and whoever sets it where no chosen method has it is told so
+(`algorithms.unread_settings`).
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -20,6 +25,8 @@ NEEDS = frozenset({"entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What a method needs, or a function of its settings that says so.
 Needs = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
+# What of its settings a method does not read, given all of them.
+Ignores = Callable[[Mapping[str, Any]], Collection[str]]
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,8 @@ class Method:
     prepare: Callable[..., None] | None
     check: Callable[..., None] | None
     fits: Callable[..., None] | None
+    ignores: Ignores | None
+    own_defaults: frozenset[str]
 
     def settings(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters, which are what a recipe may set."""
@@ -65,6 +74,11 @@ class Stage:
         defaults = {key: p.default for key, p in self.method.settings().items()}
         return {**defaults, **self.params}
 
+    @property
+    def ignored(self) -> frozenset[str]:
+        """Settings that the others of them switch off."""
+        return frozenset(self.method.ignores(self.settings) if self.method.ignores else ())
+
     def __call__(self, *data: Any) -> Any:
         """Runs the method (or builds it, where it is a class)."""
         return self.method.function(*data, **self.params)
@@ -85,7 +99,6 @@ class Stage:
 
 
 _METHODS: dict[tuple[str, str], Method] = {}
-_LOADED: set[str] = set()
 
 
 def register(
@@ -95,6 +108,8 @@ def register(
     prepare: Callable[..., None] | None = None,
     check: Callable[..., None] | None = None,
     fits: Callable[..., None] | None = None,
+    ignores: Ignores | None = None,
+    own_defaults: Collection[str] = (),
 ) -> Callable[[_F], _F]:
     """Decorator that makes a function or class available by name.
 
@@ -105,6 +120,9 @@ def register(
         prepare: Called with (whole batch, settings) before minibatches are cut.
         check: Called with all settings by `resolve`; raises ValueError for one out of bounds.
         fits: Called with the algorithm's configuration and all settings; see `demand`.
+        ignores: Called with all settings; names those that it then does not read.
+        own_defaults: Settings of `[training]` for which the method has another default than
+            `[training]`; it takes what is set there only where that was changed.
 
     Returns:
         The decorator, which returns what it is given.
@@ -121,7 +139,9 @@ def register(
         taken = _METHODS.get((kind, name))
         if taken is not None and taken.function.__qualname__ != function.__qualname__:
             raise ValueError(f"{kind} {name!r} is already {taken.function.__qualname__}")
-        _METHODS[kind, name] = Method(kind, name, function, needs, prepare, check, fits)
+        _METHODS[kind, name] = Method(
+            kind, name, function, needs, prepare, check, fits, ignores, frozenset(own_defaults)
+        )
         return function
 
     return decorate
@@ -192,6 +212,18 @@ def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
     return stage
 
 
+def methods(kind: str) -> list[Method]:
+    """All methods of a kind, by name.
+
+    Args:
+        kind: One of `KINDS`.
+
+    Returns:
+        The methods.
+    """
+    return [_METHODS[kind, name] for name in names(kind)]
+
+
 def _nearest(word: Any, known: Any) -> str:
     known = list(known)
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
@@ -199,9 +231,8 @@ def _nearest(word: Any, known: Any) -> str:
     return f"{hint} known: {', '.join(known) if known else 'none'}"
 
 
+@functools.cache
 def _load_package() -> None:
     package = importlib.import_module("rllib_distrl.stages")
     for module in pkgutil.iter_modules(package.__path__):
-        if module.name not in _LOADED:
-            _LOADED.add(module.name)
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        importlib.import_module(f"{package.__name__}.{module.name}")

@@ -1,5 +1,8 @@
 """Advantage shapers: (batch, advantages, settings) to (B, T), on the whole batch."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from rllib_distrl.maths import optimism
@@ -9,7 +12,11 @@ from rllib_distrl.stages.batch import SequenceBatch
 from rllib_distrl.stages.registry import register
 
 
-@register("shaper", "dltv", needs=("quantiles",))
+def _unused_horizon(settings: Mapping[str, Any]) -> set[str]:
+    return set() if settings["bonus_schedule"] == "linear" else {"bonus_horizon"}
+
+
+@register("shaper", "dltv", needs=("quantiles",), ignores=_unused_horizon)
 def dltv(
     batch: SequenceBatch,
     advantages: Tensor,
