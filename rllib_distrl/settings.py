@@ -482,7 +482,8 @@ class TrainingSettings(Settings):
     """Tokens, shared prompts once, in one forward and backward pass."""
     max_sampling_rounds: Count = 1
     """Above 1, groups whose returns are all equal are sampled anew with other prompts, in so many
-    rounds at most (DAPO's dynamic sampling)."""
+    rounds at most (DAPO's dynamic sampling). A critic then learns the law of those that are kept,
+    which is not the policy's: its values near 0 and 1 are drawn towards the middle."""
     max_nonfinite_steps: Count = 3
     """Optimiser steps in a row that may be refused because their loss or gradient is not finite;
     then training stops."""
@@ -529,7 +530,7 @@ class TrainingSettings(Settings):
     init_spread: Positive = 0.1
     """Distance of the outermost quantiles at the start."""
     init_value: FiniteFloat | None = None
-    """Value of all states at the start; None: the first batch's mean return."""
+    """Value of all states at the start, after reward transforms; None: the first batch's mean."""
     read_out: dict[str, Any] = {"name": "mean"}
     """``{name, level}`` of the quantiles that the actor takes as the value."""
     bonus_coeff: NotNegative = 3.0

@@ -6,15 +6,31 @@ from typing import Any
 
 import pyarrow.fs
 
+from rllib_distrl.maths.optimism import LEARNED_STATS
+from rllib_distrl.modules.lora import DEFAULTS as LORA_DEFAULTS
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings
+
+UNCERTAINTIES = {"ensemble": EnsembleSettings, "distance": DistanceSettings}
 SETTINGS = "module_settings"
 WEIGHTS = "policy_weights"
 # What decides which tensors there are and what they mean; anything else may be changed.
-_SHAPING = ("model", "critic", "n_quantiles", "head_center")
+_SHAPING = ("model", "critic", "n_quantiles", "head_center", "lora", "ensemble", "distance")
 
 
 def module_settings(config: Any) -> dict[str, Any]:
     """The settings of ``config`` that a checkpoint must agree with."""
-    return {name: config.model_config.get(name) for name in _SHAPING}
+    found = {name: config.model_config.get(name) for name in _SHAPING}
+    if lora := found["lora"]:
+        lora = {**LORA_DEFAULTS, **lora}
+        if not isinstance(lora["targets"], str):
+            lora["targets"] = sorted(lora["targets"])
+    found["lora"] = lora or None
+    for name in LEARNED_STATS:
+        if config.bonus_stat != name:  # A checkpoint without its state leaves it to start afresh.
+            del found[name]
+        else:
+            found[name] = UNCERTAINTIES[name](**getattr(config, name)).to_dict()
+    return found
 
 
 def check_settings(config: Any, path: Any, filesystem: Any, state_file: str) -> None:
@@ -39,7 +55,7 @@ def check_settings(config: Any, path: Any, filesystem: Any, state_file: str) -> 
     lines = [
         f"  {name}: {saved[name]!r} in the checkpoint, {present[name]!r} now"
         for name in _SHAPING
-        if name in saved and saved[name] != present[name]
+        if name in saved and name in present and saved[name] != present[name]
     ]
     if lines:
         raise ValueError(

@@ -96,7 +96,7 @@ def check_all_settings_are_read(config: "DistRLConfig") -> None:
             )
 
 
-def taken_from_training(stage: Stage, config: "DistRLConfig") -> set[str]:
+def taken_from_training(stage: Stage, config: "DistRLConfig") -> frozenset[str]:
     """The settings of `[training]` that a chosen stage reads from there.
 
     Not those that its own table gives, nor those that its other settings switch off.

@@ -1,6 +1,6 @@
 """The one pass before the update: what the stages read of the models, without gradients."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from rllib_distrl.modules.sequences import Sequences, from_columns
 
 # What needs the policy's own hidden states.
 _OF_POLICY = {"entropy", "hidden", "prompt_logp"}
+# What the uncertainty makes of hidden states, in each micro-batch: they themselves, (B, T, H) of a
+# whole batch, are kept only for a stage that declares that it reads them.
+FEATURES = "features"
 MODEL_COLUMNS = frozenset({*_OF_POLICY, "quantiles", "ref_logp"})
 
 
@@ -19,6 +22,7 @@ def model_columns(
     reference: Reference | None,
     columns: dict[str, Tensor],
     needs: Collection[str],
+    features: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Runs policy, critic and reference once over a batch, each only if something needs it.
 
@@ -27,11 +31,13 @@ def model_columns(
         reference: of ``ref_logp``, else None.
         columns: of `SequencesFromEpisodes`.
         needs: which of `MODEL_COLUMNS`.
+        features: makes (B, T, D) of hidden states (B, T, H).
 
     Returns:
-        The columns by the names and shapes of `SequenceBatch`, zeros in the padding.
+        The columns by the names and shapes of `SequenceBatch`, zeros in the padding, and
+        ``features``, if they are asked for.
     """
-    if not needs:
+    if not needs and features is None:
         return {}
     sequences = from_columns(columns)
     rows, steps = sequences.actions.shape
@@ -39,7 +45,8 @@ def model_columns(
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for index in module.micro_batches(sequences):
-            for name, part in _read(module, reference, sequences.rows(index), needs).items():
+            parts = _read(module, reference, sequences.rows(index), needs, features)
+            for name, part in parts.items():
                 if name not in found:
                     width = widths.get(name, steps)
                     found[name] = part.new_zeros(rows, width, *part.shape[2:])
@@ -48,17 +55,23 @@ def model_columns(
 
 
 def _read(
-    module: Any, reference: Reference | None, rows: Sequences, needs: Collection[str]
+    module: Any,
+    reference: Reference | None,
+    rows: Sequences,
+    needs: Collection[str],
+    features: Callable[[Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     states = None
-    if not _OF_POLICY.isdisjoint(needs):
+    if features is not None or not _OF_POLICY.isdisjoint(needs):
         hidden = module.hidden(module.policy, rows)
         states = rows.states(hidden)
         if "prompt_logp" in needs:
             found["prompt_logp"] = _prompt_logp(module, rows, hidden)
         if "hidden" in needs:
             found["hidden"] = states
+        if features is not None:
+            found[FEATURES] = features(states)
         if "entropy" in needs:
             found["entropy"] = module._sampled_tokens(module.policy, states, rows)[..., 1]
     if "quantiles" in needs:

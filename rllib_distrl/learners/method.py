@@ -71,8 +71,7 @@ class Method:
             batch: rewards, masks and, with a critic, ``quantiles``; changed in place.
             config: the method's settings.
         """
-        for transform in self.reward_transforms:
-            batch.rewards = transform(batch)
+        self.transform_rewards(batch)
         if batch.quantiles is not None:
             batch.values = read_out(batch.quantiles, **config.read_out)
             batch.target_quantiles = TARGETS[config.target](
@@ -85,6 +84,11 @@ class Method:
             )
         batch.advantages = self._shaped_advantages(batch, config.whiten_advantages)
         self.policy_loss.prepare(batch)
+
+    def transform_rewards(self, batch: SequenceBatch) -> None:
+        """Replaces ``rewards`` by what the critic and the actor learn from."""
+        for transform in self.reward_transforms:
+            batch.rewards = transform(batch)
 
     def regularisation(self, logp: torch.Tensor, batch: SequenceBatch) -> torch.Tensor | float:
         """(B, T): the sum of all regularisers; 0 without any."""

@@ -11,6 +11,7 @@ from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch import Tensor
 
+from rllib_distrl.learners.before_update import FEATURES
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.distance import elliptical_distance, second_moment
 from rllib_distrl.maths.micro_batches import split_by_token_budget
@@ -41,8 +42,6 @@ def make_uncertainty(config: "DistRLConfig", module: Any) -> "Disagreement | Dis
 
 class Disagreement:
     """Standard deviation over an ensemble's values; every member learns the observed return."""
-
-    needs: frozenset[str] = frozenset()
 
     def __init__(self, config: "DistRLConfig", module: Any):
         """Draws the members; equal on all learners."""
@@ -127,8 +126,6 @@ class Disagreement:
 class Distance:
     """Elliptical distance of the policy's states from those of the iterations so far."""
 
-    needs = frozenset({"hidden"})
-
     def __init__(self, config: "DistRLConfig", module: Any):
         """Starts with nothing seen."""
         self._settings = DistanceSettings(**config.distance)
@@ -145,10 +142,13 @@ class Distance:
         self._new: tuple[Tensor, float] | None = None
 
     def statistic(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> Tensor:
-        """(B, T), the distance of each state, these states counted as seen; 0 in the padding."""
+        """(B, T), the distance of each state, these states counted as seen; 0 in the padding.
+
+        Reads what `features` made of the states in the pass before the update.
+        """
         del columns
         mask = rollouts.loss_mask
-        features = self._features(rollouts.column("hidden")[mask])
+        features = rollouts.column(FEATURES)[mask]
         moment = rollouts.all_reduce(second_moment(features))
         count = float(rollouts.all_reduce(mask.sum().double()))
         self._new = moment.cpu(), count
@@ -168,12 +168,12 @@ class Distance:
         self._count = self._settings.decay * (self._count + count)
         return {}
 
-    def _features(self, hidden: Tensor) -> Tensor:
-        """(M, D + 1): states at length √D, projected, and a constant."""
+    def features(self, hidden: Tensor) -> Tensor:
+        """(…, D + 1): states at length √D, projected, and a constant."""
         hidden = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
         if self._projection is not None:
             hidden = hidden @ self._projection.to(hidden)
-        return torch.cat([hidden, torch.ones_like(hidden[:, :1])], dim=-1)
+        return torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint must hold."""

@@ -15,6 +15,7 @@ import torch
 
 from rllib_distrl.algorithms.distrl import DistRL
 from rllib_distrl.algorithms.language_model import policy_state
+from rllib_distrl.algorithms.restoring import SETTINGS, check_settings, module_settings
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -116,6 +117,39 @@ def test_another_configuration_is_refused_with_the_difference(algo, tmp_path):
             assert torch.equal(weight, before[name])
     finally:
         other.stop()
+
+
+LORA = {"r": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
+
+
+def with_lora(lora, **training):
+    config = distrl_config(**training)
+    return config.rl_module(model_config={**config._model_config, "lora": lora})
+
+
+@pytest.mark.parametrize(
+    ("now", "difference"),
+    [
+        (with_lora({**LORA, "targets": ["v_proj", "q_proj"]}), None),
+        (with_lora({**LORA, "alpha": 16}), r"lora: .*'alpha': 8.* in the checkpoint, .*16.* now"),
+        (with_lora({**LORA, "targets": ["q_proj", "k_proj"]}), "lora: "),
+        (distrl_config(), r"lora: .* in the checkpoint, None now"),
+        (with_lora(LORA, bonus_stat="ensemble", ensemble={"size": 3}), "ensemble: .*'size': 4"),
+        (with_lora(LORA, bonus_stat="ltv"), None),
+    ],
+)
+def test_a_checkpoint_of_other_adapters_or_ensembles_is_refused(now, difference, tmp_path):
+    """By the settings alone: they are read before anything is loaded."""
+    pytest.importorskip("peft")
+    then = with_lora(LORA, bonus_stat="ensemble", ensemble={"size": 4})
+    for config in (then, now):
+        config.validate()
+    (tmp_path / "state.pkl").write_bytes(pickle.dumps({SETTINGS: module_settings(then)}))
+    if difference is None:
+        check_settings(now, tmp_path, pyarrow.fs.LocalFileSystem(), "state")
+        return
+    with pytest.raises(ValueError, match=difference):
+        check_settings(now, tmp_path, pyarrow.fs.LocalFileSystem(), "state")
 
 
 def test_a_learner_that_was_not_restored_is_an_error(algo, tmp_path):

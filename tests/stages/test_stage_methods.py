@@ -243,6 +243,20 @@ def test_pass_at_k_weight_of_a_critic_and_without_one(k):
     assert torch.allclose(plain(b, ones)[:, 0], torch.full((8,), 0.5 ** (k - 1)).double())
 
 
+@pytest.mark.parametrize("source", ["quantiles", "values", "returns"])
+@pytest.mark.parametrize("returns", [[-0.2, 0.5], [0.5, 2.0]])
+def test_weights_of_probabilities_refuse_other_returns(source, returns):
+    data = batch()
+    data.rewards[:2] = 0.0
+    data.rewards[torch.arange(2), LENGTHS[:2] - 1] = torch.tensor(returns, dtype=torch.float64)
+    for kind, name in (("shaper", "pass_at_k"), ("advantage", "best_of_k")):
+        stage = resolve(kind, {"name": name, "source": source})
+        with pytest.raises(ValueError, match=rf"{name}.*needs returns in \[0, 1\] and got"):
+            stage(data, data.advantages) if kind == "shaper" else stage(data)
+    unread = {"name": "pass_at_k", "source": "values", "calibrate": False}
+    resolve("shaper", unread)(data, data.advantages)
+
+
 def test_pass_at_k_weight_follows_the_gradient_of_pass_at_k():
     # One prompt, one logit, exact: E[(R - p)(1 - p)^(k-1) d logp] = d pass@k / k.
     logit = torch.tensor(-0.8, dtype=torch.float64, requires_grad=True)
