@@ -24,8 +24,9 @@ def success_probability():
     return (wins / visits.clamp(min=1))[STATES]
 
 
-def trained_values(target, pairing, lambda_, kappa=0.05, iterations=300):
-    """(256, 8), V of a tabular critic trained to the fixed point on every walk at once."""
+def trained_law(target, pairing, lambda_, kappa=0.05, iterations=300):
+    """(256, 8, N), quantiles of a tabular critic at its fixed point over all walks at once."""
+    generator = torch.Generator().manual_seed(0)
     count = (2 * STEPS + 1) * STEPS
     visits = torch.bincount(STATES.flatten(), minlength=count).clamp(min=1)
     theta = (0.05 + 0.1 * midpoints(N)).expand(count, N).clone()
@@ -33,9 +34,15 @@ def trained_values(target, pairing, lambda_, kappa=0.05, iterations=300):
         rate = 0.02 ** (iteration / iterations)
         leaf = theta.clone().requires_grad_()
         quantiles = leaf[STATES]
-        y = TARGETS[target](quantiles, REWARDS, MASK, gamma=1.0, lambda_=lambda_)
+        settings = {"gamma": 1.0, "lambda_": lambda_, "generator": generator}
+        y = TARGETS[target](quantiles, REWARDS, MASK, **settings)
         quantile_huber_loss(quantiles, y, kappa, pairing).sum().backward()
         theta -= rate * N * leaf.grad / visits.unsqueeze(-1)
         # The center-delta head cannot cross; the table is kept ordered too.
         theta = theta.sort(-1).values
-    return theta.mean(-1)[STATES]
+    return theta[STATES]
+
+
+def trained_values(*settings, **more):
+    """(256, 8), V of `trained_law`."""
+    return trained_law(*settings, **more).mean(-1)

@@ -6,7 +6,7 @@ import torch
 
 from rllib_distrl.maths.advantages import gae, returns_to_go
 from rllib_distrl.maths.targets import TARGETS, comonotone, mixture, monte_carlo, sample_replacement
-from tests.maths.tabular_walk import success_probability, trained_values
+from tests.maths.tabular_walk import success_probability, trained_law, trained_values
 
 LENGTHS = (5, 1, 3)
 
@@ -214,6 +214,31 @@ def test_walk_pairwise_recovers_the_law(target, lambda_, bias):
     error = (trained_values(target, "pairwise", lambda_) - success_probability()).mean().item()
     assert abs(error) < 0.02
     assert error == pytest.approx(bias, abs=0.005)
+
+
+# Standard deviation of the learned law over that of the true one, Bernoulli(p), mean over visits
+# to states that are not decided. Comonotone targets of own weight w have (1 - w)²/(1 - w²)
+# of the variance as their fixed point; replaced samples keep the law at any lambda.
+@pytest.mark.parametrize(
+    ("target", "lambda_", "ratio"),
+    [
+        ("comonotone", 1.0, 0.97),
+        ("comonotone", 0.95, 0.84),
+        ("comonotone", 0.8, 0.66),
+        ("sample_replacement", 0.95, 0.96),
+        ("sample_replacement", 0.5, 0.94),
+        ("mixture_mean", 0.5, 0.92),
+    ],
+)
+def test_walk_law_keeps_its_spread_unless_targets_are_comonotone(target, lambda_, ratio):
+    law, p = trained_law(target, "pairwise", lambda_, kappa=0.02), success_probability()
+    open_ = (p > 0) & (p < 1)
+    true = (p * (1 - p)).sqrt()[open_].mean()
+    found = law.std(-1, correction=0)[open_].mean() / true
+    assert found.item() == pytest.approx(ratio, abs=0.015)
+    if target != "comonotone":  # Its quantiles at the root are those of Bernoulli(37/256).
+        assert law[0, 0, :13].max().item() < 0.1
+        assert law[0, 0, 14:].min().item() > 0.8
 
 
 def test_walk_root_probability():
