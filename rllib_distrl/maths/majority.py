@@ -1,6 +1,7 @@
 """maj@k: how often a vote among k samples is right, exactly and without resampling noise."""
 
 import math
+import time
 from collections.abc import Callable, Hashable, Sequence
 from functools import cache
 from typing import Any
@@ -21,6 +22,7 @@ _MOST_COMPARED = 64
 def group_answers(
     answers: Sequence[Hashable | None],
     equivalent: Equivalence | None = None,
+    seconds: float = 10.0,
 ) -> npt.NDArray[np.int64]:
     """Label equivalent answers alike.
 
@@ -28,6 +30,8 @@ def group_answers(
         answers: (n,) normalised answers; None is a sample without an answer and has no vote.
         equivalent: compares an answer with the first one of each of the first 64 groups; equality
             when None.
+        seconds: Time for comparisons; answers left uncompared when it is spent are groups of their
+            own, so that a problem whose answers cannot be told apart quickly costs no more.
 
     Returns:
         (n,) labels 0, 1, … in order of appearance, `NO_VOTE` (-1) where there is no answer.
@@ -35,12 +39,16 @@ def group_answers(
     known: dict[Hashable, int] = {}
     heads: list[Hashable] = []
     labels = np.full(len(answers), NO_VOTE, dtype=np.int64)
+    deadline = time.monotonic() + seconds
     for index, answer in enumerate(answers):
         if answer is None:
             continue
         if answer not in known:
             compared = enumerate(heads[:_MOST_COMPARED] if equivalent else ())
-            same = (g for g, head in compared if equivalent and equivalent(head, answer))
+            same = (
+                group for group, head in compared
+                if equivalent and time.monotonic() < deadline and equivalent(head, answer)
+            )  # fmt: skip
             group = next(same, len(heads))
             if group == len(heads):
                 heads.append(answer)

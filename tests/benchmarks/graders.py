@@ -10,14 +10,22 @@ import os
 import platform
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from distrl_envs.grading import MathGrader
+from distrl_envs.grading.worker_pool import WorkerPool, WorkerTimedOut
 from distrl_envs.task import Grade
+from tests.grading.mutations import mutation_pairs
 
-SHARED_CASES = Path(__file__).resolve().parents[3] / "shared" / "data" / "verifier_cases.jsonl"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
+ALONE = Path(__file__).with_name("math_verify_alone.py")
+"""A worker that asks math-verify and nothing else."""
 REQUIRED_MODES = ("as_is", "wrap_in_box")
 INTEGERS = 5_000
+MUTATED = 7
+"""Every so manieth gold of the benchmarks is mutated."""
 STEP = 7
 """The answer to n is 7 n modulo 5,000, which is n for n = 0 and n = 2,500 alone."""
 REASONING = "Let us think step by step. " * 40
@@ -71,42 +79,88 @@ def _cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def _agreement(path: Path) -> dict:
-    cases = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    with MathGrader(timeout=3.0, workers=4) as grader:
-        outcomes = case_outcomes(grader, cases)
-    report = {}
-    for mode in dict.fromkeys(case["mode"] for case in cases):
-        marks = [agrees(case, grade) for case, grade, _ in outcomes if case["mode"] == mode]
-        report[mode] = {"cases": len(marks), "agreement": round(sum(marks) / len(marks), 4)}
-    disagreements = [
-        case["id"]
-        for case, grade, _ in outcomes
-        if case["mode"] in REQUIRED_MODES and not agrees(case, grade)
+def labelled_pairs(folder: Path) -> dict[str, list[tuple[str, str, bool]]]:
+    """(completion, gold, whether it is right) of each set of labelled cases."""
+
+    def lines(name: str) -> list[dict]:
+        return [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+
+    old = [case for case in lines("verifier_cases.jsonl") if case["mode"] in REQUIRED_MODES]
+    boxed = [
+        rf"\boxed{{{case['prediction']}}}" if case["mode"] == "wrap_in_box" else case["prediction"]
+        for case in old
     ]
+    new = [case for case in lines("grader_cases.jsonl") if case["id"].startswith("math-")]
+    golds = [row["answer"] for path in sorted((folder / "benchmarks").glob("*.jsonl"))
+             for row in lines(f"benchmarks/{path.name}")][::MUTATED]  # fmt: skip
     return {
-        "modes": report,
-        "disagreements": disagreements,
-        "statuses": Counter(grade.status for _, grade, _ in outcomes),
-        "slowest_case_s": round(max(seconds for *_, seconds in outcomes), 2),
+        "other graders' cases": [
+            (text, case["gold"], case["expected"]) for text, case in zip(boxed, old, strict=True)
+        ],
+        "failed cases": [
+            (case["input"]["completion"], case["input"]["gold"], case["expected"] == "correct")
+            for case in new
+        ],
+        "mutated golds": [
+            (rf"\boxed{{{answer}}}", gold, what == "itself")
+            for what, gold, answer in mutation_pairs(golds)
+        ],
     }
+
+
+def agreement(grader: MathGrader, pairs: list[tuple[str, str, bool]]) -> dict:
+    """How many pairs are graded as labelled, and which way the others fail."""
+    grades = grader.grade_many([text for text, *_ in pairs], [gold for _, gold, _ in pairs])
+    marks = Counter(
+        "as labelled" if (grade.score == 1.0) == right else "refused" if right else "accepted"
+        for grade, (*_, right) in zip(grades, pairs, strict=True)
+    )
+    return {"pairs": len(pairs), **marks, "timeouts": sum(g.status == "timeout" for g in grades)}
+
+
+class _Alone(MathGrader):
+    """math-verify in the pool, without anything that this package reads or compares."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(**settings)
+        arguments = [str(2_048 << 20), str(self.timeout + 2.0)]
+        self.pool = WorkerPool(ALONE, arguments, self.workers, 2_000)
+
+    def grade_many(self, completions: Sequence[str], golds: Sequence[str]) -> list[Grade]:
+        return [self._alone(*pair) for pair in zip(completions, golds, strict=True)]
+
+    def _alone(self, completion: str, gold: str) -> Grade:
+        answer = self.extract(completion) or ""
+        try:
+            right = bool(self.pool.run((gold, answer), self.timeout))
+        except WorkerTimedOut:
+            return Grade(0.0, "timeout", answer)
+        return Grade(float(right), "correct" if right else "wrong", answer)
 
 
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cases", type=Path, default=SHARED_CASES, help="labelled cases (JSONL)")
+    parser.add_argument("--cases", type=Path, default=SHARED, help="folder of labelled cases")
+    parser.add_argument("--alone", action="store_true", help="math-verify alone too, for minutes")
     parser.add_argument("--repeats", type=int, default=3, help="measurements of each speed")
     arguments = parser.parse_args()
     integers = [integers_per_second(MathGrader())[0] for _ in range(arguments.repeats)]
     expressions = [expressions_per_second()[0] for _ in range(arguments.repeats)]
-    report = {
+    report: dict[str, Any] = {
         "integers_per_cpu_s": [round(speed) for speed in integers],
         "expressions_per_cpu_s": [round(speed) for speed in expressions],
-        "cases": _agreement(arguments.cases) if arguments.cases.is_file() else None,
+        "cases": {},
         "python": platform.python_version(),
         "cpus": os.cpu_count(),
     }
+    if arguments.cases.is_dir():
+        for kind in (MathGrader, _Alone) if arguments.alone else (MathGrader,):
+            with kind(timeout=3.0, workers=2) as grader:
+                report["cases"][kind.__name__] = {
+                    name: agreement(grader, pairs)
+                    for name, pairs in labelled_pairs(arguments.cases).items()
+                }
     print(json.dumps(report, indent=2))
 
 

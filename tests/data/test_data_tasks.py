@@ -30,6 +30,8 @@ def growth(prompt, completion_ids, row):
 number = 3
 """
 
+HANGS = r"\sum_{n=1}^{10^{9}} \frac{1}{n}"
+
 
 def make_whole(name, **config):
     """A task whose training split is all of its file."""
@@ -64,7 +66,7 @@ def test_answers_that_mean_the_same_vote_together(math_file):
     task = make_whole("math", data=str(math_file), timeout=1.0)
     assert task.same_answer(r"\sqrt{8}", r"2\sqrt{2}")
     assert not task.same_answer(r"\sqrt{8}", r"3\sqrt{2}")
-    assert not task.same_answer("9^{9^{9^{9}}}", "1")  # Undecided is not the same.
+    assert not task.same_answer(HANGS, "1")  # Undecided is not the same.
 
 
 def test_prompt_and_pattern_cannot_disagree(math_file):
@@ -85,12 +87,12 @@ def test_any_of_several_golds_is_right(tmp_path):
     rows = [
         {"problem": "roots", "answer": ["-1", 2]},
         {"problem": "one", "answer": "5"},
-        {"problem": "huge", "answer": ["9^{9^{9^{9}}}", "1"]},
+        {"problem": "huge", "answer": [HANGS, "1"]},
     ]
     path = _write(tmp_path / "several.jsonl", rows)
     task = make_whole("math", data=str(path), timeout=1.0)
     problems = [task.problem(row) for row in (0, 0, 0, 1, 1, 2, 2)]
-    answers = ["2", "-1.0", "3", "5", "2", "1", "9^{9^{9^{8}}}"]
+    answers = ["2", "-1.0", "3", "5", "2", "1", rf"2+{HANGS}"]
     texts = [rf"\boxed{{{answer}}}" for answer in answers]
     statuses = [grade.status for grade in task.grade_many(problems, texts, [False] * 7)]
     assert statuses == ["correct", "correct", "wrong", "correct", "wrong", "correct", "timeout"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from distrl_envs.grading import MathGrader
 from tests.benchmarks.graders import expressions_per_second, integers_per_second
 
-HANGS = r"\boxed{9^{9^{9^{9}}}}"
+HANGS = r"\boxed{\sum_{n=1}^{10^{9}} \frac{1}{n}}"
 SYMBOLIC = r"\boxed{\sin^2 x+\cos^2 x}"
 LATEX = st.lists(
     st.sampled_from(
@@ -134,6 +134,16 @@ def test_verdicts_are_remembered():
     assert grader.pool.pids() == []
 
 
+def test_timeouts_are_remembered():
+    with MathGrader(timeout=0.5, workers=1) as grader:
+        first = grader.grade(HANGS, "1")
+        assert first.status == "timeout"
+        started = time.monotonic()
+        assert grader.grade(HANGS, "1").status == "timeout"
+        assert not grader.same_answer("1", first.answer)
+        assert time.monotonic() - started < 1.0
+
+
 def test_closing_ends_the_workers():
     with MathGrader(workers=2) as grader:
         grader.grade(SYMBOLIC, "1")
@@ -148,7 +158,8 @@ def test_a_parent_that_is_killed_leaves_no_worker():
         from distrl_envs.grading import MathGrader
         grader = MathGrader(timeout=1.0, workers=1)
         grader.grade(r"\\boxed{x+1}", "y")
-        threading.Thread(target=grader.grade, args=(r"\\boxed{9^{9^{9^{9}}}}", "1")).start()
+        hangs = r"\\boxed{\\sum_{n=1}^{10^{9}} \\frac{1}{n}}"
+        threading.Thread(target=grader.grade, args=(hangs, "1")).start()
         time.sleep(0.3)
         print(grader.pool.pids()[0], flush=True)
         time.sleep(60)
@@ -270,7 +281,7 @@ def test_speed_of_integers(grader):
 
 def test_speed_of_expressions():
     speed, grades = expressions_per_second()
-    assert speed > 150
+    assert speed > 400
     assert all(grade.score == 1.0 for grade in grades)
 
 

@@ -9,23 +9,34 @@ FORMS = {
     "007": "7",
     r"\dfrac12": r"\frac{1}{2}",
     r"\frac 34": r"\frac{3}{4}",
+    r"\nicefrac{1}{2}": r"\frac{1}{2}",
     "x²": "x^2",
     "x¹²": "x^{12}",
     "3√2": r"3\sqrt{2}",
     "４２": "42",
+    "٤٢": "42",
     "4\u200b2": "42",
-    r"10,\!080": "10,080",
-    r"90^\circ": "90",
-    r"\frac{270}7\text{ degrees}": r"\frac{270}{7}",
-    r"15\mbox{ cm}^2": "15",
-    "$125$ miles": "125",
-    r"\text{(C)}": "C",
-    r"19, 46, \text{ and } 82": "19,46,82",
+    r"10,\!080": "10080",
+    r"90^\circ": r"90^\circ",
+    "90°": r"90^\circ",
+    r"19, 46, \text{ and } 82": r"19,46,\land 82",
     "28 percent": "28%",
     r"\varnothing": r"\emptyset",
     r"\begin{bmatrix}1\\ 2\end{bmatrix}": r"\begin{pmatrix}1\\2\end{pmatrix}",
-    r"2\mathrm{e}": "2{e}",
+    r"\begin{vmatrix}1\end{vmatrix}": r"\begin{vmatrix}1\end{vmatrix}",
+    r"\begin{aligned}x&=3\end{aligned}": "x=3",
     r"2 \pi r": r"2\pi r",
+    r"\textcolor{red}{3}": "3",
+    r"\boldsymbol{3}": "3",
+    "x&lt;2": "x<2",
+    "x<sub>1</sub>": "x_1",
+    "x**2": "x^2",
+    "**131**": "131",
+    # What tells two numbers apart stays.
+    "1 2": "1 2",
+    r"1 \text{ hour } 30": r"1\text{hour}30",
+    r"5 \text{ million}": r"5\text{million}",
+    "1 x 10^3": "1*10^3",
 }
 
 
@@ -46,6 +57,8 @@ NUMBERS = {
     "1e-3": Fraction(1, 1000),
     r"4.5\times 10^{3}": Fraction(4500),
     r"1\frac{4}{5}": Fraction(9, 5),
+    "1 4/5": Fraction(9, 5),
+    "3½": Fraction(7, 2),
     r"-\frac{35}{9}": Fraction(-35, 9),
     "-3./2": Fraction(-3, 2),
     "((7))": Fraction(7),
@@ -61,7 +74,7 @@ def test_numbers(text, value):
 
 
 @pytest.mark.parametrize(
-    "text", ["1,22", "12,34,567", "(99,503)", "1/0", "x", "1e999", "204_5", ""]
+    "text", ["1,22", "12,34,567", "(99,503)", "1/0", "x", "1e999", "204_5", "", "1 2", "3 4 1/2"]
 )
 def test_what_is_no_number(text):
     assert read_number(normalise(text)) is None
@@ -73,18 +86,13 @@ VERDICTS = [
     ("0.1", "0.10000000001", False),
     ("0.333", r"\frac{1}{3}", False),
     ("0.3333333333", r"\frac{1}{3}", True),
+    ("1000000000", "1000000000.4", False),
+    ("12345678901", "12345678900.0", False),
     ("50\\%", "0.5", True),
     ("50", "50\\%", True),
     ("28/100", "28", False),
     ("12345678901234567890", "12345678901234567891", False),
-    ("204_5", "204_{5}", True),
-    ("204_5", "204", True),
-    ("204_5", "204_6", False),
-    ("52_8", "42", False),
-    ("ellipse", "Ellipse", True),
-    ("ellipse", "circle", False),
-    ("A", "a", False),
-    ("xy", "yx", None),
+    ("A", "a", None),
     (r"\pi", "3.14159", None),
 ]
 
@@ -95,5 +103,5 @@ def test_quick_verdicts(gold, answer, verdict):
 
 
 def test_equal_numbers_have_one_canonical_text():
-    spellings = ["3.5", r"\frac{7}{2}", "7/2", r"3\frac12", "35e-1"]
+    spellings = ["3.5", r"\frac{7}{2}", "7/2", r"3\frac12", "35e-1", "3 1/2"]
     assert {canonical(normalise(text)) for text in spellings} == {"7/2"}

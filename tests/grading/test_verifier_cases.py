@@ -1,16 +1,15 @@
 """Agreement with the labelled cases of other graders, and every disagreement with its reason."""
 
 from collections import Counter
-from itertools import pairwise
 
 import pytest
 
 from tests.benchmarks.graders import REQUIRED_MODES, agrees, case_outcomes
 
 KEPT = {
-    "vc-0006": "1,22 is a list of two numbers here; only a comma before three digits is no list",
     "vc-0034": "prose inside the box: 'Answer $$ 9 $$' is not the number 9",
     "vc-0035": "prose inside the box: 'Answer … = 10/9' names no variable",
+    "vc-0110": "1/3 is not about 1.3: an approximation that does not hold leaves two answers",
 }
 """Cases of the required modes that are graded otherwise than labelled."""
 
@@ -59,9 +58,3 @@ def test_every_gold_of_the_benchmarks_grades_itself_correct(grader, benchmark_go
     grades = grader.grade_many([rf"Thus \boxed{{{gold}}}." for gold in golds], golds)
     wrong = [row for row, grade in zip(benchmark_golds, grades, strict=True) if grade.score != 1.0]
     assert wrong == []
-
-
-def test_another_gold_of_the_benchmarks_is_wrong(grader, benchmark_golds):
-    integers = sorted({gold for _, gold in benchmark_golds if gold.isdigit()})
-    for gold, other in pairwise(integers):
-        assert grader.grade(rf"\boxed{{{other}}}", gold).status == "wrong"

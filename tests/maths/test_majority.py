@@ -1,5 +1,6 @@
 """maj@k by hand and against the enumeration of every subset."""
 
+import time
 from collections import Counter
 from itertools import combinations
 
@@ -102,3 +103,16 @@ def test_groups_are_compared_with_the_first_of_each():
     assert group_answers([1, 2, None, 3, 2, 4], same).tolist() == [0, 0, -1, 1, 0, 1]
     # What comes after 64 groups is compared with those only.
     assert group_answers([*range(0, 132, 2), 130, 131, 1], same).tolist()[-4:] == [65, 65, 66, 0]
+
+
+def test_comparisons_have_a_budget_of_seconds():
+    calls = []
+
+    def slow(one, other):
+        calls.append((one, other))
+        time.sleep(0.05)
+        return one % 2 == other % 2
+
+    assert group_answers(range(60), slow, seconds=0.2).tolist()[:4] == [0, 1, 0, 1]
+    assert len(calls) <= 5
+    assert group_answers(range(6), slow, seconds=60.0).tolist() == [0, 1] * 3

@@ -12,9 +12,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.grading.extraction import extract_answer
-from distrl_envs.grading.normal_form import normalise
-from distrl_envs.grading.plain_numbers import canonical, quick_verdict
+from distrl_envs.grading.extraction import extract_answer, without_unfinished_thinking
+from distrl_envs.grading.normal_form import normalise, unwrapped
+from distrl_envs.grading.plain_numbers import MOST_DIGITS, canonical, quick_verdict
 from distrl_envs.grading.worker_pool import WorkerDied, WorkerPool, WorkerTimedOut
 from distrl_envs.task import Grade
 
@@ -28,9 +28,10 @@ SHOWN_CHARACTERS = 500
 class MathGrader:
     """Compares the answer of a completion with a gold answer.
 
-    Texts, numbers and words are compared in process, exactly. What they cannot decide goes to a
-    pool of worker processes, where structures and values are compared and math-verify has the last
-    word. A worker that has not replied `timeout` seconds after it was handed the job is killed and
+    Equal texts and written-out numbers are compared in process, exactly. All else goes to a pool of
+    worker processes, where it is read in full or not at all: what is not understood is not equal,
+    and math-verify is only asked about sums, products, integrals and limits. A worker that has not
+    replied `timeout` seconds after it was handed the job is killed and
     replaced, so `grade` never hangs, and it never raises on a completion.
 
     Use it from any thread, from Ray actors and, through `asyncio.to_thread`, from coroutines. It
@@ -43,6 +44,7 @@ class MathGrader:
         timeout: float = 3.0,
         workers: int | None = None,
         answer_pattern: str | None = None,
+        ignore_unfinished_thinking: bool = True,
         max_answer_chars: int = 2_000,
         memory_mb: int = 2_048,
         jobs_per_worker: int = 2_000,
@@ -55,17 +57,20 @@ class MathGrader:
             workers: Processes at most; by default half the cores, between 1 and 8.
             answer_pattern: Regular expression whose last match holds the answer, in its first
                 group; by default the last balanced `\boxed{}`.
+            ignore_unfinished_thinking: Whether what follows a `<think>` that is never closed is no
+                answer.
             max_answer_chars: Answers longer than this that differ from the gold in more than
                 spelling are graded `too_long`.
             memory_mb: Address space of a worker.
             jobs_per_worker: Comparisons after which a worker is replaced.
-            cache_size: How many verdicts of workers are remembered.
+            cache_size: How many verdicts of workers are remembered, timeouts among them.
 
         Raises:
             ValueError: If a value is out of bounds or the pattern is no regular expression.
         """
         self._settings: dict[str, Any] = {
             "timeout": timeout, "workers": workers, "answer_pattern": answer_pattern,
+            "ignore_unfinished_thinking": ignore_unfinished_thinking,
             "max_answer_chars": max_answer_chars, "memory_mb": memory_mb,
             "jobs_per_worker": jobs_per_worker, "cache_size": cache_size,
         }  # fmt: skip
@@ -80,7 +85,7 @@ class MathGrader:
         self.max_answer_chars = max_answer_chars
         arguments = [str(memory_mb << 20), str(timeout + ALARM_SLACK)]
         self.pool = WorkerPool(WORKER_SCRIPT, arguments, self.workers, jobs_per_worker)
-        self._cache: OrderedDict[tuple[str, str], bool] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, str], bool | None] = OrderedDict()
         self._cache_size = cache_size
         self._cache_lock = threading.Lock()
 
@@ -128,7 +133,7 @@ class MathGrader:
         grades: list[Grade | None] = []
         waiting: dict[tuple[str, str], list[int]] = {}
         for completion, gold in zip(completions, golds, strict=True):
-            found = extract_answer(completion, self.pattern)
+            found = self.extract(completion)
             grade, pair = self._quick_grade(gold_form(gold), found)
             if grade is None:
                 waiting.setdefault(pair, []).append(len(grades))
@@ -137,6 +142,12 @@ class MathGrader:
             for index in waiting[pair]:
                 grades[index] = grade
         return [grade for grade in grades if grade is not None]
+
+    def extract(self, completion: str) -> str | None:
+        """The answer that a completion states, or None where it states none."""
+        if self._settings["ignore_unfinished_thinking"]:
+            completion = without_unfinished_thinking(completion)
+        return extract_answer(completion, self.pattern)
 
     def grade_answer(self, answer: str, gold: str) -> Grade:
         """Grades a bare answer, without looking for a box in it.
@@ -158,17 +169,25 @@ class MathGrader:
         return (grade or self._compare(pair)).score == 1.0
 
     def _quick_grade(self, gold: str, found: str | None) -> tuple[Grade | None, tuple[str, str]]:
-        """The verdict, where it needs no worker, and the two normalised sides."""
-        answer = normalise(found) if found is not None else ""
+        """The verdict, where it needs no worker, and the two normalised sides.
+
+        What it does in the caller's time is linear in the length of what was found.
+        """
+        found = unwrapped(unwrapped(" ".join((found or "").split())), "()", kept=1)
+        if len(found) > max(self.max_answer_chars, MOST_DIGITS):
+            if found == gold:
+                return Grade(1.0, "correct", gold[:SHOWN_CHARACTERS]), (gold, found)
+            return Grade(0.0, "too_long", found[:SHOWN_CHARACTERS]), (gold, found)
+        answer = normalise(found)
         pair = (gold, answer)
         if not answer:
             return Grade(0.0, "no_answer", None), pair
         verdict = quick_verdict(gold, answer)
         if verdict is None and len(answer) > self.max_answer_chars:
             return Grade(0.0, "too_long", answer[:SHOWN_CHARACTERS]), pair
-        if verdict is None:
-            verdict = self._remembered(pair)
-        return (None if verdict is None else _decided(pair, verdict)), pair
+        if verdict is not None:
+            return _decided(pair, verdict), pair
+        return self._remembered(pair), pair
 
     def _compare_all(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
         if len(pairs) < 2 or self.workers < 2:
@@ -179,28 +198,26 @@ class MathGrader:
     def _compare(self, pair: tuple[str, str]) -> Grade:
         try:
             verdict = bool(self.pool.run(pair, self.timeout))
-        except (WorkerTimedOut, WorkerDied) as failure:
-            status = "timeout" if isinstance(failure, WorkerTimedOut) else "worker_died"
-            return Grade(0.0, status, pair[1][:SHOWN_CHARACTERS])
-        self._remember(pair, verdict)
-        return _decided(pair, verdict)
-
-    def _remembered(self, pair: tuple[str, str]) -> bool | None:
-        with self._cache_lock:
-            if pair not in self._cache:
-                return None
-            self._cache.move_to_end(pair)
-            return self._cache[pair]
-
-    def _remember(self, pair: tuple[str, str], verdict: bool) -> None:
+        except WorkerTimedOut:
+            verdict = None
+        except WorkerDied:
+            return Grade(0.0, "worker_died", pair[1][:SHOWN_CHARACTERS])
         with self._cache_lock:
             self._cache[pair] = verdict
             if len(self._cache) > self._cache_size:
                 self._cache.popitem(last=False)
+        return _decided(pair, verdict)
+
+    def _remembered(self, pair: tuple[str, str]) -> Grade | None:
+        with self._cache_lock:
+            if pair not in self._cache:
+                return None
+            self._cache.move_to_end(pair)
+            return _decided(pair, self._cache[pair])
 
 
 def compile_pattern(pattern: str | None) -> re.Pattern[str] | None:
-    """A regular expression in which the dot matches line ends too.
+    """A regular expression in which the dot may match line ends too; see `extract_answer`.
 
     Raises:
         ValueError: If it is not valid.
@@ -227,10 +244,11 @@ def gold_form(gold: str) -> str:
     return form
 
 
-def _decided(pair: tuple[str, str], verdict: bool) -> Grade:
+def _decided(pair: tuple[str, str], verdict: bool | None) -> Grade:
     if verdict:
         return Grade(1.0, "correct", canonical(pair[0])[:SHOWN_CHARACTERS])
-    return Grade(0.0, "wrong", canonical(pair[1])[:SHOWN_CHARACTERS])
+    status = "timeout" if verdict is None else "wrong"
+    return Grade(0.0, status, canonical(pair[1])[:SHOWN_CHARACTERS])
 
 
 def _rebuild(settings: dict[str, Any]) -> MathGrader:

@@ -1,101 +1,100 @@
-"""Answers as text in a normal form: Unicode, spacing, spellings, units, and plain numbers."""
+r"""Answers as text in a normal form: one spelling for each sign, no markup.
+
+The text is read once, token by token, so that the time is linear in its length. Nothing that may
+decide an answer is dropped: words stay, as `\text{…}` or bare, and so does a blank between two
+letters or digits.
+"""
 
 from __future__ import annotations
 
+import html
 import re
 import unicodedata
 from functools import lru_cache
 
+
+def words(text: str) -> list[str]:
+    """The words of a table."""
+    return text.split()
+
+
 SYMBOLS = {
     "π": "pi", "∞": "infty", "×": "times", "⋅": "cdot", "·": "cdot", "∙": "cdot", "≤": "le",
     "≥": "ge", "⩽": "le", "⩾": "ge", "≠": "ne", "∅": "emptyset", "∪": "cup", "∩": "cap",
-    "∈": "in", "±": "pm", "≈": "approx", "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta",
-    "ε": "epsilon", "θ": "theta", "λ": "lambda", "μ": "mu", "ρ": "rho", "σ": "sigma",
-    "τ": "tau", "φ": "phi", "ω": "omega", "Δ": "Delta", "Ω": "Omega", "ℝ": "mathbb{R}",
+    "∈": "in", "±": "pm", "∓": "mp", "≈": "approx", "≡": "equiv", "∧": "land", "∨": "lor",
+    "α": "alpha", "β": "beta", "γ": "gamma", "δ": "delta", "ε": "epsilon", "θ": "theta",
+    "λ": "lambda", "μ": "mu", "µ": "mu", "ρ": "rho", "σ": "sigma", "τ": "tau", "φ": "phi",
+    "ω": "omega", "Δ": "Delta", "Ω": "Omega", "ℝ": "reals", "√": "sqrt", "…": "dots",
+    "⋯": "dots", "∣": "mid", "⌊": "lfloor", "⌋": "rfloor", "⌈": "lceil", "⌉": "rceil",
 }  # fmt: skip
 CHARACTERS = {ord(character): f"\\{name} " for character, name in SYMBOLS.items()} | {
-    ord("−"): "-", ord("–"): "-", ord("—"): "-", ord("÷"): "/", ord("⁄"): "/", ord("∶"): ":",
-    ord("’"): "'", ord("′"): "'", ord("°"): "^\\circ ", ord("€"): "$", ord("£"): "$",
-    ord("¥"): "$",
+    ord("−"): "-", ord("–"): "-", ord("—"): "-", ord("÷"): "/", ord("⁄"): "/", ord("∕"): "/",
+    ord("∶"): ":", ord("’"): "'", ord("‘"): "'", ord("“"): '"', ord("”"): '"', ord("′"): "'",
+    ord("″"): "''", ord("°"): "^\\circ ", ord("、"): ", ", ord("，"): ", ", ord("。"): ".",
+    ord("٫"): ".", ord("٬"): ",", ord("\N{NARROW NO-BREAK SPACE}"): " ",
 }  # fmt: skip
 SUPERSCRIPTS = dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n", strict=True))
 SUBSCRIPTS = dict(zip("₀₁₂₃₄₅₆₇₈₉", "0123456789", strict=True))
-ROW_BREAK = "\N{INFORMATION SEPARATOR TWO}"
-"""Stands for the double backslash of a matrix while other commands are rewritten."""
 
-FONTS = (
-    r"text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|mathsf|operatorname\*?|bf|rm"
-)
-NOT_UNITS = (
-    r"[a-zA-Z]|pi|sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|lcm|gcd|"
-    r"max|min|and|or|mod|infinity"
-)
-FUNCTIONS = r"sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|ln|log|exp|max|min|gcd"
-
-_UNIT_AFTER = re.compile(
-    rf"(?<=[\w}})\]%])(?:\s|~|\\[ ,;!])*\\(?:{FONTS})\s*"
-    rf"\{{(?!\s*(?:{NOT_UNITS})\s*\}})[^{{}}]*\}}(?:\s*\^\s*\{{?\d\}}?)?"
-)
-_BARE_UNIT = re.compile(
-    r"\$?([-+]?\$?[\d.,]*\d|[-+]?\\frac\{\d+\}\{\d+\})(?:\s+|\$\s*)"
-    r"(?!pi\b|sqrt|or\b|and\b|times\b)[A-Za-z]{2,}[A-Za-z/ .]*(?:\^\s*\{?\d\}?)?"
-)
-_CONNECTIVE = re.compile(
-    rf"\\(?:{FONTS})\s*\{{[\s,]*(?:and|or)\s*\}}|(?<=[\s,$\d)])(?:and|or)(?=[\s,$\d(])"
-)
-_PERCENT = re.compile(
-    rf"\s*(?:\\?%|\\(?:{FONTS})\s*\{{\s*(?:percent|percentage|pct)\s*\}}"
-    r"|\b(?:percent|percentage|pct)\b)", re.IGNORECASE
-)  # fmt: skip
-_REWRITES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"\*\*([^*]+)\*\*", r"\1"),
-        (r"\\(?:d|t|c|x)frac(?![A-Za-z])", r"\\frac"),
-        (r"\\[dt]binom(?![A-Za-z])", r"\\binom"),
-        (r"\\(?:leq(?:slant)?|leqq)(?![A-Za-z])|<=|=<", r"\\le "),
-        (r"\\(?:geq(?:slant)?|geqq)(?![A-Za-z])|>=", r"\\ge "),
-        (r"\\neq(?![A-Za-z])|!=", r"\\ne "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\varnothing(?![A-Za-z])|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(?:cdot|times|ast)(?![A-Za-z])|\*\*(?=\d)|\*", "*"),
-        (r"\\div(?![A-Za-z])", "/"),
-        (r"\\(?:simeq|thickapprox)(?![A-Za-z])", r"\\approx "),
-        (r"\\mathbb\s*\{?\s*R\s*\}?", r"\\mathbb{R}"),
-        (r"\^\s*\{?\s*\\(?:circ|degree)\s*\}?|\\degree(?![A-Za-z])|\bdegrees?\b", " "),
-        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|quad|qquad|,|!|;|:|>| )"
-         r"(?![A-Za-z])", " "),
-        (r"\\(?:[()]|(?<!\\\\)[\[\]])|\\?\$|~", " "),
-        (r"\{,\}", ","),
-        (r"\\begin\s*\{[bvB]?(?:small)?(?:matrix|array)\}(?:\{[^{}]*\})?", r"\\begin{pmatrix}"),
-        (r"\\end\s*\{[bvB]?(?:small)?(?:matrix|array)\}", r"\\end{pmatrix}"),
-        (rf"\\(?:{FONTS})\s*(?![A-Za-z])", " "),
-        (rf"(?<![\\A-Za-z])({FUNCTIONS})(?=[\s({{\\^_]|$)", r"\\\1 "),
-        (r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"(?<![\\A-Za-z])pi(?![A-Za-z])", r"\\pi "),
-        (r"(?<![\\A-Za-z])(?:infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
+RENAMED = {
+    "dfrac": r"\frac", "tfrac": r"\frac", "cfrac": r"\frac", "xfrac": r"\frac",
+    "nicefrac": r"\frac", "sfrac": r"\frac", "flatfrac": r"\frac", "dbinom": r"\binom",
+    "tbinom": r"\binom", "leq": r"\le", "leqslant": r"\le", "leqq": r"\le", "geq": r"\ge",
+    "geqslant": r"\ge", "geqq": r"\ge", "neq": r"\ne", "lt": "<", "gt": ">", "cdot": "*",
+    "times": "*", "ast": "*", "div": "/", "varnothing": r"\emptyset", "simeq": r"\approx",
+    "thickapprox": r"\approx", "sim": r"\approx", "degree": r"^\circ", "deg": r"^\circ",
+    "degrees": r"^\circ",
+    "lvert": "|", "rvert": "|", "vert": "|", "lbrace": r"\{", "rbrace": r"\}", "lbrack": "[",
+    "rbrack": "]", "lparen": "(", "rparen": ")", "colon": ":",
+    "langle": "(", "rangle": ")", "ratio": ":", "ldots": r"\dots",
+    "cdots": r"\dots", "dotsc": r"\dots", "dotsb": r"\dots", "cr": r"\\", "newline": r"\\",
+    "wedge": r"\land", "vee": r"\lor", "prime": "'", "longrightarrow": r"\to",
+    "rightarrow": r"\to", "quad": r"\quad ", "qquad": r"\quad ", "reals": r"\mathbb{R}",
+    "euro": "€", "pounds": "£", "tg": r"\tan", "ctg": r"\cot", "arctg": r"\arctan",
+    "percent": "%", "lnot": r"\neg", "thinspace": " ", "nobreakspace": " ", "space": " ",
+    "enspace": " ", "implies": r"\to", "Rightarrow": r"\to", "mod": r"\bmod", "bf": " ",
+    "rm": " ", "it": " ", "varepsilon": r"\epsilon", "varphi": r"\phi", "ne": r"\ne",
+}  # fmt: skip
+"""Commands that mean the same as others."""
+DROPPED = frozenset(
+    words(
+        """left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr bigm
+        displaystyle textstyle scriptstyle limits nolimits middle mathstrut strut relax
+        mathbf boldsymbol bm pmb mathit ensuremath mathsf mathtt mathcal mathnormal
+        underline overbrace underbrace boxed fbox hfill noindent centering large Large small
+        normalsize !"""
     )
 )  # fmt: skip
-_TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"(?<=\d)\s+(?=\d{3}(?!\d))", ""),
-        (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*(\d)\s*\{", r"\\frac{\1}{"),
-        (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
-        (r"\\sqrt\s*([\dA-Za-z])", r"\\sqrt{\1}"),
-        (r"√\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"([_^])\s*(\d)\s+(?=\d)", r"\1{\2}"),
-        (r"([_^])\s*\{\s*(\w)\s*\}(?!\s*\d)", r"\1\2"),
-        (r"(\\[A-Za-z]+)\s+(?=[A-Za-z])", "\\1\N{NO-BREAK SPACE}"),
-        (r"[ \t\r\n\f\v]+", ""),
-        ("\N{NO-BREAK SPACE}", " "),
-        (r"\{\{([^{}]*)\}\}", r"{\1}"),
-        (r"^[,;:]+|[.,;:\\]+$", ""),
+"""Commands that change how an answer looks and not what it says."""
+FONTS = frozenset(
+    words("""text textbf textit textrm textnormal textsf texttt textup emph mbox hbox mathrm""")
+)
+ENVIRONMENTS = re.compile(r"[bBpP]?(?:small)?(?:matrix|array)|array")
+LAYOUT = frozenset(
+    words("""align align* aligned gathered gather gather* equation equation* split""")
+)
+FUNCTION_NAMES = frozenset(
+    words(
+        """sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh ln log exp max min gcd lcm
+        sqrt pi infty"""
     )
 )
+SPELT = {"infinity": "infty", "inf": "infty", "oo": "infty", "asin": "arcsin", "acos": "arccos",
+         "atan": "arctan"}  # fmt: skip
+CONNECTIVES = {"and": r"\land ", "or": r"\lor ", "&": r"\land "}
+
+_TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|[A-Za-z]+|\d+|\s+|.", re.DOTALL)
+_MARKUP = re.compile(r"<su([bp])>(\w{1,20})</su[bp]>", re.IGNORECASE)
+_DEFINITE = re.compile(r"[^\W\d_]", re.UNICODE)
+_BOLD_VECTOR = re.compile(
+    r"\\(?:mathbf|boldsymbol|bm|hat|vec|widehat)\s*\{\s*(?:\\mathbf\s*\{\s*)?"
+    r"\\?([ijk])(?:math)?\s*\}(?:\s*\})?"
+)
+_OPERATORS = (
+    ("<=", r"\le "), ("=<", r"\le "), (">=", r"\ge "), ("!=", r"\ne "), ("==", "="),
+    ("+/-", r"\pm "), ("...", r"\dots "), ("**", "^"),
+)  # fmt: skip
+_SEPARATE = re.compile(r"[A-Za-z0-9\x80-\U0010ffff]")
 
 
 @lru_cache(maxsize=4096)
@@ -108,26 +107,35 @@ def normalise(text: str) -> str:
     if text.isdigit() and text.isascii():
         return text.lstrip("0") or "0"
     text = _plain_characters(text)
-    if "\\begin" in text:
-        text = text.replace("\\\\", ROW_BREAK)
-    else:
-        text = re.sub(r"\\\\+(?=[A-Za-z{}])", r"\\", text)
-    text = _CONNECTIVE.sub(" , ", text)
-    text = _PERCENT.sub("%", text)
-    text = _UNIT_AFTER.sub(" ", text)
-    text = _drop_bare_unit(text.strip())
-    for pattern, replacement in _REWRITES:
-        text = pattern.sub(replacement, text)
-    for pattern, replacement in _TIDY:
-        text = pattern.sub(replacement, text)
-    text = re.sub(r",,+", ",", text).replace(ROW_BREAK, "\\\\")
-    return _without_wrapping(text)
+    text = re.sub(r"(?<![\w)\]}*])\*\*([^*]+)\*\*(?![\w(*])", r"\1", text)
+    text = text.replace("{,}", ",").replace(",\\!", "\N{NO-BREAK SPACE}").replace("\\$", "$")
+    text = re.sub("\N{NO-BREAK SPACE}[ ]?", "\N{NO-BREAK SPACE}", text)
+    text = re.sub("(?<=[0-9])\N{NO-BREAK SPACE}(?=[0-9]{3})", "", text)
+    text = text.replace("\N{NO-BREAK SPACE}", ", ")
+    if "\\begin" not in text:
+        # Escaped once too often, as JSON in JSON: \\frac for \frac.
+        text = re.sub(r"\\\\(?=(?:[a-z]{2,}|[{}]))", r"\\", text)
+    text = re.sub(r"(?<=\d)'(?=\d{3}(?!\d))", "", text)
+    for written, sign in _OPERATORS:
+        text = text.replace(written, sign)
+    return _Writer(_BOLD_VECTOR.sub(r"\\unitvector\1 ", text)).written()
 
 
 def _plain_characters(text: str) -> str:
-    text = text.replace("\x00", "").replace(ROW_BREAK, "")
+    """Characters that a formula is typed in: ASCII digits, LaTeX for signs, no invisible ones."""
+    text = text.replace("\x00", "")
+    if "&" in text and ";" in text:
+        text = html.unescape(text.replace("&nbsp;", " "))
+    if "<" in text:
+        text = _MARKUP.sub(lambda m: ("_" if m[1] in "bB" else "^") + "{" + m[2] + "}", text)
     if text.isascii():
         return text
+    text = re.sub(
+        "(?<=[0-9])?([½⅓⅔¼¾⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])",
+        lambda match: " " + unicodedata.normalize("NFKC", match[1]).replace("⁄", "/"),
+        text,
+    )
+    text = re.sub(r"√\s{0,9}(\d+|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}", text)
     for table, mark in ((SUPERSCRIPTS, "^"), (SUBSCRIPTS, "_")):
         characters = "".join(table)
         text = re.sub(
@@ -137,31 +145,186 @@ def _plain_characters(text: str) -> str:
         )
     text = unicodedata.normalize("NFKC", text.translate(CHARACTERS)).translate(CHARACTERS)
     return "".join(
-        character for character in text if unicodedata.category(character) not in ("Cf", "Cs", "Co")
+        str(unicodedata.digit(character))
+        if not character.isascii() and unicodedata.category(character) == "Nd"
+        else character
+        for character in text
+        if unicodedata.category(character) not in ("Cf", "Cs", "Co")
     )
 
 
-def _drop_bare_unit(text: str) -> str:
-    match = _BARE_UNIT.fullmatch(text.rstrip(". "))
-    return match.group(1) if match else text
+class _Writer:
+    """Reads the tokens of a text once and writes its normal form."""
+
+    def __init__(self, text: str):
+        self.tokens = _TOKEN.findall(text)
+        self.at = 0
+        self.out: list[str] = []
+        self.blank = False
+
+    def written(self) -> str:
+        while self.at < len(self.tokens):
+            token = self.tokens[self.at]
+            self.at += 1
+            if token.isspace() or token in ("~", "$"):
+                self.blank = True
+            elif token[0] == "\\" and len(token) > 1:
+                self._command(token)
+            elif token.isascii() and token.isalpha():
+                self._word(token)
+            else:
+                self._put(token)
+        return _tidy("".join(self.out))
+
+    def _put(self, piece: str) -> None:
+        if not piece:
+            return
+        last = self.out[-1] if self.out else ""
+        joins = self.blank or (last[:1] == "\\" and last[-1:].isalpha() and piece[0].isalpha())
+        if joins and last and _SEPARATE.match(last[-1]) and _SEPARATE.match(piece[0]):
+            self.out.append(" ")
+        self.blank = False
+        self.out.append(piece)
+
+    def _word(self, word: str) -> None:
+        name = SPELT.get(word, word)
+        if name in FUNCTION_NAMES:
+            self._put("\\" + name)
+        elif word.lower() in CONNECTIVES and self.out:
+            self._put(CONNECTIVES[word.lower()])
+            self.blank = False
+        elif word.lower() in ("degree", "degrees"):
+            self._put(r"^\circ")
+        elif word.lower() in ("percent", "percentage", "pct"):
+            self._put("%")
+        elif word in ("x", "X") and self._between_digits():
+            self._put("*")
+        else:
+            self._put(word)
+
+    def _between_digits(self) -> bool:
+        """Whether an x stands for "times", as in 1 x 10^3."""
+        following = self.tokens[self.at : self.at + 2]
+        return (
+            bool(self.out) and self.out[-1][-1:].isdigit() and self.blank
+            and len(following) == 2 and following[0].isspace() and following[1][0].isdigit()
+        )  # fmt: skip
+
+    def _command(self, token: str) -> None:
+        name = token[1:].rstrip("*")
+        if name in ("(", ")", "]", "[") or name in DROPPED:
+            return
+        if name in FONTS:
+            self._text()
+        elif name in (",", ";", ":", ">", " ", "\n", "\t"):
+            self.blank = True
+        elif name in ("textcolor", "colorbox"):
+            self._group()
+        elif name in ("color", "hspace", "vspace", "label", "tag", "phantom", "hphantom"):
+            self._group()
+            self.blank = True
+        elif name in ("begin", "end"):
+            self._environment(name)
+        elif name in ("operatorname", "mathop"):
+            group = self._group()
+            self._put("\\" + group if group in FUNCTION_NAMES else f"\\text{{{group}}}")
+        elif name == "%":
+            self._put("%")
+        elif name == "&":
+            self._put(r"\land ")
+        else:
+            renamed = RENAMED.get(name, token.rstrip("*") if len(token) > 2 else token)
+            if renamed == " ":
+                self.blank = True
+            else:
+                self._put(renamed)
+
+    def _group(self) -> str:
+        """The raw content of the group that follows, or the next token; skips it."""
+        while self.at < len(self.tokens) and self.tokens[self.at].isspace():
+            self.at += 1
+        if self.at >= len(self.tokens):
+            return ""
+        start, depth = self.at, 0
+        while self.at < len(self.tokens):
+            token = self.tokens[self.at]
+            self.at += 1
+            depth += (token == "{") - (token == "}")
+            if depth <= 0:
+                break
+        inside = self.tokens[start : self.at]
+        return "".join(inside[1:-1] if inside[0] == "{" and inside[-1] == "}" else inside)
+
+    def _text(self) -> None:
+        content = self._group()
+        plain = " ".join(content.replace("~", " ").split())
+        connective = CONNECTIVES.get(plain.strip(" ,").lower())
+        if connective:
+            self._put(connective)
+        elif not _DEFINITE.search(plain) or "\\" in plain or "$" in plain:
+            # No words in it: a formula in another font.
+            self.tokens[self.at : self.at] = _TOKEN.findall(plain)[: len(self.tokens)]
+            self.blank = self.blank or content[:1].isspace()
+        elif plain.lower() in ("percent", "percentage", "pct"):
+            self._put("%")
+        elif plain.lower() in ("degree", "degrees"):
+            self._put(r"^\circ")
+        elif plain:
+            self._put(f"\\text{{{plain}}}")
+
+    def _environment(self, name: str) -> None:
+        kind = self._group().strip()
+        if ENVIRONMENTS.fullmatch(kind):
+            kind = kind if kind in ("vmatrix", "Vmatrix") else "pmatrix"
+            if name == "begin" and self.at < len(self.tokens) and self.tokens[self.at] == "{":
+                self._group()  # The columns of an array.
+            self._put(f"\\{name}{{{kind}}}")
+        elif kind not in LAYOUT:
+            self._put(f"\\{name}{{{kind}}}")
 
 
-def _without_wrapping(text: str) -> str:
-    """Drops braces around everything, and the parentheses of a choice such as (A)."""
-    while len(text) > 1 and text[0] == "{" and _closing(text, 0) == len(text) - 1:
-        text = text[1:-1]
-    if len(text) == 3 and text[0] == "(" and text[2] == ")" and text[1].isupper():
-        return text[1]
-    return text
+_TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"\\sqrt ?(\d|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}"),
+        (r"\\sqrt\(([^()]*)\)", r"\\sqrt{\1}"),
+        (r"\\frac ?(\d) ?(\d)", r"\\frac{\1}{\2}"),
+        (r"\\frac ?(\d)\{", r"\\frac{\1}{"),
+        (r"\\frac(\{[^{}]*\})(\d)", r"\\frac\1{\2}"),
+        (r"([_^])\{(\w)\}(?!\d)", r"\1\2"),
+        (r"\^\{\\circ\}", r"^\\circ"),
+        (r"\\\{\\\}", r"\\emptyset"),
+        (r"^(?:[,;]|\\quad )+|(?:[.,;:]|\\quad )+$", ""),
+    )
+)
 
 
-def _closing(text: str, start: int) -> int:
-    depth = 0
-    for index in range(start, len(text)):
-        if text[index] == "{":
-            depth += 1
-        elif text[index] == "}":
-            depth -= 1
-            if depth == 0:
-                return index
-    return -1
+def _tidy(text: str) -> str:
+    text = text.strip()
+    if "\\begin{pmatrix}" not in text and "\\begin{vmatrix}" not in text:
+        text = text.replace("&", "")
+    for pattern, replacement in _TIDY:
+        text = pattern.sub(replacement, text)
+    text = text.rstrip("\\").strip() if text.endswith("\\") else text
+    inner = unwrapped(text)
+    return inner if inner == text else _tidy(inner)
+
+
+def unwrapped(text: str, pair: str = "{}", kept: int = 0) -> str:
+    """The text without the brackets around all of it, but for so many pairs of them."""
+    opening, closing = pair
+    outer = 0
+    while outer < len(text) // 2 and text[outer] == opening and text[-1 - outer] == closing:
+        outer += 1
+    if outer <= kept:
+        return text
+    # How deep the inside falls below its own ground: so many of the outer brackets are no pair.
+    depth = lowest = 0
+    previous = ""
+    for character in text[outer : len(text) - outer]:
+        if previous != "\\":
+            depth += (character == opening) - (character == closing)
+        previous = character
+        lowest = min(lowest, depth)
+    pairs = outer + lowest - kept
+    return text[pairs : len(text) - pairs] if pairs > 0 else text

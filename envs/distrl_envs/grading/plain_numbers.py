@@ -10,20 +10,18 @@ from functools import lru_cache
 LARGEST_EXPONENT = 400
 MOST_DIGITS = 4_000
 """Python refuses to read integers that are longer than about this."""
-WRITTEN_OUT = Fraction(1, 10**9)
-"""A decimal stands for an exact number that it matches to nine significant digits (our choice)."""
+ROUNDED = Fraction(1, 10**9)
+"""How close a decimal must be to a fraction that no decimal equals to stand for it (our choice)."""
 
 _DECIMAL = r"(?:\d+\.?\d*|\.\d+)"
 _THOUSANDS = re.compile(r"[-+]?\d{1,3}(?:,\d{3})+(?:\.\d*)?%?")
 _NUMBER = re.compile(
-    rf"(?P<sign>[-+]*)(?:(?P<whole>\d+)(?=\\frac))?(?:"
+    rf"(?P<sign>[-+]*)(?:(?P<whole>\d+)(?: (?=\d+/)|(?=\\frac)))?(?:"
     rf"\\frac\{{(?P<above>-?{_DECIMAL})\}}\{{(?P<below>-?{_DECIMAL})\}}"
     rf"|(?P<over>{_DECIMAL})/(?P<under>{_DECIMAL})"
     rf"|(?P<mantissa>{_DECIMAL})(?:[eE](?P<exponent>[-+]?\d+)|\*10\^\{{?(?P<power>[-+]?\d+)\}}?)?"
     rf"|10\^\{{?(?P<ten>[-+]?\d+)\}}?)(?P<percent>%?)"
 )
-_BASED = re.compile(r"(\d+)_\{?(\d+)\}?")
-_WORD = re.compile(r"[A-Za-z]+")
 
 
 @dataclass(frozen=True)
@@ -72,20 +70,26 @@ def read_number(text: str) -> Number | None:
 
 
 def same_number(one: Number, other: Number) -> bool:
-    """Whether two numbers are the same, a percent sign read either way.
-
-    Two decimals must be equal; a decimal beside a fraction may be its rounded form.
-    """
+    """Whether two numbers are the same, a percent sign read either way."""
     pairs = [(a, b) for a in one.readings() for b in other.readings()]
     if any(a == b for a, b in pairs):
         return True
     if one.decimal == other.decimal:
         return False
-    return any(abs(a - b) <= WRITTEN_OUT * max(abs(a), abs(b)) for a, b in pairs)
+    return any(rounds(*((a, b) if one.decimal else (b, a))) for a, b in pairs)
+
+
+def rounds(decimal: Fraction, exact: Fraction) -> bool:
+    """Whether a decimal is the rounded form of a fraction that no decimal can equal."""
+    below = exact.denominator
+    for factor in (2, 5):
+        while below % factor == 0:
+            below //= factor
+    return below > 1 and abs(decimal - exact) <= ROUNDED * abs(exact)
 
 
 def quick_verdict(gold: str, answer: str) -> bool | None:
-    """Decides equal texts, numbers, numbers to a base, and words; None for anything else.
+    """Decides equal texts and numbers that are written out; None for anything else.
 
     Args:
         gold: Normalised gold.
@@ -96,14 +100,7 @@ def quick_verdict(gold: str, answer: str) -> bool | None:
     if gold.isdigit() and answer.isdigit():
         return gold.lstrip("0") == answer.lstrip("0")
     one, other = read_number(gold), read_number(answer)
-    if one is not None and other is not None:
-        return same_number(one, other)
-    one_based, other_based = _BASED.fullmatch(gold), _BASED.fullmatch(answer)
-    if one_based or other_based:
-        return _same_in_base(gold, answer, one_based, other_based)
-    if _WORD.fullmatch(gold) and _WORD.fullmatch(answer):
-        return _same_word(gold, answer)
-    return None
+    return None if one is None or other is None else same_number(one, other)
 
 
 def canonical(text: str) -> str:
@@ -112,26 +109,6 @@ def canonical(text: str) -> str:
     if number is None:
         return text
     return f"{number.value}%" if number.percent else str(number.value)
-
-
-def _same_in_base(
-    gold: str, answer: str, one: re.Match[str] | None, other: re.Match[str] | None
-) -> bool | None:
-    if one is not None and other is not None:
-        return one.groups() == other.groups()
-    # The problem names the base, so that an answer may leave it out; its digits decide.
-    based, plain = (one, answer) if one is not None else (other, gold)
-    assert based is not None
-    return based.group(1) == plain if plain.isdigit() else None
-
-
-def _same_word(gold: str, answer: str) -> bool | None:
-    if max(len(gold), len(answer)) == 1:
-        return False
-    if gold.casefold() == answer.casefold():
-        return True
-    # Short words may be products of variables.
-    return False if min(len(gold), len(answer)) > 3 else None
 
 
 def _without_parentheses(text: str) -> str:

@@ -56,6 +56,7 @@ class MathTask(DataTask):
         system_prompt: str | None = None,
         timeout: float = 3.0,
         workers: int | None = None,
+        ignore_unfinished_thinking: bool = True,
         **common: Any,
     ):
         r"""Loads the problems.
@@ -70,6 +71,8 @@ class MathTask(DataTask):
             system_prompt: System message.
             timeout: Seconds for one comparison in a worker.
             workers: Worker processes; by default half the cores.
+            ignore_unfinished_thinking: Whether what follows a `<think>` that is never closed is no
+                answer.
             **common: What every task over data takes; see `DataTask`.
 
         Raises:
@@ -94,7 +97,7 @@ class MathTask(DataTask):
             **common,
         )
         self.asks_as_published = own_instruction is None and answer_pattern is None
-        self._grader = (timeout, workers, answer_pattern)
+        self._grader = (timeout, workers, answer_pattern, ignore_unfinished_thinking)
 
     @property
     def grader(self) -> MathGrader:
@@ -127,9 +130,19 @@ class MathTask(DataTask):
 
 
 @lru_cache(maxsize=16)
-def shared_grader(timeout: float, workers: int | None, answer_pattern: str | None) -> MathGrader:
+def shared_grader(
+    timeout: float,
+    workers: int | None,
+    answer_pattern: str | None,
+    ignore_unfinished_thinking: bool,
+) -> MathGrader:
     """One grader per process and settings: environments come in dozens, workers should not."""
-    return MathGrader(timeout=timeout, workers=workers, answer_pattern=answer_pattern)
+    return MathGrader(
+        timeout=timeout,
+        workers=workers,
+        answer_pattern=answer_pattern,
+        ignore_unfinished_thinking=ignore_unfinished_thinking,
+    )
 
 
 def _instruction(
