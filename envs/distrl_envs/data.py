@@ -33,7 +33,7 @@ class Column:
 
     Attributes:
         kinds: Types that are taken.
-        required: Whether every row must have it; a missing optional one becomes None.
+        required: Whether every row must have it; a missing or empty optional one becomes None.
         convert: Turns the value into what the task wants; what it raises is a fault of the row.
     """
 
@@ -182,6 +182,8 @@ def _value(value: Any, column: Column) -> Any:
         wanted = " or ".join(kind.__name__ for kind in column.kinds)
         raise ValueError(f"holds {type(value).__name__} {value!r:.60}; it must be {wanted}")
     if isinstance(value, str | list) and not (value.strip() if isinstance(value, str) else value):
+        if not column.required:
+            return None
         raise ValueError("is empty")
     return column.convert(value) if column.convert else value
 

@@ -33,7 +33,9 @@ PLACE = "place"
 LARGEST_SCORE = 3.4e38
 """Rewards are 32-bit floats."""
 
-STATUSES = ("correct", "wrong", "no_answer", "too_long", "timeout", "worker_died")
+STATUSES = (
+    "correct", "wrong", "no_answer", "too_long", "timeout", "worker_died", "unchecked",
+)  # fmt: skip
 
 
 class TaskError(RuntimeError):

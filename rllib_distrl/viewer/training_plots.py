@@ -49,6 +49,7 @@ _STATUS_COLOURS = {
     "too_long": "#56B4E9",
     "timeout": "#D55E00",
     "worker_died": "#CC79A7",
+    "unchecked": "#F0E442",
 }
 
 

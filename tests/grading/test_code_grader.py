@@ -6,7 +6,6 @@ import time
 import pytest
 
 from distrl_envs.grading import CodeGrader
-from distrl_envs.grading.code_grader import extract_program
 
 DOUBLE = "def f(x):\n    return 2 * x"
 TESTS = ["assert f(2) == 4", "assert f(-1) == -2"]
@@ -105,14 +104,14 @@ def test_a_gigabyte_of_output_is_thrown_away():
 
 def test_a_program_that_keeps_forking_leaves_nothing(coder):
     run = coder.run(FORKS, ["assert made + refused == 200"])
-    assert run.end == "finished"
+    assert (run.passed, run.end) == (1, "finished")
     assert _programs() == []
     if "processes" in run.isolated or os.geteuid() == 0:
         assert coder.run(FORKS, ["assert made < 10"]).passed == 1
 
 
 def test_forks_of_a_program_that_hangs_are_killed_too():
-    run = CodeGrader(timeout=2.0).run(FORKS + "time.sleep(60)", ["pass"])
+    run = CodeGrader(timeout=2.0).run(FORKS + "time.sleep(60)", ["assert made"])
     assert run.end == "timeout"
     assert _programs() == []
 
@@ -129,13 +128,15 @@ def test_network_is_out_of_reach_where_the_system_allows(coder):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         program = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 2)\n"
-        run = coder.run(program, ["pass"])
+        program += "reached = True"
+        run = coder.run(program, ["assert reached is True"])
     assert run.passed == (0 if "network" in run.isolated else 1)
 
 
 def test_root_is_left_behind(coder):
-    run = coder.run("import os", ["assert os.getuid() != 0", "assert os.getgid() != 0"])
-    assert run.passed == (2 if os.geteuid() == 0 else 0)
+    program = "import os\nuser, group = os.getuid(), os.getgid()"
+    run = coder.run(program, ["assert user != 0", "assert group != 0"])
+    assert run.passed == 2
 
 
 def test_the_supervisor_is_out_of_reach(coder):
@@ -145,7 +146,7 @@ def test_the_supervisor_is_out_of_reach(coder):
 
 
 def test_imports_of_the_environment_work(coder):
-    run = coder.run("import numpy as np, datetime, decimal", ["assert np.ones(3).sum() == 3"])
+    run = coder.run("import numpy as np, datetime, decimal", ["assert np.ones(3).sum() == 3.0"])
     assert run.passed == 1
 
 
@@ -163,30 +164,23 @@ def test_tests_are_checked(coder):
         coder.grade(fenced(DOUBLE), [{"input": [1], "output": 2}])
 
 
-def test_which_block_is_the_program():
-    text = "```python\ndef f(): pass\n```\nUse:\n```python\nf()\n```"
-    assert extract_program(text) == "f()\n"
-    assert extract_program(text, "f") == "def f(): pass\n"
-    assert extract_program(DOUBLE) == DOUBLE
-    assert extract_program("```python\ndef f(): pass") is None
-    assert extract_program("plain prose") is None
-
-
 def test_pickles_as_its_settings():
     copy = pickle.loads(pickle.dumps(CodeGrader(timeout=2.5, partial_credit=True)))
     assert (copy.timeout, copy.partial_credit) == (2.5, True)
 
 
 def _programs():
-    """Processes of sandboxed programs that are still there."""
+    """Processes of sandboxes that are still there, their servers apart."""
     found = []
     for name in filter(str.isdigit, os.listdir("/proc")):
         try:
             with open(f"/proc/{name}/cmdline", "rb") as file:
                 command = file.read()
+            with open(f"/proc/{name}/stat") as file:
+                parent = file.read().rpartition(")")[2].split()[1]
         except OSError:
             continue
-        if b"code_sandbox.py" in command:
+        if b"code_sandbox.py" in command and parent != str(os.getpid()):
             found.append(name)
     return found
 

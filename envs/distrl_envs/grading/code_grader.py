@@ -1,30 +1,33 @@
-"""Grading of programs by their tests, each in a process that is killed at its deadline."""
+"""Grading of programs by their tests, held and compared where the program cannot reach."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-import math
 import os
-import re
+import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+import time
+import weakref
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distrl_envs.grading.code_blocks import extract_program
+from distrl_envs.grading.code_tests import Test, check_tests, wanted_names
+from distrl_envs.grading.code_wire import Channel, Closed, Malformed
 from distrl_envs.task import Grade
 
 SANDBOX_SCRIPT = Path(__file__).with_name("code_sandbox.py")
+STARTUP_TIMEOUT = 120.0
+"""Seconds in which the server of sandboxes must have started, on a very busy machine too."""
 STARTUP_GRACE = 30.0
-"""Seconds beyond the deadline that starting and cleaning up may take on a busy machine."""
-FENCE = re.compile(r"```[ \t]*(?:python3?|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
-CODE_LINE = re.compile(r"^(?:def|class|import|from|async def)\s", re.MULTILINE)
-
-Test = str | Mapping[str, Any]
+"""Seconds beyond the deadline that starting and ending a sandbox may take on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,27 @@ class Run:
         passed: Number of tests passed.
         end: "finished", "exited" (by itself, before its tests were over), "timeout", "killed" (by
             a signal) or "lost" (the sandbox itself ended).
-        isolated: What the system allowed to be kept from the program: "network", "processes".
+        isolated: What the system allowed to be kept from the program: "files", "network" and
+            "processes" of others, or "landlock", which keeps files without such rights.
+        unchecked: Number of tests that ended without having checked anything.
     """
 
     passed: int
     end: str
     isolated: tuple[str, ...] = ()
+    unchecked: int = 0
 
 
 class CodeGrader:
     """Runs the program of a completion against unit tests.
 
-    Every program runs in a fresh interpreter with limits on time, memory, file size and processes,
-    as an unused user where this process is root, and without network where the system allows it.
-    What it prints is thrown away unread. All that it started is killed when it ends. Works from
-    any thread, and pickles as its settings.
+    The program runs in a sandbox and only answers with values and output. The tests, and what they
+    expect, are in another sandbox, which asks and compares: nothing that the program does to its
+    own process changes more than its answers. Both have limits on time, memory, files and
+    processes and, where the system allows, processes, network and files of their own; see
+    docs/tasks.md for what holds where it does not. All that a program started or wrote is gone
+    when `grade` returns. Works from any thread, and pickles as its settings. Leaving the context
+    ends the server of sandboxes, which is started when first needed.
     """
 
     def __init__(
@@ -59,30 +68,40 @@ class CodeGrader:
         workers: int | None = None,
         memory_mb: int = 512,
         file_mb: int = 16,
+        disk_mb: int = 64,
         processes: int = 8,
         max_program_chars: int = 100_000,
         partial_credit: bool = False,
+        ignore_unfinished_thinking: bool = True,
+        namespaces: bool = True,
     ):
         """Sets the limits; nothing is started.
 
         Args:
             timeout: Seconds for a program and all its tests.
             workers: Programs at a time in `grade_many`; by default half the cores.
-            memory_mb: Address space of each process.
+            memory_mb: Address space of each process, beyond what the interpreter takes.
             file_mb: Largest file it may write.
+            disk_mb: All that it may write, where it has files of its own.
             processes: How many processes and threads it may have.
             max_program_chars: Longer programs are graded `too_long` without being run.
             partial_credit: Whether the score is the share of tests passed instead of all or none.
+                A test then has half of the time that is left, the last one all of it.
+            ignore_unfinished_thinking: Whether what stands in a `<think>` that is never closed is
+                no program.
+            namespaces: Whether to use the system's namespaces where it has them.
 
         Raises:
             ValueError: If a limit is not positive.
         """
         self._settings: dict[str, Any] = {
             "timeout": timeout, "workers": workers, "memory_mb": memory_mb, "file_mb": file_mb,
-            "processes": processes, "max_program_chars": max_program_chars,
+            "disk_mb": disk_mb, "processes": processes, "max_program_chars": max_program_chars,
             "partial_credit": partial_credit,
+            "ignore_unfinished_thinking": ignore_unfinished_thinking, "namespaces": namespaces,
         }  # fmt: skip
-        for name in ("timeout", "memory_mb", "file_mb", "processes", "max_program_chars"):
+        limits = ("timeout", "memory_mb", "file_mb", "disk_mb", "processes", "max_program_chars")
+        for name in limits:
             if self._settings[name] <= 0:
                 raise ValueError(f"Got {name}={self._settings[name]}; it must be above 0.")
         if workers is not None and workers < 1:
@@ -91,17 +110,34 @@ class CodeGrader:
         self.workers = workers or max(1, (os.cpu_count() or 1) // 2)
         self.max_program_chars = max_program_chars
         self.partial_credit = partial_credit
-        self._limits = {
-            "timeout": timeout,
-            "memory_bytes": memory_mb << 20,
-            "file_bytes": file_mb << 20,
-            "processes": processes,
-        }
+        self.ignore_unfinished_thinking = ignore_unfinished_thinking
+        self._sandboxes = _Sandboxes(
+            {
+                "timeout": timeout,
+                "memory_bytes": memory_mb << 20,
+                "file_bytes": file_mb << 20,
+                "disk_bytes": disk_mb << 20,
+                "processes": processes,
+                "namespaces": namespaces,
+            }
+        )
         self._slots = threading.BoundedSemaphore(self.workers)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickles as its settings."""
         return _rebuild, (self._settings,)
+
+    def __enter__(self) -> CodeGrader:
+        """The grader itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Ends the server of sandboxes."""
+        self.close()
+
+    def close(self) -> None:
+        """Ends the server of sandboxes; the next program starts another."""
+        self._sandboxes.close()
 
     def grade(
         self, completion: str, tests: Sequence[Test], entry_point: str | None = None
@@ -109,31 +145,41 @@ class CodeGrader:
         """Grades one completion.
 
         Args:
-            completion: Any text; the program is its last fenced block of Python.
-            tests: Statements such as `assert f(1) == 2`, or calls `{"input": [1], "output": 2}`
-                of the entry point, compared as plain JSON values.
-            entry_point: Function that calls go to.
+            completion: Any text; `extract_program` finds the program in it.
+            tests: Statements such as `assert f(1) == 2`, calls `{"input": [1], "output": 2}` of
+                the entry point (see `same` for what is equal), or runs of the program as a script
+                `{"stdin": "1", "stdout": "2"}`, whose output is compared by tokens, or with
+                `"compare": "exact"` all but the newlines at its end.
+            entry_point: Function that calls go to, and that `check(candidate)` checks.
 
         Returns:
             `correct` where all tests pass, `wrong` where one fails or the program exits by itself,
-            `no_answer` without a program, `too_long`, `timeout`, or `worker_died` where the
-            program was killed by a signal. `answer` is the program.
+            `unchecked` where one ends without having checked anything, `no_answer` without a
+            program, `too_long`, `timeout`, or `worker_died` where the program was killed by a
+            signal. `answer` is the program.
 
         Raises:
-            ValueError: If there are no tests, or calls without an entry point.
+            ValueError: If there are no tests, one cannot be run or checks nothing, or there are
+                calls without an entry point.
         """
         check_tests(tests, entry_point)
-        program = extract_program(completion, entry_point)
+        program = extract_program(
+            completion,
+            entry_point,
+            wanted_names(tests, entry_point),
+            ignore_unfinished_thinking=self.ignore_unfinished_thinking,
+        )
         if program is None:
             return Grade(0.0, "no_answer")
         if len(program) > self.max_program_chars:
             return Grade(0.0, "too_long")
-        run = self.run(program, tests, entry_point)
-        share = run.passed / len(tests)
-        score = share if self.partial_credit else math.floor(share)
+        run = self._run(program, tests, entry_point)
+        if run.passed == len(tests):
+            return Grade(1.0, "correct", program)
+        share = run.passed / len(tests) if self.partial_credit else 0.0
         if run.end in ("timeout", "killed", "lost"):
-            return Grade(0.0, "timeout" if run.end == "timeout" else "worker_died", program)
-        return Grade(float(score), "correct" if run.passed == len(tests) else "wrong", program)
+            return Grade(share, "timeout" if run.end == "timeout" else "worker_died", program)
+        return Grade(share, "unchecked" if run.unchecked else "wrong", program)
 
     def grade_many(
         self,
@@ -151,71 +197,199 @@ class CodeGrader:
             return list(threads.map(lambda job: self.grade(*job), jobs))
 
     def run(self, program: str, tests: Sequence[Test], entry_point: str | None = None) -> Run:
-        """Runs a program and its tests in the sandbox."""
+        """Runs a program and its tests: without partial credit, up to the first that fails.
+
+        Raises:
+            ValueError: As `grade`.
+        """
+        check_tests(tests, entry_point)
+        return self._run(program, tests, entry_point)
+
+    def _run(self, program: str, tests: Sequence[Test], entry_point: str | None) -> Run:
         job = {
-            **self._limits,
             "program": program,
             "tests": [test if isinstance(test, str) else dict(test) for test in tests],
             "entry_point": entry_point,
+            "stop": not self.partial_credit,
         }
-        # A folder of its own: where this user lives, another user may be unable to work.
-        folder = tempfile.TemporaryDirectory(prefix="distrl_code_", ignore_cleanup_errors=True)
-        with self._slots, folder as path:
-            reply = self._sandbox(json.dumps({**job, "folder": path}).encode())
-        if reply is None:
-            return Run(0, "lost")
-        return Run(reply["passed"], reply["end"], tuple(reply["isolated"]))
+        with self._slots:
+            examination = _Examination(self._sandboxes, job, self.timeout)
+            return examination.run()
 
-    def _sandbox(self, job: bytes) -> dict[str, Any] | None:
+
+class _Examination:
+    """One program and its tests, in as many sandboxes as it takes."""
+
+    def __init__(self, sandboxes: _Sandboxes, job: dict[str, Any], timeout: float):
+        self._sandboxes = sandboxes
+        self._job = job
+        self._left = timeout
+        self._checks: list[tuple[bool, int]] = []
+        self._loaded = False
+
+    def run(self) -> Run:
+        end, worst = "", "finished"
+        while end not in ("finished", "no program"):
+            self._loaded = False
+            end = self._session()
+            if end != "finished":
+                worst = end if worst == "finished" else worst
+            if self._job["stop"] or not self._loaded or self._left <= 0:
+                break
+            if end not in ("finished", "no program"):
+                # It did not survive this test; the others get another sandbox.
+                self._checks.append((False, 1))
+                if len(self._checks) == len(self._job["tests"]):
+                    break
+        passed = sum(passed for passed, _ in self._checks)
+        unchecked = sum(not checks for _, checks in self._checks)
+        end = "exited" if worst == "no program" else worst
+        return Run(passed, end, self._sandboxes.isolated, unchecked)
+
+    def _session(self) -> str:
+        """Runs tests in a sandbox until one ends it, or all are done: how it ended."""
+        ours, examiner = socket.socketpair()
+        asking, asked = socket.socketpair()
+        leashes = self._sandboxes.open({"program": [asked], "examiner": [asking, examiner]})
+        for theirs in (examiner, asking, asked):
+            theirs.close()
+        channel = Channel(ours)
+        try:
+            channel.receive(time.monotonic() + STARTUP_GRACE)
+            end = self._follow(channel)
+            return _how_it_ended(leashes[0]) if end == "gone" else end
+        except TimeoutError:
+            return "timeout"
+        except (Closed, Malformed):
+            return "lost"
+        finally:
+            channel.close()
+            _let_go(leashes)
+
+    def _follow(self, channel: Channel) -> str:
+        """Takes the examiner's reports down, each before its deadline."""
+        began = time.monotonic()
+        try:
+            channel.send({**self._job, "first": len(self._checks)}, began + self._left)
+            deadline = began + self._left
+            while True:
+                report = channel.receive(deadline)
+                if "end" in report:
+                    return report["end"]
+                if "loaded" in report:
+                    self._loaded = True
+                else:
+                    self._checks.append((report["passed"], report["checks"]))
+                deadline = self._deadline(began + self._left)
+        finally:
+            self._left -= time.monotonic() - began
+
+    def _deadline(self, last: float) -> float:
+        """Of the next test: one that never ends must leave time to those after it."""
+        if self._job["stop"] or len(self._checks) + 1 >= len(self._job["tests"]):
+            return last
+        return (time.monotonic() + last) / 2.0
+
+
+class _Sandboxes:
+    """The server of sandboxes, started when first needed and again if it died."""
+
+    def __init__(self, settings: dict[str, Any]):
+        self.isolated: tuple[str, ...] = ()
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._owner = 0
+        self._control: socket.socket | None = None
+
+    def open(self, sandboxes: dict[str, list[socket.socket]]) -> list[socket.socket]:
+        """Opens sandboxes by their roles, each with its sockets: the leashes, to be let go."""
+        leashes = []
+        for role, talks in sandboxes.items():
+            leash, guard = socket.socketpair()
+            descriptors = [guard.fileno(), *(talk.fileno() for talk in talks)]
+            try:
+                socket.send_fds(self._server(), [role.encode()], descriptors)
+            except OSError:
+                self.close()
+                socket.send_fds(self._server(), [role.encode()], descriptors)
+            guard.close()
+            leashes.append(leash)
+        return leashes
+
+    def close(self) -> None:
+        with self._lock:
+            if self._control is not None and self._owner == os.getpid():
+                self._finalizer()
+            self._control = None
+
+    def _server(self) -> socket.socket:
+        with self._lock:
+            if self._control is None or self._owner != os.getpid():
+                # A forked copy does not share the server of the process that it comes from.
+                self._start()
+            assert self._control is not None
+            return self._control
+
+    def _start(self) -> None:
+        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         process = subprocess.Popen(
             # Isolated mode: neither the environment nor the working folder adds modules.
-            [sys.executable, "-I", str(SANDBOX_SCRIPT)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            [sys.executable, "-I", str(SANDBOX_SCRIPT), json.dumps(self._settings)],
+            stdin=theirs.fileno(),
+            stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            env={"PATH": os.defpath, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={
+                "PATH": os.defpath,
+                "OMP_NUM_THREADS": "1",
+                "OPENBLAS_NUM_THREADS": "1",
+                "LANG": "C.UTF-8",
+            },
             start_new_session=True,
         )
+        theirs.close()
+        self._finalizer = weakref.finalize(self, _end, control, process)
+        control.settimeout(STARTUP_TIMEOUT)
         try:
-            reply, _ = process.communicate(job, timeout=self.timeout + STARTUP_GRACE)
-        except BaseException as error:
-            # The program asked the kernel to be killed together with its supervisor.
-            process.kill()
-            process.communicate()
-            if isinstance(error, subprocess.TimeoutExpired):
-                return None
-            raise
-        return json.loads(reply) if process.returncode == 0 and reply else None
+            isolated = control.recv(256)
+        except OSError as error:
+            self._finalizer()
+            raise RuntimeError("The server of sandboxes did not start in time.") from error
+        if not isolated:
+            self._finalizer()
+            raise RuntimeError("The server of sandboxes ended while it was starting.")
+        control.settimeout(None)
+        self.isolated = tuple(json.loads(isolated))
+        self._control, self._owner = control, os.getpid()
 
 
-def extract_program(completion: str, entry_point: str | None = None) -> str | None:
-    """The last fenced block of Python (that defines the entry point, where one does), or None.
-
-    A completion without fences is a program itself where a line of it starts like one.
-    """
-    blocks = [block for block in FENCE.findall(completion) if block.strip()]
-    if blocks:
-        defining = [block for block in blocks if entry_point and f"def {entry_point}" in block]
-        return (defining or blocks)[-1]
-    if "```" not in completion and CODE_LINE.search(completion):
-        return completion
-    return None
+def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
+    control.close()
+    process.kill()
+    process.wait()
 
 
-def check_tests(tests: Sequence[Test], entry_point: str | None) -> None:
-    """Raises ValueError unless the tests can be run."""
-    if not tests or isinstance(tests, str):
-        raise ValueError(f"Got tests {tests!r}; they must be a list with at least one test.")
-    for test in tests:
-        if isinstance(test, str):
-            continue
-        if set(test) != {"input", "output"} or not isinstance(test["input"], list | tuple):
-            raise ValueError(
-                f"Got the test {test!r}; it must be a statement, or a call with 'input' (a list "
-                "of arguments) and 'output'."
-            )
-        if entry_point is None:
-            raise ValueError(f"Got the call {test!r} but no entry_point: name the function.")
+def _how_it_ended(leash: socket.socket) -> str:
+    with contextlib.suppress(OSError):
+        leash.send(b"?")
+        leash.shutdown(socket.SHUT_WR)
+        leash.settimeout(STARTUP_GRACE)
+        status = int(leash.recv(32) or b"0")
+        if os.WIFSIGNALED(status):
+            return "timeout" if os.WTERMSIG(status) == signal.SIGXCPU else "killed"
+    return "exited"
+
+
+def _let_go(leashes: list[socket.socket]) -> None:
+    """Has sandboxes ended, and waits until nothing of them is left."""
+    for leash in leashes:
+        with contextlib.suppress(OSError):
+            leash.shutdown(socket.SHUT_WR)
+    for leash in leashes:
+        with contextlib.suppress(OSError):
+            leash.settimeout(STARTUP_GRACE)
+            while leash.recv(32):
+                pass
+        leash.close()
 
 
 def _rebuild(settings: dict[str, Any]) -> CodeGrader:

@@ -1,8 +1,8 @@
-"""Programs: a Python function that must pass unit tests."""
+"""Programs: a Python function, or a script, that must pass its tests."""
 
 from __future__ import annotations
 
-import json
+import ast
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from distrl_envs.data import Column
-from distrl_envs.grading.code_grader import CodeGrader, check_tests
+from distrl_envs.grading.code_grader import CodeGrader
+from distrl_envs.grading.code_tests import check_tests, in_child, normal_tests
 from distrl_envs.task import Grade, Problem
 from distrl_envs.tasks.data_task import PROBLEM, DataTask
 
@@ -21,11 +22,13 @@ INSTRUCTION = (
 
 
 class CodeTask(DataTask):
-    """Problems that ask for a Python function.
+    """Problems that ask for a Python program.
 
-    Each row has a `problem`, `tests` (a list of statements such as `assert f(1) == 2`, or of calls
-    `{"input": [1], "output": 2}`; a string is read as JSON, else as one statement) and, for calls,
-    the `entry_point`. The program of a completion is its last fenced block; see `CodeGrader`.
+    Each row has a `problem`, `tests` in a form of `CodeGrader.grade` or one of those in which they
+    are published (see `normal_tests`), for calls and `check(candidate)` the `entry_point`, and if
+    need be `test_imports` and `test_setup_code`, which go before every statement. The rows of
+    `data` are marked: `in_child` says why a test has to be judged where the program is, and is
+    None where all are judged out of its reach.
     """
 
     name = "code"
@@ -39,6 +42,8 @@ class CodeTask(DataTask):
         workers: int | None = None,
         memory_mb: int = 512,
         partial_credit: bool = False,
+        ignore_unfinished_thinking: bool = True,
+        only_outside: bool = False,
         **common: Any,
     ):
         """Loads the problems.
@@ -50,6 +55,10 @@ class CodeTask(DataTask):
             workers: Programs run at a time; by default half the cores.
             memory_mb: Address space of a program.
             partial_credit: Whether the score is the share of tests passed.
+            ignore_unfinished_thinking: Whether what stands in a `<think>` that is never closed is
+                no program.
+            only_outside: Whether rows are faults of which a test has to be judged where the
+                program is.
             **common: What every task over data takes; see `DataTask`.
 
         Raises:
@@ -57,17 +66,19 @@ class CodeTask(DataTask):
         """
         columns = {
             "problem": PROBLEM,
-            "tests": Column((str, list), convert=_tests),
+            "tests": Column((str, list, dict)),
             "entry_point": Column(required=False),
+            "test_imports": Column((list,), required=False),
+            "test_setup_code": Column(required=False),
         }
         super().__init__(
             data,
             columns,
             instruction=instruction,
-            check=lambda row: check_tests(row["tests"], row["entry_point"]),
+            check=lambda row: _prepare(row, only_outside),
             **common,
         )
-        self._grader = (timeout, workers, memory_mb, partial_credit)
+        self._grader = (timeout, workers, memory_mb, partial_credit, ignore_unfinished_thinking)
 
     @property
     def grader(self) -> CodeGrader:
@@ -75,7 +86,7 @@ class CodeTask(DataTask):
         return shared_grader(*self._grader)
 
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
-        """1.0 where all tests pass; `too_long` where a cut-off completion has no program."""
+        """1.0 where all tests pass; `too_long` where a cut-off completion has no whole program."""
         return self.grade_many([problem], [completion], [truncated])[0]
 
     def grade_many(
@@ -86,27 +97,52 @@ class CodeTask(DataTask):
         entries = [problem.data["entry_point"] for problem in problems]
         grades = self.grader.grade_many(completions, tests, entries)
         return [
-            replace(grade, status="too_long") if cut and grade.status == "no_answer" else grade
+            replace(grade, status="too_long") if cut and not _is_whole(grade) else grade
             for grade, cut in zip(grades, truncated, strict=True)
         ]
 
 
 @lru_cache(maxsize=16)
 def shared_grader(
-    timeout: float, workers: int | None, memory_mb: int, partial_credit: bool
+    timeout: float,
+    workers: int | None,
+    memory_mb: int,
+    partial_credit: bool,
+    ignore_unfinished_thinking: bool,
 ) -> CodeGrader:
     """One grader per process and settings, which bounds the programs run at a time."""
     return CodeGrader(
-        timeout=timeout, workers=workers, memory_mb=memory_mb, partial_credit=partial_credit
+        timeout=timeout,
+        workers=workers,
+        memory_mb=memory_mb,
+        partial_credit=partial_credit,
+        ignore_unfinished_thinking=ignore_unfinished_thinking,
     )
 
 
-def _tests(value: Any) -> list[Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return [value]
-    if not isinstance(value, list) or not all(isinstance(test, str | dict) for test in value):
-        raise ValueError(f"holds {value!r:.60}; it must be a list of statements or calls")
-    return value
+def _is_whole(grade: Grade) -> bool:
+    """Whether there is a program, and one that Python reads to its end."""
+    if grade.status != "wrong":
+        return grade.status != "no_answer"
+    try:
+        ast.parse(grade.answer or "")
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _prepare(row: dict[str, Any], only_outside: bool) -> None:
+    """Brings the tests of a row into the grader's form, and refuses those that cannot serve."""
+    tests, named = normal_tests(row["tests"])
+    before = "\n".join([*(row["test_imports"] or ()), row["test_setup_code"] or ""]).strip()
+    if before:
+        tests = [f"{before}\n{test}" if isinstance(test, str) else test for test in tests]
+    row["tests"] = tests
+    row["entry_point"] = row["entry_point"] or named
+    check_tests(tests, row["entry_point"])
+    row["in_child"] = in_child(tests, row["entry_point"])
+    if only_outside and row["in_child"] is not None:
+        raise ValueError(
+            f"has a test that must be judged where the program is, for {row['in_child']}: write "
+            "it as calls and comparisons of plain values, or set only_outside = false."
+        )
