@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from markdown_it import MarkdownIt
 
 from distrl_envs.grading.code_tests import BUILTINS
-from distrl_envs.grading.extraction import without_unfinished_thinking
+from distrl_envs.grading.extraction import THINKING, without_unfinished_thinking
 
 PYTHON = re.compile(r"(?:python|py)[\d.]*|ipython|sage", re.IGNORECASE)
 LANGUAGE = re.compile(r"\W*([\w.+#-]*)")
+DEEP_FENCE = re.compile(r"^(?=(?: {4}|\t)[ \t]*(?:```|~~~))", re.MULTILINE)
 LONGEST_READ = 100_000
 """Characters up to which a block is read to see what it defines."""
 CODE_LINE = re.compile(r"^(?:def|class|import|from|async def|@\w)", re.MULTILINE)
@@ -71,7 +72,7 @@ def extract_program(
         program = _program(completion[thought[-1].end() :], wanted)
         if program is not None:
             return program
-    return _program(completion, wanted)
+    return _program(THINKING.sub("\n\n", completion), wanted)
 
 
 def _program(text: str, wanted: set[str]) -> str | None:
@@ -111,6 +112,8 @@ def _with_what_it_uses(chosen: Block, blocks: list[Block]) -> str:
 
 def _blocks(text: str) -> tuple[list[tuple[str, bool]], bool]:
     """What may be Python, each with whether it says so, and whether there are fences at all."""
+    # In CommonMark a fence that is indented by four does not end a paragraph; models write it so.
+    text = DEEP_FENCE.sub("\n", text)
     fences = [token for token in MARKDOWN.parse(text) if token.type == "fence"]
     blocks = []
     for fence in fences:

@@ -532,12 +532,10 @@ class _Counting(ast.NodeTransformer):
             node.value = ast.Call(function, [called.func, *called.args], called.keywords)
         return node
 
-    def generic_visit(self, node: ast.AST) -> ast.AST:
+    def generic_visit(self, node: ast.AST) -> Any:
         raises = _raises_itself(node)
         super().generic_visit(node)
-        if raises:
-            node.body = [_counted(), *node.body]  # type: ignore[attr-defined]
-        return node
+        return [_counted(), node] if raises else node
 
 
 def _counted() -> ast.Expr:
