@@ -6,12 +6,14 @@ flushed to disk and renamed into place, so that a kill at any moment leaves the 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +22,7 @@ Mode = Literal["max", "min"]
 _NAME = re.compile(r"iteration_(\d{6,})")
 _TEMPORARY = ".tmp-"
 _BLOCK = 1 << 20  # bytes hashed at once
+_TRIES = 8
 
 
 class DamagedCheckpointError(ValueError):
@@ -116,20 +119,34 @@ def save_checkpoint(
     folder.mkdir(parents=True, exist_ok=True)
     remove_temporaries(folder)
     target = folder / checkpoint_name(iteration)
-    temporary = folder / f"{_TEMPORARY}{target.name}"
-    temporary.mkdir()
-    write(str(temporary))
-    _write_manifest(temporary, iteration, score)
-    _sync_tree(temporary)
-    if target.exists():
-        _remove(target)
-    os.rename(temporary, target)
+    with replaced_folder(target) as temporary:
+        write(str(temporary))
+        _write_manifest(temporary, iteration, score)
+        _sync_tree(temporary)
     _sync(folder)
     kept = kept_iterations(checkpoint_scores(folder), iteration, keep=keep, mode=mode)
     for path in list_checkpoints(folder):
         if checkpoint_iteration(path) not in kept:
-            _remove(path)
+            _prune(path)
     return target
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Gives a hidden sibling to write into, which then takes the place of `target`.
+
+    After an error `target` is what it was, and nothing else is left.
+    """
+    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            _remove(target)
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def checkpoint_scores(folder: Path) -> dict[int, float | None]:
@@ -163,14 +180,42 @@ def latest_checkpoint(folder: Path, report: Callable[[str], None]) -> Path | Non
         folder: Where the checkpoints of a run lie.
         report: Called with a sentence for each damaged checkpoint that is passed over.
     """
-    for path in list_checkpoints(folder):
-        try:
-            verify_checkpoint(path)
-        except DamagedCheckpointError as error:
-            report(f"Skipping a damaged checkpoint. {error}")
+    with ExitStack() as held:
+        return hold_latest(folder, report, held)
+
+
+def hold_latest(folder: Path, report: Callable[[str], None], held: ExitStack) -> Path | None:
+    """As `latest_checkpoint`; the run, if it goes on, does not prune it until `held` is closed."""
+    for _ in range(_TRIES):
+        for path in list_checkpoints(folder):
+            with ExitStack() as stack:
+                try:
+                    hold_checkpoint(path, stack)
+                    verify_checkpoint(path)
+                except FileNotFoundError:
+                    break  # pruned a moment ago: there is a newer one
+                except DamagedCheckpointError as error:
+                    report(f"Skipping a damaged checkpoint. {error}")
+                    continue
+                held.push(stack.pop_all())
+                return path
         else:
-            return path
-    return None
+            return None
+    raise DamagedCheckpointError(f"{folder}: checkpoints go faster than they can be read.")
+
+
+def hold_checkpoint(path: Path, held: ExitStack) -> None:
+    """Keeps a checkpoint from being pruned by the run until `held` is closed.
+
+    Raises:
+        FileNotFoundError: If it is gone.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    held.callback(os.close, descriptor)
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+    if os.fstat(descriptor).st_ino != path.stat().st_ino:
+        raise FileNotFoundError(path)
 
 
 def remove_temporaries(folder: Path) -> None:
@@ -214,6 +259,20 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _prune(path: Path) -> None:
+    """Removes a checkpoint, unless `hold_checkpoint` keeps it: it goes with a later one then."""
+    with ExitStack() as stack:
+        descriptor = os.open(path, os.O_RDONLY)
+        stack.callback(os.close, descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return
+        except OSError:  # a file system without locks
+            pass
+        _remove(path)
 
 
 def _remove(path: Path) -> None:

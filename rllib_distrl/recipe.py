@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rllib_distrl.recipe_paths import locate
 from rllib_distrl.recipe_schema import (
     BUILDER_TABLES,
     builder_parameters,
@@ -127,9 +128,25 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             value of the wrong type, or a number outside its bounds.
     """
     path = Path(path)
+    return recipe_from_tables(read_recipe(path, overrides), name=path.stem)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables of a recipe, unchecked, with its paths absolute.
+
+    Those that the recipe names are looked for beside it, those of overrides in the working
+    directory.
+
+    Raises:
+        ValueError: For an unreadable file, an override that cannot be applied or a path that could
+            be either of two.
+    """
     tables = read_toml(path)
+    replaced = {override.partition("=")[0] for override in overrides}
+    locate(tables, path.parent, leave=frozenset(replaced))
     override_tables(tables, overrides)
-    return recipe_from_tables(tables, name=path.stem)
+    locate(tables, Path.cwd())
+    return tables
 
 
 def recipe_from_tables(tables: Mapping[str, Any], name: str) -> Recipe:

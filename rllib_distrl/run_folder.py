@@ -8,7 +8,7 @@ checkpoints/       iteration_000100/ …: RLlib's `save_to_path`, atomic
 model/             the trained policy as a plain Hugging Face folder
 samples/           before.parquet, after.parquet: every graded completion of the evaluations;
                    tokens.parquet: completions with what the critic thought at every token
-eval.json          avg@n and pass@k before and after training
+eval.json          avg@n and pass@k before and after training; eval.damaged.json, if it was damaged
 scale.json         the newest request of `distrl scale`, and its answer
 error.txt          the traceback, if the run failed
 """
@@ -21,18 +21,21 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rllib_distrl.recipe import Recipe, load_recipe
+from rllib_distrl.recipe_paths import content_hashes
 from rllib_distrl.run_log import write_atomic
 from rllib_distrl.run_meta import commit, session, versions
 
 _FORMAT = "distrl-run-1"
 _MAY_GROW = ("run.iterations", "run.budget_tokens")
+# The way past a prompt that is too long, for runs that began before all prompts were measured.
+_MAY_CHANGE = ("environment.env_config.on_long_prompt",)
 
 
 @dataclass(frozen=True)
@@ -111,10 +114,37 @@ class RunFolder:
         return meta["sessions"][0]["started"]
 
     def read_eval(self) -> dict[str, Any]:
-        """Returns `eval.json`, or {} before the first evaluation."""
+        """Returns `eval.json`, or {} before the first evaluation.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
         if not self.eval_file.is_file():
             return {}
-        return json.loads(self.eval_file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(self.eval_file.read_text(encoding="utf-8"))
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{self.eval_file} is damaged: it is no JSON object. Delete it; "
+                f"`distrl train {self.path} --resume` measures again."
+            )
+        return found
+
+    def set_damaged_eval_aside(self) -> str:
+        """Renames an `eval.json` that cannot be read, so that it is measured again.
+
+        Returns:
+            What was done, for the console; "" if nothing.
+        """
+        try:
+            self.read_eval()
+        except ValueError:
+            aside = self.eval_file.with_name("eval.damaged.json")
+            os.replace(self.eval_file, aside)
+            return f"{self.eval_file} is damaged; it is {aside.name} now. Measuring again."
+        return ""
 
     def write_eval(self, results: dict[str, Any]) -> None:
         """Replaces `eval.json`."""
@@ -167,6 +197,7 @@ def create_run(
         "commit": commit(),
         "versions": versions(),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
+        "data": content_hashes(recipe.tables),
         "sessions": [session(command)],
     }
     write_atomic(run.meta_file, json.dumps(meta, indent=2) + "\n")
@@ -207,9 +238,12 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
     """
     run = open_run(path)
     check_same_recipe(run.recipe(), recipe)
+    hashes = content_hashes(recipe.tables)
+    meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
+    check_same_data(meta.get("data", {}), hashes, recipe)
+    meta["data"] = hashes
     run.scale_file.unlink(missing_ok=True)  # asked of a process that has ended
     write_atomic(run.recipe_file, recipe.to_toml())
-    meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
     meta["sessions"].append(session(command))
     write_atomic(run.meta_file, json.dumps(meta, indent=2) + "\n")
     return run
@@ -227,7 +261,7 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
     lines = [
         f"  {key}: {before.get(key, missing)!r} in the run, {after.get(key, missing)!r} now"
         for key in sorted(before.keys() | after.keys())
-        if key not in grown and before.get(key, missing) != after.get(key, missing)
+        if key not in (*grown, *_MAY_CHANGE) and before.get(key, missing) != after.get(key, missing)
     ]
     if lines:
         raise ValueError(
@@ -239,6 +273,28 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
         if after[key] < before[key]:
             raise ValueError(
                 f"{key} can only be raised on resume: {before[key]} in the run, {after[key]} now."
+            )
+
+
+def check_same_data(old: Mapping[str, str], new: Mapping[str, str], recipe: Recipe) -> None:
+    """Checks that a run goes on with the data that it began with.
+
+    Args:
+        old: Hashes of `content_hashes` when the run began; what a run of an earlier version lacks
+            is not looked at.
+        new: Those of now.
+        recipe: Whose data they are.
+
+    Raises:
+        ValueError: If data have changed or are gone.
+    """
+    for key, digest in old.items():
+        if new.get(key) != digest:
+            place = _dotted({name: dict(table) for name, table in recipe.tables.items()}).get(key)
+            what = "have changed since the run began" if key in new else "are gone"
+            raise ValueError(
+                f"{key}: the data of {place} {what}, so the run cannot go on as it was. Put them "
+                "back as they were, or start another run with --out."
             )
 
 

@@ -20,6 +20,8 @@ _NOT_METRICS = frozenset({"config", "hist_stats"})
 _POINTS, _SHARES = "quantile_atoms", "quantile_pit"
 _HISTOGRAM = re.compile(rf"(?P<name>(.*/)?({_POINTS}|{_SHARES}))_(?P<number>\d+)")
 _SAMPLES_PER_POINT = 10
+_BINS = 30
+_LARGEST, _LARGEST_SCALAR = float(np.finfo(np.float64).max), float(np.finfo(np.float32).max)
 # Where RLlib reports the tokens of all completions of a run; the first key found counts.
 _TOKENS = ("num_env_steps_sampled_lifetime", "env_runners/num_env_steps_sampled_lifetime")
 
@@ -63,7 +65,9 @@ class RunLog:
             if match := _HISTOGRAM.fullmatch(key):
                 histograms[match["name"]][int(match["number"])] = float(value)
             else:
-                self._writer.add_scalar(key, float(value), iteration)
+                # TensorBoard keeps scalars in single precision.
+                shown = min(max(float(value), -_LARGEST_SCALAR), _LARGEST_SCALAR)
+                self._writer.add_scalar(key, shown, iteration)
         for name, numbered in histograms.items():
             self._add_histogram(name, [numbered[i] for i in sorted(numbered)], iteration)
         self._writer.flush()
@@ -73,7 +77,7 @@ class RunLog:
         if name.endswith(_POINTS):
             places = np.linspace(0, len(values) - 1, _SAMPLES_PER_POINT * len(values))
             between = np.interp(places, np.arange(len(values)), values)
-            self._writer.add_histogram(name, between, iteration)
+            self._writer.add_histogram_raw(name, **_binned(between), global_step=iteration)
             return
         limits = np.arange(1, len(values) + 1) / len(values)
         middles = limits - 0.5 / len(values)
@@ -153,6 +157,27 @@ def write_atomic(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
+
+
+def _binned(values: np.ndarray) -> dict[str, Any]:
+    """A histogram as `add_histogram_raw` takes it, over bins between the least and the greatest.
+
+    TensorBoard's own bins end at 1e20, and it fails where all values lie beyond.
+    """
+    scale = max(float(np.abs(values).max()), 1.0)  # so that no difference overflows
+    counts, edges = np.histogram(values / scale, bins=_BINS)
+    with np.errstate(over="ignore"):
+        limits = np.clip(edges[1:] * scale, -_LARGEST, _LARGEST)
+        squares = min(float(np.square(values).sum()), _LARGEST)
+    return {
+        "min": float(values.min()),
+        "max": float(values.max()),
+        "num": len(values),
+        "sum": float(values.sum()),
+        "sum_squares": squares,
+        "bucket_limits": limits.tolist(),
+        "bucket_counts": counts.tolist(),
+    }
 
 
 def _scalars(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

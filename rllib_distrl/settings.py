@@ -33,6 +33,8 @@ from rllib_distrl.recipe_schema import check_names, in_words, literal_choices, n
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
+Rate = Annotated[FiniteFloat, Field(gt=0, le=1)]
+"""A learning rate. Adam moves a weight by about as much in a step: beyond 1 all of them diverge."""
 Count = Annotated[int, Field(ge=1)]
 CountOrNone = Annotated[int, Field(ge=0)]
 Schedule = list[list[float]]
@@ -376,7 +378,7 @@ class PretrainingSettings(Settings):
     that is trained on, each completed by the initial policy."""
     epochs: Count = 6
     """Passes over them."""
-    lr: Positive | None = None
+    lr: Rate | None = None
     """Of Adam, falling linearly to zero; None: `critic_lr`."""
     minibatch_size: Count = 512
     """Sequences per optimiser step, over all learners."""
@@ -405,7 +407,7 @@ class EnsembleSettings(Settings):
     """Of each member's trunk, an even number."""
     depth: Count = 1
     """Blocks of each trunk."""
-    lr: Positive = 3e-3
+    lr: Rate = 3e-3
     """Of Adam."""
 
 
@@ -508,7 +510,7 @@ class TrainingSettings(Settings):
     critic_checkpoint: str | None = None
     """Folder written by ``distrl export --critic`` to start a separate critic from; None: a copy of
     the policy's trunk."""
-    critic_lr: Positive | None = None
+    critic_lr: Rate | None = None
     """Learning rate of the critic's own parameters; None: ``lr``."""
     critic_warmup_iterations: CountOrNone = 0
     """Iterations in which only the critic learns."""

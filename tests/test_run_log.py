@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from rllib_distrl.run_log import RunLog, flatten_result, read_progress, truncate_progress
@@ -88,3 +89,20 @@ def test_tensorboard_gets_histograms_of_the_quantiles(tmp_path: Path) -> None:
     pit = events.Histograms("learners/p/quantile_pit")[0].histogram_value
     assert abs(max(pit.bucket) - 0.19) < 1e-9
     assert len(read_progress(tmp_path / "progress.jsonl")[0]) == 33
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38, 1e300, -1e30, 0.0])
+def test_numbers_of_any_size_reach_both_logs(tmp_path: Path, size: float) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = {f"quantile_atoms_{i}": size * (1 + i / 8) for i in range(5)}
+    with RunLog(tmp_path / "progress.jsonl", tmp_path / "tensorboard") as log:
+        row = log.write(1, {**points, "loss": size})
+    assert row["loss"] == size
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    atoms = events.Histograms("quantile_atoms")[0].histogram_value
+    assert {atoms.min, atoms.max} == {size, 1.5 * size}
+    assert sum(atoms.bucket) == atoms.num == 50
+    largest = 3.4028234663852886e38  # of single precision, in which scalars are kept
+    assert events.Scalars("loss")[0].value == pytest.approx(min(max(size, -largest), largest))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from ray.rllib.utils.schedules.scheduler import Scheduler
 
 from rllib_distrl.algorithms.gpus import check_runner_gpus
-from rllib_distrl.algorithms.language_model import check_window
+from rllib_distrl.algorithms.language_model import check_export, check_rate, check_window
 from rllib_distrl.algorithms.unread_settings import check_all_settings_are_read
 from rllib_distrl.learners.method import OPTIMISM
 from rllib_distrl.learners.optimizers import lr_schedule_settings
@@ -68,6 +68,7 @@ def _check_model(config: "DistRLConfig") -> None:
             "([training], [rollout] or [debugging] in a recipe)."
         )
     check_window(model, config.rollout_settings.max_completion_tokens)
+    check_export(model)
     if lora := settings.get("lora"):
         check_lora(lora, load_config(model))
         if config.critic_checkpoint is not None:
@@ -119,8 +120,7 @@ def _check_learning_rates(config: "DistRLConfig") -> None:
             f"lr is {config.lr}, which is a schedule already. Give one number with "
             "lr_schedule and lr_warmup_iterations, or leave these out."
         )
-    if isinstance(config.lr, (int, float)) and config.lr <= 0:
-        raise ValueError(f"lr is {config.lr}; it must be above 0.")
+    check_rate("lr", config.lr)
     lr_factor(config.lr_warmup_iterations + 1, **settings)
 
 

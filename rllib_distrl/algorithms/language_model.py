@@ -1,6 +1,10 @@
 """Wiring a language model into any `AlgorithmConfig`, ours or RLlib's own."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -10,6 +14,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from rllib_distrl.algorithms.gpus import check_runner_gpus
 from rllib_distrl.engines.weights import content_hash
@@ -82,6 +87,8 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
         }
     )
     check_runner_gpus(config)
+    check_export(model)
+    check_rate("lr", config.lr)
     filtered = rollout.top_p < 1 or rollout.top_k > 0
     if filtered and not getattr(config, "vtrace", False):
         raise ValueError(
@@ -117,6 +124,28 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     )
 
 
+def check_rate(name: str, rate: Any) -> None:
+    """Refuses a learning rate, or one of a schedule, with which every weight diverges.
+
+    Adam moves a weight by about the learning rate in a step, whatever the gradient.
+
+    Args:
+        name: of the setting.
+        rate: a number, or RLlib's schedule [[env step, rate], ...].
+
+    Raises:
+        ValueError: with what is allowed.
+    """
+    if isinstance(rate, (int, float)):
+        if not 0 < rate <= 1:
+            raise ValueError(f"{name} is {rate}; it must be above 0 and at most 1.")
+        return
+    for point in rate if isinstance(rate, (list, tuple)) else ():
+        value = point[-1] if isinstance(point, (list, tuple)) and point else point
+        if isinstance(value, (int, float)) and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {rate}; each rate of a schedule must lie in [0, 1].")
+
+
 def check_window(model: str, max_completion_tokens: int) -> None:
     """Refuses completions that cannot fit into the model's window.
 
@@ -138,6 +167,14 @@ def policy_state(algo: Any) -> dict[str, Any]:
     """
     update, _ = runner_weights(algo.learner_group)
     return hugging_face_names(update[COMPONENT_RL_MODULE])
+
+
+def nonfinite_weights(algo: Any) -> list[str]:
+    """Names of the learner's tensors, policy and critic, that hold a number that is not finite."""
+    component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
+    state = algo.learner_group.get_state(components=component)[COMPONENT_LEARNER]
+    tensors: Any = convert_to_torch_tensor(state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
+    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
 
 
 def runner_weights(
@@ -174,6 +211,8 @@ def hugging_face_names(module_state: dict[str, Any]) -> dict[str, Any]:
 def export_policy(algo: Any, path: str | Path) -> None:
     """Writes the policy as a plain Hugging Face folder: model, tokenizer, generation config.
 
+    The weights are float32, as they are learned, whatever type the model was loaded from.
+
     Args:
         algo: a built `Algorithm`, ours or stock, wired by `wire_language_model`.
         path: folder to write.
@@ -181,8 +220,53 @@ def export_policy(algo: Any, path: str | Path) -> None:
     name = algo.config.model_config["model"]
     model = load_model(name)
     model.load_state_dict(policy_state(algo))
-    model.save_pretrained(path)
+    with _generation_config_apart(model, Path(path)):
+        model.save_pretrained(path)
     load_tokenizer(name).save_pretrained(path)
+
+
+@contextmanager
+def _generation_config_apart(model: Any, path: Path) -> Iterator[None]:
+    """Within it a model is saved; its generation config follows as it came.
+
+    Transformers (5.16) loads what it then refuses to save, such as a temperature without
+    `do_sample`, which older chat models have.
+    """
+    own: GenerationConfig | None = getattr(model, "generation_config", None)
+    if own is None:
+        yield
+        return
+    model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+    own.to_json_file(path / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+
+
+@lru_cache(maxsize=8)
+def check_export(model: str) -> None:
+    """Tries what an export writes beside weights, so that no training ends in an error there.
+
+    Args:
+        model: folder, hub id or ``builtin:...``.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        with TemporaryDirectory(prefix="distrl-") as folder:
+            load_config(model).save_pretrained(folder)
+            generation, file = _generation_config(model), Path(folder, GENERATION_CONFIG_NAME)
+            generation.to_json_file(file, keys_to_pop=["compile_config"])
+            load_tokenizer(model).save_pretrained(folder)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the temporary folder's
+        raise ValueError(
+            f"What is trained from {model!r} could not be exported: {error} Mend the model's "
+            "folder, or name another model."
+        ) from error
 
 
 def export_critic(algo: Any, path: str | Path) -> None:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rllib_distrl.cli.export import restored
+from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_folder import RunFolder
 
@@ -51,11 +52,13 @@ def probe(algo: Any, recipe: Recipe) -> dict[str, float]:
     return found if any(name in found for name in _ROWS) else {}
 
 
-def probe_checkpoint(run: RunFolder, checkpoint: Path, recipe: Recipe) -> dict[str, float]:
+def probe_checkpoint(
+    run: RunFolder, checkpoint: Path, recipe: Recipe, interrupts: Interrupts
+) -> dict[str, float]:
     """Judges the critic of a checkpoint; see `probe`."""
     if not recipe.eval.critic_prefixes:
         return {}
-    with restored(run, checkpoint) as algo:
+    with restored(run, checkpoint, interrupts) as algo:
         return probe(algo, recipe)
 
 

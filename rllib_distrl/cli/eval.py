@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -13,12 +15,16 @@ from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.critic import print_critic, probe_checkpoint
 from rllib_distrl.cli.eval_data import DataOptions, run_data_eval
 from rllib_distrl.cli.export import export_checkpoint, find_checkpoint, find_policy
+from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.results import print_summary, problems_of
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.run_folder import RunFolder
 from rllib_distrl.run_log import write_atomic
+
+_STOPPING = "Stopping with this chunk of problems. Ctrl-C again stops at once."
+_CONTINUE = "The same command continues."
 
 
 def run_eval(
@@ -51,60 +57,85 @@ def run_eval(
                 f"{overrides[0]} changes a recipe, which does not decide what happens with "
                 "--data: use options such as --n 64."
             )
-        run_data_eval(target, options, model=model, out=out, console=console)
+        with Interrupts(_STOPPING, f"Stopped. {_CONTINUE if out else ''}") as interrupts:
+            run_data_eval(
+                target, options, model=model, out=out, console=console, interrupts=interrupts
+            )
         return
     options.refuse_without_data()
-    _eval_as_recipe(target, overrides, model, out, console)
+    with Interrupts(_STOPPING) as interrupts, ExitStack() as held:
+        report = _Report(out, console, interrupts)
+        _eval_as_recipe(target, overrides, model, report, held)
+
+
+@dataclass(frozen=True)
+class _Report:
+    """Where the numbers of an evaluation go, and what may end it."""
+
+    out: Path | None
+    console: Console
+    interrupts: Interrupts
 
 
 def _eval_as_recipe(
-    target: Path, overrides: Sequence[str], model: str | None, out: Path | None, console: Console
+    target: Path,
+    overrides: Sequence[str],
+    model: str | None,
+    report: _Report,
+    held: ExitStack,
 ) -> None:
     """Evaluates as the `[eval]` table of the target's recipe says."""
     if target.is_file():
         recipe = load_recipe(target, overrides)
-        _measure_and_report(recipe, model or recipe.run.model, out, console)
+        _measure_and_report(recipe, model or recipe.run.model, report)
         return
     if not target.exists() or (target / "config.json").is_file():
         raise ValueError(
             f"{target} is neither a run folder nor a checkpoint in one, nor a recipe. To evaluate "
             "a model of this name, say on what: --data gsm8k, --data FILE.jsonl, ..."
         )
-    run, checkpoint = find_policy(target, console)
+    run, checkpoint = find_policy(target, report.console, held)
     recipe = load_recipe(run.recipe_file, overrides)
     if model is not None:
-        _measure_and_report(recipe, model, out, console)
+        _measure_and_report(recipe, model, report)
         return
-    critic = _critic(target, run, recipe, console)
+    evaluation_settings(recipe).validate()
+    critic = _critic(target, run, checkpoint, recipe, report, held)
     if checkpoint is None:
-        _measure_and_report(recipe, run.model, out, console, critic)
+        _measure_and_report(recipe, run.model, report, critic)
         return
     with tempfile.TemporaryDirectory(prefix="distrl-") as folder:
-        export_checkpoint(run, checkpoint, Path(folder))
-        _measure_and_report(recipe, folder, out, console, critic)
+        export_checkpoint(run, checkpoint, Path(folder), report.interrupts)
+        _measure_and_report(recipe, folder, report, critic)
 
 
-def _critic(target: Path, run: RunFolder, recipe: Recipe, console: Console) -> dict[str, float]:
+def _critic(
+    target: Path,
+    run: RunFolder,
+    checkpoint: Path | None,
+    recipe: Recipe,
+    report: _Report,
+    held: ExitStack,
+) -> dict[str, float]:
     """What the critic of a run or checkpoint knows; only checkpoints hold critics."""
     if recipe.eval.critic_prefixes and not list_checkpoints(run.checkpoints):
-        console.print("No report on the critic: the run has no checkpoint.", highlight=False)
+        report.console.print("No report on the critic: the run has no checkpoint.", highlight=False)
         return {}
-    evaluation_settings(recipe).validate()
-    _, checkpoint = find_checkpoint(target, console)
-    return probe_checkpoint(run, checkpoint, recipe)
+    if checkpoint is None:
+        _, checkpoint = find_checkpoint(target, report.console, held)
+    return probe_checkpoint(run, checkpoint, recipe, report.interrupts)
 
 
 def _measure_and_report(
-    recipe: Recipe,
-    model: str | Path,
-    out: Path | None,
-    console: Console,
-    critic: dict[str, float] | None = None,
+    recipe: Recipe, model: str | Path, to: _Report, critic: dict[str, float] | None = None
 ) -> None:
+    out, console = to.out, to.console
     evaluation_settings(recipe).validate()
     with tempfile.TemporaryDirectory(prefix="distrl-eval-") as scratch:
         samples = (out or Path(scratch)) / "samples.parquet"
-        result = measure(recipe, model, "Evaluating", console, samples=samples)
+        result = measure(
+            recipe, model, "Evaluating", console, samples=samples, interrupts=to.interrupts
+        )
     measured = {"split": result.split, "scores": list(result.scores)}
     kind = problems_of(measured)
     print_summary(console, result.summary, result.problems, result.samples, kind, result.scores)

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from rllib_distrl.cli.eval_progress import EvaluationProgress
 from rllib_distrl.cli.export import export_checkpoint, find_policy
+from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.cli.results import shown, unit_of
 from rllib_distrl.recipe import load_recipe
@@ -155,7 +156,13 @@ class DataOptions:
 
 
 def run_data_eval(
-    target: Path, options: DataOptions, *, model: str | None, out: Path | None, console: Console
+    target: Path,
+    options: DataOptions,
+    *,
+    model: str | None,
+    out: Path | None,
+    console: Console,
+    interrupts: Interrupts,
 ) -> None:
     """Evaluates on `options.data`; an interrupted evaluation in `out` continues.
 
@@ -165,9 +172,11 @@ def run_data_eval(
         model: Evaluated in place of the target's.
         out: Folder for `eval.json`, `samples/` and `pass_at_k.png`; None writes nothing.
         console: Where to report.
+        interrupts: Where a signal is noted, which ends the evaluation.
 
     Raises:
         ValueError: For bad input, before anything is generated.
+        Interrupted: After a signal.
     """
     from rllib_distrl.evaluation.presets import resolve_data, with_overrides
 
@@ -181,8 +190,8 @@ def run_data_eval(
     )
     with_overrides(chosen.settings, options.sampling.given()).validate()
     hide_loading_bars()
-    with _model_of(target, model, console) as name:
-        result = _evaluate(name, options, out, console)
+    with _model_of(target, model, console, interrupts) as name:
+        result = _evaluate(name, options, out, console, interrupts)
     report = result.report() if out is None else json.loads((out / "eval.json").read_text())
     print_report(console, report, chosen.name)
     if out is not None:
@@ -214,11 +223,13 @@ def print_report(console: Console, report: Mapping[str, Any], data: str) -> None
     console.print(table)
 
 
-def _evaluate(model: str, options: DataOptions, out: Path | None, console: Console) -> EvalResult:
+def _evaluate(
+    model: str, options: DataOptions, out: Path | None, console: Console, interrupts: Interrupts
+) -> EvalResult:
     from rllib_distrl.evaluation.run import run_evaluation
 
     assert options.data is not None
-    with EvaluationProgress(console, "Evaluating") as report:
+    with EvaluationProgress(console, "Evaluating", interrupts) as report:
         return run_evaluation(
             model,
             options.data,
@@ -234,7 +245,9 @@ def _evaluate(model: str, options: DataOptions, out: Path | None, console: Conso
 
 
 @contextmanager
-def _model_of(target: Path, model: str | None, console: Console) -> Iterator[str]:
+def _model_of(
+    target: Path, model: str | None, console: Console, interrupts: Interrupts
+) -> Iterator[str]:
     """The name of the model to load, a checkpoint's exported for as long as it is needed."""
     from rllib_distrl.models.builtin import PREFIX, find_spec
     from rllib_distrl.models.loading import resolve
@@ -247,13 +260,13 @@ def _model_of(target: Path, model: str | None, console: Console) -> Iterator[str
         find_spec(name) if name.startswith(PREFIX) else resolve(name)
         yield name
         return
-    run, checkpoint = find_policy(target, console)
-    if checkpoint is None:
-        yield str(run.model)
-        return
-    with tempfile.TemporaryDirectory(prefix="distrl-") as folder:
-        export_checkpoint(run, checkpoint, Path(folder))
-        yield folder
+    with ExitStack() as held:
+        run, checkpoint = find_policy(target, console, held)
+        folder = run.model
+        if checkpoint is not None:
+            folder = held.enter_context(tempfile.TemporaryDirectory(prefix="distrl-"))
+            export_checkpoint(run, checkpoint, Path(folder), interrupts)
+        yield str(folder)
 
 
 def _in_run(target: Path) -> bool:

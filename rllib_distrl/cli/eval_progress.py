@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from rllib_distrl.cli.display import duration
+from rllib_distrl.cli.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from rllib_distrl.evaluation.settings import Progress as EvalProgress
@@ -18,17 +19,28 @@ _LINE_SECONDS = 30.0  # between lines
 
 
 class EvaluationProgress:
-    """Shows progress while entered; call it with every `Progress` of the evaluation."""
+    """Shows progress while entered; call it with every `Progress` of the evaluation.
 
-    def __init__(self, console: Console, label: str, clock: Any = time.monotonic) -> None:
+    That is also where a signal ends the evaluation: what is finished is on disk.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        interrupts: Interrupts | None = None,
+        clock: Any = time.monotonic,
+    ) -> None:
         """Shows nothing yet.
 
         Args:
             console: Where to.
             label: What is going on.
+            interrupts: Asked after every chunk.
             clock: Returns seconds.
         """
         self._console, self._label, self._clock = console, label, clock
+        self._interrupts = interrupts
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -56,7 +68,16 @@ class EvaluationProgress:
         self._bar.stop()
 
     def __call__(self, progress: EvalProgress) -> None:
-        """Shows the state after a chunk of problems."""
+        """Shows the state after a chunk of problems.
+
+        Raises:
+            Interrupted: After a signal.
+        """
+        self._show(progress)
+        if self._interrupts is not None:
+            self._interrupts.check()
+
+    def _show(self, progress: EvalProgress) -> None:
         self._bar.update(self._task, completed=progress.problems_done, total=progress.problems)
         if progress.resumed and not progress.samples:
             done = f"{progress.resumed} of {progress.problems} problems"

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import latest_checkpoint, verify_checkpoint
+from rllib_distrl.checkpoints import (
+    hold_checkpoint,
+    hold_latest,
+    replaced_folder,
+    verify_checkpoint,
+)
+from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars, silence_libraries
 from rllib_distrl.run_folder import RunFolder, is_run_folder
 
@@ -25,41 +31,46 @@ def run_export(source: Path, out: Path, *, critic: bool = False) -> None:
 
     Raises:
         ValueError: If `source` is neither, or `out` holds files.
+        Interrupted: After a signal, with nothing written.
     """
     silence_libraries()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder. Name another place.")
     console = Console()
-    if critic:
-        run, checkpoint = find_checkpoint(source, console)
-    else:
-        run, checkpoint = find_policy(source, console)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        shutil.copytree(run.model, out, dirs_exist_ok=True)
-    else:
-        export_checkpoint(run, checkpoint, out, critic=critic)
+    with Interrupts("Stopping. Ctrl-C again stops at once.") as interrupts, ExitStack() as held:
+        find = find_checkpoint if critic else find_policy
+        run, checkpoint = find(source, console, held)
+        with replaced_folder(out.resolve()) as folder:
+            if checkpoint is None:
+                shutil.copytree(run.model, folder, dirs_exist_ok=True)
+            else:
+                export_checkpoint(run, checkpoint, folder, interrupts, critic=critic)
+            interrupts.check()
     console.print(f"Wrote {out}", highlight=False)
 
 
-def find_policy(source: Path, console: Console) -> tuple[RunFolder, Path | None]:
+def find_policy(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, Path | None]:
     """Returns the run that `source` belongs to, and the checkpoint to take the policy from.
 
-    The checkpoint is None where the run's `model/` holds the policy.
+    The checkpoint is None where the run's `model/` holds the policy. A run that goes on does not
+    prune it before `held` is closed.
 
     Raises:
         ValueError: If `source` is neither a run nor a checkpoint, holds no policy or is damaged.
     """
     if is_run_folder(source) and RunFolder(source).model.is_dir():
         return RunFolder(source), None
-    return find_checkpoint(source, console)
+    return find_checkpoint(source, console, held)
 
 
-def find_checkpoint(source: Path, console: Console) -> tuple[RunFolder, Path]:
-    """Returns the run that `source` belongs to, and its newest good checkpoint or `source`."""
+def find_checkpoint(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, Path]:
+    """Returns the run that `source` belongs to, and its newest good checkpoint or `source`.
+
+    See `find_policy`.
+    """
     if is_run_folder(source):
         run = RunFolder(source)
-        checkpoint = latest_checkpoint(run.checkpoints, lambda text: console.print(text))
+        checkpoint = hold_latest(run.checkpoints, lambda text: console.print(text), held)
         if checkpoint is None:
             raise ValueError(f"{source} holds no good checkpoint yet.")
         return run, checkpoint
@@ -69,21 +80,31 @@ def find_checkpoint(source: Path, console: Console) -> tuple[RunFolder, Path]:
         and is_run_folder(run_path)
         and source.resolve().parent.name == "checkpoints"
     ):
+        hold_checkpoint(source.resolve(), held)
         verify_checkpoint(source)
         return RunFolder(run_path), source.resolve()
     raise ValueError(f"{source} is neither a run folder nor a checkpoint in one.")
 
 
-def export_checkpoint(run: RunFolder, checkpoint: Path, out: Path, *, critic: bool = False) -> None:
+def export_checkpoint(
+    run: RunFolder,
+    checkpoint: Path,
+    out: Path,
+    interrupts: Interrupts | None = None,
+    *,
+    critic: bool = False,
+) -> None:
     """Restores a checkpoint into the run's algorithm and writes its policy or its critic."""
     from rllib_distrl.algorithms.language_model import export_critic, export_policy
 
-    with restored(run, checkpoint) as algo:
+    with restored(run, checkpoint, interrupts) as algo:
         (export_critic if critic else export_policy)(algo, out)
 
 
 @contextmanager
-def restored(run: RunFolder, checkpoint: Path) -> Iterator[Any]:
+def restored(
+    run: RunFolder, checkpoint: Path, interrupts: Interrupts | None = None
+) -> Iterator[Any]:
     """The run's algorithm in the state of a checkpoint, without actors, in a Ray session."""
     from rllib_distrl.cli.ray_session import ray_session
 
@@ -93,10 +114,12 @@ def restored(run: RunFolder, checkpoint: Path) -> Iterator[Any]:
     config.env_runners(num_env_runners=0)
     config.learners(num_learners=0)
     config.evaluation(evaluation_interval=None, evaluation_num_env_runners=0)
-    with ray_session(config):
+    with ray_session(config, interrupts):
         algo = config.build_algo()
         try:
             algo.restore_from_path(str(checkpoint.resolve()))
+            if interrupts is not None:
+                interrupts.check()
             yield algo
         finally:
             algo.stop()

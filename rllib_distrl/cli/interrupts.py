@@ -1,43 +1,69 @@
-"""Ctrl-C and SIGTERM: finish the iteration first; the second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP: noted at once, acted on where nothing is half done.
+
+A handler that raises does so in the middle of anything: Python drops what is raised in a
+destructor or in a callback from C, and Ray's start breaks half-way. So the handler only notes the
+signal, and the work asks for it between two iterations, two chunks of an evaluation, two steps of
+starting and ending.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from rllib_distrl.cli.errors import Interrupted
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_AGAIN_AFTER = 0.02  # seconds
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A terminal's Ctrl-C may reach a process twice, from the terminal and from a wrapper.
+_SAME_PRESS_SECONDS = 0.3
+_SHOW_CURSOR = "\x1b[?25h"
 
 
 class Interrupts:
-    """While active, signals raise `Interrupted`; inside of `deferred()` the first one is noted."""
+    """While active, signals are noted; `check` raises `Interrupted` once one is.
 
-    def __init__(self, on_request: Callable[[], None]) -> None:
-        """Prepares the handlers; `on_request` is called when a signal is noted for later."""
-        self._on_request = on_request
-        self._deferring = False
-        self._pending: int | None = None
+    A second Ctrl-C ends the process on the spot, as a kill would. A second SIGTERM or SIGHUP does
+    not: who sends these has SIGKILL. Signals that were ignored stay so (`nohup`, jobs in the
+    background).
+
+    Attributes:
+        last_words: Printed when a second Ctrl-C ends the process.
+    """
+
+    def __init__(self, announcement: str, last_words: str = "Stopped.") -> None:
+        """Prepares the handlers.
+
+        Args:
+            announcement: Printed when the first signal is noted.
+            last_words: See the attribute.
+        """
+        self._announcement = announcement
+        self.last_words = last_words
+        self._noted: tuple[int, float] | None = None
         self._previous: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> Self:
-        self._previous = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        """Takes the signals over; outside of the main thread they stay with whoever has them."""
+        if threading.current_thread() is threading.main_thread():
+            heard = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+            self._previous = {
+                n: handler for n, handler in heard.items() if handler != signal.SIG_IGN
+            }
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
         self.install()
         return self
 
     def install(self) -> None:
-        """Sets the handlers, again where a library has put its own in their place.
-
-        Ray 2.60 takes SIGTERM when it starts, and exits on it.
-        """
-        for signum in _SIGNALS:
-            signal.signal(signum, self._handle)
+        """Sets the handlers, again where a library has put its own in their place."""
+        for signum in self._previous:
+            signal.signal(signum, self._note)
 
     def __exit__(
         self,
@@ -50,30 +76,57 @@ class Interrupts:
 
     @property
     def pending(self) -> bool:
-        """Whether a signal was noted inside of `deferred()`."""
-        return self._pending is not None
+        """Whether a signal was noted."""
+        return self._noted is not None
 
-    def raise_pending(self) -> None:
-        """Raises the signal that was noted inside of `deferred()`, if there was one."""
-        if self._pending is not None:
-            raise Interrupted(self._pending)
+    def check(self) -> None:
+        """Raises `Interrupted` if a signal was noted: nothing is half done here."""
+        if self._noted is not None:
+            raise Interrupted(self._noted[0])
 
-    @contextmanager
-    def deferred(self) -> Iterator[None]:
-        """The first signal in here is noted and the work goes on; the second one raises."""
-        self._deferring = True
-        try:
-            yield
-        finally:
-            self._deferring = False
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        """Runs between any two bytecodes, so it takes no lock and prints by the system's call."""
+        now = time.monotonic()
+        if self._noted is None:
+            self._noted = signum, now
+            if signum == signal.SIGHUP:
+                self._leave_terminal()
+            _say(self._announcement)
+        elif signum == signal.SIGINT and now - self._noted[1] > _SAME_PRESS_SECONDS:
+            self._end(signum)
 
-    def _handle(self, signum: int, frame: FrameType | None) -> None:
-        if self._deferring and self._pending is None:
-            self._pending = signum
-            self._on_request()
-            return
-        if frame is not None and frame.f_code.co_name == "__del__":
-            # Python would print and drop what is raised in there.
-            threading.Timer(_AGAIN_AFTER, os.kill, (os.getpid(), signum)).start()
-            return
-        raise Interrupted(signum)
+    def _leave_terminal(self) -> None:
+        """Writes to nowhere from now on: a terminal that has hung up makes every print an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in self._terminals:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
+
+    def _end(self, signum: int) -> NoReturn:
+        _say(self.last_words, _SHOW_CURSOR if self._terminals else "")
+        os._exit(128 + signum)
+
+
+@contextlib.contextmanager
+def kept_from_ray() -> Iterator[None]:
+    """Within it Ray starts: its processes hear neither Ctrl-C nor the terminal's hanging up.
+
+    Both go to every process of the terminal, and the checkpoint needs Ray's. A signal that comes
+    meanwhile is delivered at the end. Ray 2.60 takes SIGTERM, and exits on it in the middle of
+    starting: it is kept from that.
+    """
+    from ray._private import utils
+
+    theirs, deaf = utils.set_sigterm_handler, {signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, deaf)  # which Ray's processes inherit
+    utils.set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = theirs
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _say(*parts: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(1, ("\n".join(parts) + "\n").encode())

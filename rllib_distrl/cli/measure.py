@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from rllib_distrl.cli.eval_progress import EvaluationProgress
+from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars
 
 if TYPE_CHECKING:
@@ -37,7 +38,13 @@ class Measurement:
 
 
 def measure(
-    recipe: Recipe, model: str | Path, label: str, console: Console, *, samples: Path
+    recipe: Recipe,
+    model: str | Path,
+    label: str,
+    console: Console,
+    *,
+    samples: Path,
+    interrupts: Interrupts | None = None,
 ) -> Measurement:
     """Evaluates a model as the recipe's `[eval]` table says.
 
@@ -49,13 +56,17 @@ def measure(
         label: Stands before the progress.
         console: Where to show it.
         samples: The Parquet file for the graded completions.
+        interrupts: Where a signal is noted, which ends the evaluation.
+
+    Raises:
+        Interrupted: After a signal.
     """
     from rllib_distrl.evaluation.evaluate import evaluate_model
 
     hide_loading_bars()
     samples.parent.mkdir(parents=True, exist_ok=True)
     unfinished = samples.with_name(f".{samples.stem}-unfinished")
-    with EvaluationProgress(console, label) as report:
+    with EvaluationProgress(console, label, interrupts) as report:
         result = evaluate_model(
             str(model),
             recipe.env_id,

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rllib_distrl.cli.interrupts import Interrupts, kept_from_ray
+
 _ANSWER_SECONDS = 10.0
 
 
@@ -46,14 +48,17 @@ def check_address() -> None:
 
 
 @contextmanager
-def ray_session(config: Any) -> Iterator[None]:
+def ray_session(config: Any, interrupts: Interrupts | None = None) -> Iterator[None]:
     """Starts Ray on this machine, or joins the cluster of RAY_ADDRESS; always shuts down.
+
+    A signal that comes while it starts is acted on when it has.
 
     Ray is told of as many CPUs as the recipe's actors reserve, at least: on fewer cores they
     share, where Ray would otherwise wait for a machine that never comes.
 
     Raises:
         ValueError: If no cluster answers there, or it refuses this process.
+        Interrupted: After a signal.
     """
     import ray
 
@@ -61,7 +66,7 @@ def ray_session(config: Any) -> Iterator[None]:
     joining = bool(os.environ.get("RAY_ADDRESS"))
     num_cpus = None if joining else max(os.cpu_count() or 1, cpus_needed(config))
     try:
-        with _core_notices_hidden():
+        with kept_from_ray(), _core_notices_hidden():
             ray.init(
                 # Without an address Ray would join any cluster that it finds on this machine.
                 address=None if joining else "local",
@@ -76,6 +81,9 @@ def ray_session(config: Any) -> Iterator[None]:
             "ray.init do where `ray get-auth-token` has made one, set RAY_AUTH_MODE=token here too."
         ) from error
     try:
+        if interrupts is not None:
+            interrupts.install()  # Ray's core takes SIGTERM as well
+            interrupts.check()
         yield
     finally:
         ray.shutdown()

@@ -12,6 +12,8 @@ from typing import Any
 
 from rich.console import Console
 
+from rllib_distrl.checkpoints import list_checkpoints
+from rllib_distrl.cli.disk import check_room, naming_a_full_disk
 from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
 from rllib_distrl.cli.goal import Goal
@@ -35,8 +37,14 @@ from rllib_distrl.run_folder import (
     open_run,
     resume_run,
 )
+from rllib_distrl.run_log import read_progress
 from rllib_distrl.run_storage import RunStorage
 from rllib_distrl.trackers import connect_trackers
+
+_FINISHING = (
+    "Finishing what cannot be left (in training: this iteration), then a checkpoint. "
+    "Ctrl-C again stops at once."
+)
 
 
 def run_train(
@@ -53,37 +61,56 @@ def run_train(
 
     Raises:
         ValueError: For bad input, before anything is started or deleted.
-        Interrupted: After Ctrl-C or SIGTERM, with a checkpoint written.
+        Interrupted: After Ctrl-C, SIGTERM or SIGHUP, with a checkpoint written.
     """
     silence_libraries()
     console = Console()
-    recipe, path, problems = _check(source, overrides, out, resume, overwrite, console)
-    with locked(path), Interrupts(lambda: _announce(console)) as interrupts:
-        if resume:
-            run = resume_run(path, recipe, sys.argv)
-        else:
-            if overwrite and (storage := storage_of(recipe, path)):
-                storage.delete()
-            run = create_run(path, recipe, sys.argv, overwrite=overwrite)
-        checkpoints = TrainingCheckpoints(recipe, run, storage_of(recipe, path), console)
-        try:
-            checkpoints.copy()
-            _train(checkpoints, interrupts, problems)
-            checkpoints.copy()
-        except Interrupted:
-            again = f"distrl train {shlex.quote(str(path))} --resume"
-            _print(console, f"Stopped. Resume with: {again}")
-            raise
-        except Exception as error:
-            if isinstance(error, ValueError) and not (run.read_eval() or run.has_progress):
-                # Bad input that only the loading of the model has shown.
-                discard_run(run)
-                if checkpoints.storage is not None:
-                    checkpoints.storage.delete()
+    with Interrupts(_FINISHING) as interrupts:
+        recipe, path, problems = _check(source, overrides, out, resume, overwrite, console)
+        again = f"distrl train {shlex.quote(str(path))} --resume"
+        with locked(path):
+            interrupts.check()
+            run, storage = RunFolder(path), storage_of(recipe, path)
+            checkpoints = TrainingCheckpoints(recipe, run, storage, console)
+            newest = _newest(checkpoints) if resume else None
+            if resume:
+                resume_run(path, recipe, sys.argv)
             else:
+                if overwrite and storage is not None:
+                    storage.delete()
+                create_run(path, recipe, sys.argv, overwrite=overwrite)
+            interrupts.last_words = f"Stopped at once, as by a kill. Resume with: {again}"
+            try:
+                _run(checkpoints, interrupts, newest, problems)
+            except Interrupted:
+                _print(console, f"Stopped. Resume with: {again}")
+                raise
+
+
+def _run(
+    checkpoints: TrainingCheckpoints,
+    interrupts: Interrupts,
+    newest: Path | None,
+    problems: Sequence[str],
+) -> None:
+    """Does the work; what ends it is written down, and a run that never began leaves nothing."""
+    run = checkpoints.run
+    try:
+        with naming_a_full_disk(run):
+            checkpoints.copy()
+            _train(checkpoints, interrupts, newest, problems)
+            checkpoints.copy()
+    except Exception as error:
+        if isinstance(error, ValueError) and not (run.eval_file.exists() or run.has_progress):
+            # Bad input that only the loading of the model has shown.
+            discard_run(run)
+            if checkpoints.storage is not None:
+                checkpoints.storage.delete()
+        else:
+            with contextlib.suppress(OSError):  # no room for it
                 run.error_file.write_text(traceback.format_exc(), encoding="utf-8")
-                _print(console, f"Traceback: {run.error_file}")
-            raise
+                _print(checkpoints.console, f"Traceback: {run.error_file}")
+        raise
 
 
 def _check(
@@ -106,6 +133,7 @@ def _check(
         if storage is not None and not overwrite:
             storage.check_free()
     config = recipe.build_config()
+    check_room(recipe, config, RunFolder(path))
     check_address()
     connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
@@ -144,27 +172,66 @@ def _run_to_resume(
     return open_run(path)
 
 
+def _newest(checkpoints: TrainingCheckpoints) -> Path | None:
+    """The checkpoint to go on from; None where the run has not got to its first one.
+
+    Raises:
+        ValueError: If the log holds iterations and no checkpoint is good: going on would do them
+            all again.
+    """
+    run, newest = checkpoints.run, checkpoints.latest()
+    rows = read_progress(run.progress_file)
+    # The first iteration writes the first checkpoint, so one alone is what was being done.
+    begun = len(rows) > 1 or (rows and list_checkpoints(run.checkpoints))
+    if newest is None and begun:
+        copy = ""
+        if checkpoints.storage is not None:
+            copy = (
+                f" {checkpoints.storage.uri} may hold a good one: move this folder away and resume."
+            )
+        raise ValueError(
+            f"{run.path} holds a log of {len(rows)} iterations and no good checkpoint: --resume "
+            f"would start at iteration 1 and write over it.{copy} To start over, deleting the run: "
+            f"distrl train {shlex.quote(str(run.recipe_file))} --out {shlex.quote(str(run.path))} "
+            "--overwrite. To keep it, name another folder with --out."
+        )
+    return newest
+
+
 def _train(
-    checkpoints: TrainingCheckpoints, interrupts: Interrupts, problems: Sequence[str]
+    checkpoints: TrainingCheckpoints,
+    interrupts: Interrupts,
+    newest: Path | None,
+    problems: Sequence[str],
 ) -> None:
     recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
+    if damaged := run.set_damaged_eval_aside():
+        warn(console, damaged)
     results = run.read_eval()
     _print_header(recipe, run, problems, console)
+    interrupts.check()
     if not results and recipe.eval.before:
-        results = _measured(recipe, run, "before", {}, console)
-    if train_and_export(checkpoints, interrupts) or not results.get("after"):
-        results = _measured(recipe, run, "after", run.read_eval(), console)
+        results = _measured(recipe, run, "before", {}, console, interrupts)
+    if train_and_export(checkpoints, interrupts, newest) or not results.get("after"):
+        interrupts.check()
+        results = _measured(recipe, run, "after", run.read_eval(), console, interrupts)
     print_before_after(console, results)
     _print(console, f"Model: {run.model}")
 
 
 def _measured(
-    recipe: Recipe, run: RunFolder, when: str, results: dict[str, Any], console: Console
+    recipe: Recipe,
+    run: RunFolder,
+    when: str,
+    results: dict[str, Any],
+    console: Console,
+    interrupts: Interrupts,
 ) -> dict[str, Any]:
     """Evaluates "before" or "after" training and writes it into `eval.json`."""
     model = recipe.run.model if when == "before" else run.model
     samples = run.samples / f"{when}.parquet"
-    measured = measure(recipe, model, f"Evaluating {when} training", console, samples=samples)
+    label = f"Evaluating {when} training"
+    measured = measure(recipe, model, label, console, samples=samples, interrupts=interrupts)
     low, high = measured.scores
     earlier = results.get("scores", [low, high])
     results = {
@@ -199,9 +266,3 @@ def _print_header(
 
 def _print(console: Console, line: str) -> None:
     console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _announce(console: Console) -> None:
-    """Runs inside of a signal handler, which may have interrupted a print."""
-    with contextlib.suppress(RuntimeError):
-        console.print("Finishing this iteration, then a checkpoint. Ctrl-C again stops at once.")

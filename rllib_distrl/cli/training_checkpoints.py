@@ -18,6 +18,7 @@ from rllib_distrl.checkpoints import (
     save_checkpoint,
 )
 from rllib_distrl.cli.display import warn
+from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.recipe_schema import nearest
 from rllib_distrl.run_folder import RunFolder
@@ -48,16 +49,25 @@ class TrainingCheckpoints:
         return latest_checkpoint(self.run.checkpoints, lambda text: warn(self.console, text))
 
     def due(self, row: Mapping[str, Any]) -> bool:
-        """Whether one is written after this iteration, by interval or because it is the best.
+        """Whether one is written after this iteration: by interval, as the best, or as the first.
+
+        The first iteration of a run writes one whatever the interval is: what cannot be written is
+        known then, and a run that was killed goes on.
 
         Raises:
             ValueError: If the iteration should have reported `run.checkpoint_metric`.
         """
         interval = self.recipe.run.checkpoint_interval
-        return bool(interval and row["iteration"] % interval == 0) or self._is_best(row)
+        by_interval = bool(interval and row["iteration"] % interval == 0)
+        return by_interval or self._is_best(row) or not list_checkpoints(self.run.checkpoints)
 
     def save(self, algo: Any, log: RunLog, row: Mapping[str, Any]) -> None:
-        """Writes a checkpoint and copies it; the log is on disk before it."""
+        """Writes a checkpoint and copies it; the log is on disk before it.
+
+        Raises:
+            TrainingStopped: If the weights have diverged: no checkpoint ever holds such.
+        """
+        self._check_weights(algo, row["iteration"])
         log.sync()
         save_checkpoint(
             self.run.checkpoints,
@@ -69,12 +79,32 @@ class TrainingCheckpoints:
         )
         self._copy_or_warn()
 
+    def _check_weights(self, algo: Any, iteration: int) -> None:
+        from rllib_distrl.algorithms.language_model import nonfinite_weights
+
+        if not (bad := nonfinite_weights(algo)):
+            return
+        newest = list_checkpoints(self.run.checkpoints)[:1]
+        good = f"The last good state is in {newest[0]}." if newest else "There is no good state."
+        raise TrainingStopped(
+            f"Training stopped after iteration {iteration}: {len(bad)} of the weights' tensors are "
+            f"not finite, {bad[0]} for instance. {good} Lower training.lr or set "
+            "training.grad_clip in another run."
+        )
+
     def rescue(self, algo: Any, log: RunLog, row: Mapping[str, Any]) -> None:
-        """After an error: writes the last whole iteration if nothing has touched it since."""
+        """After an error: writes the last whole iteration if nothing has touched it since.
+
+        Args:
+            algo: In the state of `row`, or in one that nobody can go on with.
+            log: Of the run.
+            row: The newest line of the log.
+        """
         iteration = row["iteration"]
         newest = list_checkpoints(self.run.checkpoints)[:1]
         known = iteration == 0 or [iteration] == [checkpoint_iteration(path) for path in newest]
-        if getattr(algo, "between_iterations", False) and not known:
+        whole = getattr(algo, "between_iterations", False) and algo.iteration == iteration
+        if whole and not known:
             self.save(algo, log, row)
 
     def best(self) -> tuple[Path, float] | None:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shlex
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import checkpoint_iteration
+from rllib_distrl.checkpoints import checkpoint_iteration, replaced_folder
 from rllib_distrl.cli.display import Progress, make_display, warn
 from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.cli.goal import Goal
@@ -32,17 +31,19 @@ if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm import Algorithm
 
 
-def train_and_export(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -> bool:
-    """Trains from the newest good checkpoint to the run's goal and writes `model/`.
+def train_and_export(
+    checkpoints: TrainingCheckpoints, interrupts: Interrupts, checkpoint: Path | None
+) -> bool:
+    """Trains from a checkpoint, or from the start, to the run's goal and writes `model/`.
 
     Returns:
         False if there was nothing left to do.
 
     Raises:
+        ValueError: If what is to be trained cannot be exported.
         Interrupted: After a signal; the last whole iteration is in a checkpoint.
     """
     recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
-    checkpoint = checkpoints.latest()
     start = checkpoint_iteration(checkpoint) if checkpoint else 0
     if start and Goal.of(recipe.run).reached(_row(run, start)) and run.model.is_dir():
         setting = "run.budget_tokens" if recipe.run.budget_tokens else "run.iterations"
@@ -52,17 +53,21 @@ def train_and_export(checkpoints: TrainingCheckpoints, interrupts: Interrupts) -
         console.print(f"Resuming after iteration {start}.", highlight=False)
     hide_loading_bars()
     config = recipe.build_config()
-    with ray_session(config):
-        interrupts.install()
+    interrupts.check()
+    with ray_session(config, interrupts):
         algo = config.build_algo()
         try:
+            interrupts.check()
             if checkpoint is not None:
                 algo.restore_from_path(str(checkpoint.resolve()))
+            _try_export(algo, run)
+            interrupts.check()
             with _trackers(recipe, run, console) as trackers:
                 _iterate(algo, checkpoints, interrupts, start, trackers)
-            _export(algo, run.model)
-            _write_tokens(algo, recipe, run, console)
-            _write_critic(algo, recipe, run, console)
+            # The model comes last: where it is, nothing is missing.
+            for write in (_write_tokens, _write_critic, _write_model):
+                interrupts.check()
+                write(algo, recipe, run, console)
             _print_best(checkpoints)
         finally:
             algo.stop()
@@ -89,20 +94,25 @@ def _iterate(
     with (
         RunLog(run.progress_file, run.tensorboard, last_iteration=start) as log,
         make_display(console, recipe.run.log_interval) as display,
-        interrupts.deferred(),
     ):
         row = _row(run, start)
-        while not goal.reached(row):
-            if scaled := take_scale_request(run, algo):
-                console.print(scaled, highlight=False)
-            iteration = row["iteration"] + 1
-            row = log.write(iteration, _train(algo, checkpoints, log, row))
-            trackers.write(row)
-            display.show(progress.snapshot(row))
-            _warn_of_refused_steps(console, row)
-            if checkpoints.due(row) or goal.reached(row) or interrupts.pending:
-                checkpoints.save(algo, log, row)
-            interrupts.raise_pending()
+        try:
+            while not goal.reached(row):
+                if scaled := take_scale_request(run, algo):
+                    console.print(scaled, highlight=False)
+                row = log.write(row["iteration"] + 1, _train(algo, run, row["iteration"] + 1))
+                stopping = interrupts.pending  # a later signal waits for the next iteration
+                if checkpoints.due(row) or goal.reached(row) or stopping:
+                    checkpoints.save(algo, log, row)
+                trackers.write(row)
+                display.show(progress.snapshot(row))
+                _warn_of_refused_steps(console, row)
+                if stopping:
+                    interrupts.check()
+        except Exception:
+            checkpoints.rescue(algo, log, row)
+            interrupts.check()  # a signal to all processes takes Ray's down, too
+            raise
 
 
 @contextmanager
@@ -119,10 +129,8 @@ def _trackers(recipe: Recipe, run: RunFolder, console: Console) -> Iterator[Trac
             warn(console, f"Not everything was logged. {problem}")
 
 
-def _train(
-    algo: Algorithm, checkpoints: TrainingCheckpoints, log: RunLog, row: dict[str, Any]
-) -> dict[str, Any]:
-    """Trains one iteration after that of `row`; if it cannot be done, keeps the state before it."""
+def _train(algo: Algorithm, run: RunFolder, iteration: int) -> dict[str, Any]:
+    """Trains one iteration."""
     from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS, optimizer_steps
     from rllib_distrl.algorithms.sampling import RunnersLostError, SamplingError
     from rllib_distrl.algorithms.validation_clock import without_repeats
@@ -131,14 +139,11 @@ def _train(
     try:
         result = without_repeats(algo.train())
         return {**result, OPTIMIZER_STEPS: optimizer_steps(algo)}
-    except Exception as error:
-        checkpoints.rescue(algo, log, row)
-        if not isinstance(error, (RunnersLostError, SamplingError, NonFiniteError)):
-            raise
-        again = f"distrl train {shlex.quote(str(checkpoints.run.path))} --resume"
+    except (RunnersLostError, SamplingError, NonFiniteError) as error:
+        again = f"distrl train {shlex.quote(str(run.path))} --resume"
         raise TrainingStopped(
-            f"Training stopped in iteration {row['iteration'] + 1}; what was learned before is in "
-            f"a checkpoint. {error}\nContinue with: {again}"
+            f"Training stopped in iteration {iteration}; what was learned before is in a "
+            f"checkpoint. {error}\nContinue with: {again}"
         ) from error
 
 
@@ -159,18 +164,6 @@ def _warn_of_refused_steps(console: Console, row: dict[str, Any]) -> None:
             f"Iteration {row['iteration']}: refused {refused} optimiser step(s) whose loss or "
             "gradient is not finite.",
         )
-
-
-def _export(algo: Any, target: Path) -> None:
-    """Writes the Hugging Face folder, whole or not at all."""
-    from rllib_distrl.algorithms.language_model import export_policy
-
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    export_policy(algo, str(temporary))
-    if target.is_dir():
-        shutil.rmtree(target)
-    os.rename(temporary, target)
 
 
 def _write_tokens(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -> None:
@@ -199,3 +192,29 @@ def _write_critic(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -
         return
     if found:
         run.write_eval({**run.read_eval(), "critic": found})
+
+
+def _try_export(algo: Any, run: RunFolder) -> None:
+    """Writes the model once before training, and removes it: what the end needs works.
+
+    Raises:
+        ValueError: With the reason why it does not.
+    """
+    from rllib_distrl.algorithms.language_model import export_policy
+
+    with TemporaryDirectory(prefix=".tmp-export-", dir=run.path) as folder:
+        try:
+            export_policy(algo, folder)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"What is trained from this model could not be exported, so training does not "
+                f"start: {error}"
+            ) from error
+
+
+def _write_model(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -> None:
+    """Writes the Hugging Face folder, whole or not at all."""
+    from rllib_distrl.algorithms.language_model import export_policy
+
+    with replaced_folder(run.model) as folder:
+        export_policy(algo, folder)

@@ -10,7 +10,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.recipe import Recipe, override_tables, read_toml, recipe_from_tables
+from rllib_distrl.recipe import (
+    Recipe,
+    load_recipe,
+    override_tables,
+    read_recipe,
+    read_toml,
+    recipe_from_tables,
+)
+from rllib_distrl.recipe_paths import locate
 from rllib_distrl.recipe_schema import check_names
 from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
 
@@ -138,8 +146,7 @@ def _read(file: Path, overrides: Sequence[str]) -> list[Contender]:
     tables = read_toml(file)
     if "variants" in tables or "recipe" in tables:
         return _read_variants(file, tables, overrides)
-    override_tables(tables, overrides)
-    recipe = recipe_from_tables(tables, name=file.stem)
+    recipe = load_recipe(file, overrides)
     return [Contender(recipe.run.name, recipe)]
 
 
@@ -154,12 +161,14 @@ def _read_variants(
         )
     contenders = []
     for name, changes in variants.items():
-        recipe = read_toml(file.parent / changes.get("recipe", source))
+        recipe = read_recipe(file.parent / changes.get("recipe", source))
         part = changes.get("part", "")
         _replace(recipe, tables.get("base", {}), f"{file}: [base]")
         settings = {table: values for table, values in changes.items() if table not in _ABOUT}
         _replace(recipe, settings, f"{file}: [variants.{name}]")
+        locate(recipe, file.parent)
         override_tables(recipe, overrides)
+        locate(recipe, Path.cwd())
         try:
             contenders.append(Contender(name, recipe_from_tables(recipe, name), part))
         except ValueError as error:

@@ -80,10 +80,9 @@ class Refusals:
         """
         total = torch.as_tensor(losses.total_loss).detach()
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
-        # One number that is not finite makes the sum of its tensor so, and finite ones only where
-        # they are beyond any use.
-        sums = torch.stack([total, *(g.sum() for g in gradients)])
-        finite = torch.isfinite(sums).all()
+        # One number that is not finite makes the norm of its tensor so; so do finite ones whose
+        # squares are not, which would stay in Adam's second moments for ever.
+        finite = torch.isfinite(torch.stack([total, *(g.norm() for g in gradients)])).all()
         suspects, self._suspects = self._suspects, []
         if not bool(all_reduce((~finite).float())):
             self.in_a_row = 0

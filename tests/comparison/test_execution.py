@@ -43,8 +43,8 @@ VARIANTS = """
 recipe = "tiny.toml"
 [variants]
 good = {}
-# More than a float32 holds: the optimiser refuses it.
-bad = { training = { lr = 1e38 } }
+# More than a float32 holds: the loss is infinite.
+bad = { training = { vf_loss_coeff = 1e300 } }
 """
 SETTINGS = ("--seeds", "2", "--budget-tokens", "8000", "--jobs", "2")
 
@@ -117,7 +117,7 @@ def test_a_comparison_is_stopped_and_continues(tmp_path: Path, how: signal.Signa
         assert good["recipe"]["run"]["seed"] == seed
         check_validations(good, records / f"good-seed{seed}")
         assert bad["status"] == "failed"
-        assert bad["error"].startswith("exit code 1: RuntimeError: value cannot be converted")
+        assert bad["error"].startswith("exit code 1: error: Training stopped in iteration 3")
     page = (tmp_path / "out" / "results.md").read_text()
     assert "## Failed runs" in page
 
