@@ -230,3 +230,60 @@ def test_impossible_combinations(recipe_file: Path, overrides: list[str], parts:
         load_recipe(recipe_file, overrides).build_config()
     for part in parts:
         assert part in str(caught.value)
+
+
+DATA_RECIPE = """
+[run]
+model = "builtin:countdown-tiny"
+[environment]
+env = "distrl_envs:distrl/Math-v0"
+[environment.env_config.task_config]
+data = "rows.jsonl"
+"""
+
+
+def data_of(recipe: Recipe) -> object:
+    return recipe.env_config["task_config"]["data"]
+
+
+def test_paths_are_beside_the_recipe_then_in_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "work").mkdir()
+    file = tmp_path / "recipes" / "own.toml"
+    file.write_text(DATA_RECIPE)
+    monkeypatch.chdir(tmp_path / "work")
+    assert data_of(load_recipe(file)) == "rows.jsonl"  # nowhere: the task says so
+    here, beside = tmp_path / "work" / "rows.jsonl", tmp_path / "recipes" / "rows.jsonl"
+    here.write_text("{}")
+    assert data_of(load_recipe(file)) == str(here)
+    beside.write_text("{}")
+    with pytest.raises(ValueError, match=r"'rows.jsonl' is both .*recipes.*work.*absolute"):
+        load_recipe(file)
+    key = "environment.env_config.task_config.data"
+    assert data_of(load_recipe(file, [f"{key}=./rows.jsonl"])) == str(here)
+    here.unlink()
+    assert data_of(load_recipe(file)) == str(beside)
+    tables = load_recipe(file, [f'{key}={{train = "rows.jsonl", test = "hf:gsm8k/test"}}'])
+    assert data_of(tables) == {"train": "rows.jsonl", "test": "hf:gsm8k/test"}
+    assert data_of(load_recipe(file, [f"{key}=hf:../recipes/test"])) == (
+        f"hf:{tmp_path / 'recipes'}/test"
+    )
+
+
+def test_the_folder_of_a_local_model_is_stored_and_a_hub_id_is_not_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    file = tmp_path / "own.toml"
+    file.write_text(DATA_RECIPE)
+    monkeypatch.chdir(tmp_path)
+    local = load_recipe(file, ["run.model=mine"])
+    assert local.run.model == str(tmp_path / "mine")
+    assert load_recipe(file, ["run.model=org/mine"]).run.model == "org/mine"
+    stored = tmp_path / "run" / "recipe.toml"
+    stored.parent.mkdir()
+    stored.write_text(local.to_toml())
+    monkeypatch.chdir(stored.parent)
+    assert load_recipe(stored).run.model == str(tmp_path / "mine")

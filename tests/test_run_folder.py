@@ -161,3 +161,32 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
     holder.communicate("")
     with locked(tmp_path / "a"):
         pass
+
+
+def test_a_run_goes_on_only_with_the_data_that_it_began_with(tmp_path: Path) -> None:
+    data, file = tmp_path / "rows.jsonl", tmp_path / "own.toml"
+    data.write_text('{"problem": "1 + 1 =", "answer": "2"}\n')
+    task = '\n[environment.env_config.task_config]\ndata = "rows.jsonl"\n[training]'
+    text = RECIPE.replace("Countdown-v0", "Math-v0").replace("\n[training]", task)
+    file.write_text(text)
+    recipe = load_recipe(file)
+    run = create_run(tmp_path / "run", recipe, [])
+    assert resume_run(run.path, recipe, []).path == run.path
+    data.write_text('{"problem": "1 + 1 =", "answer": "3"}\n')
+    with pytest.raises(ValueError, match=rf"task_config.data: the data of {data} have changed"):
+        resume_run(run.path, recipe, [])
+    data.unlink()
+    with pytest.raises(ValueError, match="are gone"):
+        resume_run(run.path, recipe, [])
+    meta = json.loads(run.meta_file.read_text())
+    assert len(meta["sessions"]) == 2
+    del meta["data"]  # a run of an earlier version
+    run.meta_file.write_text(json.dumps(meta))
+    assert resume_run(run.path, recipe, []).path == run.path
+
+
+def test_the_way_past_a_long_prompt_is_open_on_resume(tmp_path: Path, file: Path) -> None:
+    run = create_run(tmp_path / "run", load_recipe(file), [])
+    skipping = load_recipe(file, ["environment.env_config.on_long_prompt=skip"])
+    resume_run(run.path, skipping, [])
+    assert run.recipe().env_config == {"on_long_prompt": "skip"}
