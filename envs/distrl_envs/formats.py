@@ -219,44 +219,28 @@ def _apps(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def _input_output(cases: Mapping[str, Any]) -> dict[str, Any]:
     """Tests in the form of APPS: arguments of `fn_name`, or texts for stdin and from stdout."""
-    inputs, outputs = _need(cases, "inputs"), _need(cases, "outputs")
-    if len(inputs) != len(outputs) or not inputs:
-        raise ValueError(f"it has {len(inputs)} inputs and {len(outputs)} outputs")
-    name = cases.get("fn_name")
-    if name:
-        # APPS wraps results of calls in lists of one.
-        outputs = [o[0] if isinstance(o, list) and len(o) == 1 else o for o in outputs]
-    else:
-        inputs, outputs = _texts(inputs), _texts(outputs)
-    tests = [{"input": i, "output": o} for i, o in zip(inputs, outputs, strict=True)]
-    return {"tests": tests, "entry_point": name}
-
-
-def _texts(values: list[Any]) -> list[str]:
-    """What stands on stdin or stdout; some rows of APPS hold it as a list of lines."""
-    return ["\n".join(map(str, v)) if isinstance(v, list) else str(v) for v in values]
+    if not _need(cases, "inputs") or len(_need(cases, "outputs")) != len(cases["inputs"]):
+        raise ValueError("its tests have no inputs, or another number of outputs")
+    return {"tests": dict(cases), "entry_point": cases.get("fn_name") or None}
 
 
 def _livecodebench(row: Mapping[str, Any]) -> dict[str, Any]:
-    tests = _json(str(_need(row, "public_test_cases")))
-    tests = list(tests or []) + _private(row.get("private_test_cases"))
+    public = _need(row, "public_test_cases")
+    public = _json(public) if isinstance(public, str) else public
+    tests = list(public or []) + _private(row.get("private_test_cases"))
     if not tests or not all(isinstance(t, Mapping) and "testtype" in t for t in tests):
         raise ValueError("'public_test_cases' holds no JSON list of tests with a 'testtype'")
-    name = look_up(row, "metadata.func_name")
     calls = {test["testtype"] == "functional" for test in tests}
+    name = look_up(row, "metadata.func_name")
     if len(calls) != 1 or (calls == {True} and not name):
-        raise ValueError(
-            "its tests are of two types, or call a function that metadata does not name"
-        )
-    made = [{"input": t["input"], "output": t["output"]} for t in tests]
-    if calls == {True}:
-        made = [
-            {"input": [json.loads(line) for line in t["input"].splitlines() if line.strip()],
-             "output": json.loads(t["output"])}
-            for t in made
-        ]  # fmt: skip
+        raise ValueError("its tests are of two types, or metadata does not name their function")
     text = _with_starter(row, _need(row, "question_content"))
-    return {**row, "problem": text, "tests": made, "entry_point": name if calls == {True} else None}
+    return {
+        **row,
+        "problem": text,
+        "tests": tests,
+        "entry_point": name if calls == {True} else None,
+    }
 
 
 class _PlainUnpickler(pickle.Unpickler):

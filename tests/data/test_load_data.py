@@ -157,3 +157,56 @@ def test_a_missing_datasets_package_is_a_clear_error():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "rllib-distrl[datasets]" in shown.stdout
+
+
+CSV = {
+    "the index of pandas": ",problem,answer\n0,1+1?,2\n",
+    "a trailing comma": "problem,answer,\n1+1?,2,\n",
+    "trailing commas below only": "problem,answer\n1+1?,2,\n",
+    "a byte order mark": "\ufeffproblem,answer\n1+1?,2\n",
+    "blank lines and spaces": "problem, answer\n\n1+1?,2\n\n",
+}
+
+
+@pytest.mark.parametrize("case", CSV)
+def test_csv_as_spreadsheets_write_it(case, tmp_path):
+    (tmp_path / "a.csv").write_text(CSV[case], encoding="utf-8")
+    assert load(tmp_path / "a.csv").rows == [{"problem": "1+1?", "answer": "2"}]
+
+
+DAMAGED = {
+    "latin-1": ("a.csv", "problem,answer\ncafé,2\n".encode("latin-1"), 2, "not UTF-8"),
+    "semicolons": ("a.csv", b"problem;answer\n1+1;2\n", 2, "the row has problem;answer"),
+    "deep": ("a.jsonl", b'{"problem": ' + b"[" * 200_000, 1, "nested too deeply"),
+    "surrogate": ("a.jsonl", rb'{"problem": "a \ud83d", "answer": "1"}', 1, "surrogates"),
+    "json": ("a.json", b'[{"problem": "a", "answer": "1"},\n\n {"problem": }]', 3, "Expecting"),
+    "json list": ("a.json", b'[{"problem": "a", "answer": "1"}\n {}]', 2, "neither ','"),
+    "nan": ("a.jsonl", b'{"problem": "a", "answer": NaN}', 1, "'answer' is missing"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_is_damaged_has_its_file_and_line(case, tmp_path):
+    name, content, line, words = DAMAGED[case]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        load(tmp_path / name)
+    assert f"{name}:{line}: " in str(caught.value) and words in str(caught.value)
+
+
+def test_a_damaged_parquet_file(tmp_path):
+    path = tmp_path / "a.parquet"
+    pd.DataFrame([ROWS[0]] * 1000).to_parquet(path)
+    content = bytearray(path.read_bytes())
+    content[20:60] = b"x" * 40
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.parquet:\d+: no readable Parquet"):
+        load(path)
+
+
+def test_many_rows_that_share_a_problem_make_a_short_error(tmp_path):
+    rows = [{"problem": "Rewrite.", "answer": str(n)} for n in range(3000)]
+    with pytest.raises(DataError) as caught:
+        load(write(tmp_path / "a.jsonl", rows))
+    assert "3000 faults" in str(caught.value) and "and 2997 more" in str(caught.value)
+    assert len(str(caught.value)) < 10_000

@@ -38,6 +38,7 @@ class Worker:
         """Starts the process without waiting for it."""
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+        environment["PYTHONHASHSEED"] = "0"  # Sets have one order in all workers.
         self.jobs = 0
         self._ready = False
         self._buffer = b""
@@ -140,7 +141,7 @@ class WorkerPool:
             jobs_per_worker: Jobs after which a worker is replaced.
         """
         self._command = [sys.executable, str(script), *arguments]
-        self._size = size
+        self.size = size
         self._jobs_per_worker = jobs_per_worker
         self._reset()
 
@@ -171,7 +172,7 @@ class WorkerPool:
     def start(self) -> None:
         """Starts all workers now, without waiting for them."""
         with self._condition:
-            while len(self._workers) < self._size:
+            while len(self._workers) < self.size:
                 self._idle.append(self._new())
 
     def close(self) -> None:
@@ -213,7 +214,7 @@ class WorkerPool:
 
     def _reserve(self) -> Worker:
         with self._condition:
-            while not self._idle and len(self._workers) >= self._size:
+            while not self._idle and len(self._workers) >= self.size:
                 self._condition.wait()
             if self._idle:
                 # Those that are still starting come last.

@@ -21,12 +21,16 @@ DATA_TASKS = {
 }
 """The same for tasks that need `data=…` in their configuration."""
 
+GYM_PREFIX = "reasoning_gym:"
+"""What stands before the name of one of Reasoning Gym's generators."""
+
 
 def make_task(name: str, **config: Any) -> Task:
     """Builds a task.
 
     Args:
-        name: A key of `TASKS` or `DATA_TASKS`, or `module:class` of one's own.
+        name: A key of `TASKS` or `DATA_TASKS`, `reasoning_gym:NAME` for a generator of Reasoning
+            Gym, or `module:class` of one's own.
         **config: Arguments of the task: split, seed and whatever else it takes.
 
     Raises:
@@ -34,10 +38,14 @@ def make_task(name: str, **config: Any) -> Task:
         TaskError: If the task's own code fails while it is built.
     """
     known = TASKS | DATA_TASKS
+    if name.startswith(GYM_PREFIX):
+        config = {"generator": name.removeprefix(GYM_PREFIX), **config}
+        known = known | {name: "distrl_envs.tasks.reasoning_gym:ReasoningGymTask"}
     location = known.get(name, name)
     if ":" not in location:
         raise ValueError(
-            f"Got task {name!r}; it must be one of {', '.join(known)}, or module:class of your own."
+            f"Got task {name!r}; it must be one of {', '.join(known)}, reasoning_gym:NAME, or "
+            "module:class of your own."
         )
     factory = load_attribute(location)
     try:
