@@ -1,7 +1,9 @@
 """Methods by name: what a recipe's `[training.advantage] name = "maxk", k = 8` stands for.
 
 A new method is one file in this package with `@register(kind, name)` above a function (data
-first, settings keyword-only): every module here is imported when a name is first looked up.
+first, settings keyword-only): every module here is imported when a name is first looked up. One
+of your own needs no place here: `name = "module:function"` imports it, in every process that uses
+it, and where it carries `@register` takes what that declares.
 
 A setting that bears the name of one of `[training]` (`gamma`, `clip_param`) is that one: it is
 given there once, and whoever sets it where no chosen method has it is told so
@@ -16,6 +18,10 @@ import pkgutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+from pydantic import create_model
+
+from rllib_distrl.settings import Settings
 
 KINDS = (
     "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser",
@@ -36,18 +42,36 @@ class Method:
     kind: str
     name: str
     function: Callable[..., Any]
-    needs: Needs
-    prepare: Callable[..., None] | None
-    check: Callable[..., None] | None
-    fits: Callable[..., None] | None
-    ignores: Ignores | None
-    own_defaults: frozenset[str]
+    needs: Needs = ()
+    prepare: Callable[..., None] | None = None
+    check: Callable[..., None] | None = None
+    fits: Callable[..., None] | None = None
+    ignores: Ignores | None = None
+    own_defaults: frozenset[str] = frozenset()
 
     def settings(self) -> dict[str, inspect.Parameter]:
         """The keyword-only parameters, which are what a recipe may set."""
         signature = inspect.signature(self.function)
         keyword = inspect.Parameter.KEYWORD_ONLY
         return {name: p for name, p in signature.parameters.items() if p.kind == keyword}
+
+    def checked(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of the annotated types, as Python's values.
+
+        Raises:
+            ValueError: For one of another type.
+        """
+        fields: Any = {
+            name: (
+                Any if p.annotation is inspect.Parameter.empty else p.annotation,
+                ... if p.default is inspect.Parameter.empty else p.default,
+            )
+            for name, p in inspect.signature(self.function, eval_str=True).parameters.items()
+            if name in settings
+        }
+        schema = create_model(self.name, __base__=Settings, **fields)
+        schema.table = f"{self.kind}.{self.name}"
+        return schema(**settings).to_dict()
 
 
 @dataclass(frozen=True)
@@ -182,23 +206,22 @@ def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
 
     Args:
         kind: One of `KINDS`.
-        spec: `{"name": …, **settings}`, or the name alone.
+        spec: `{"name": …, **settings}`, or the name alone. A name of the form `module:function`
+            is imported.
 
     Returns:
         The stage.
 
     Raises:
         ValueError: For an unknown name or setting (with the nearest known one), a table without
-            a name, a setting that is missing, or one that the method's own check refuses.
+            a name, a setting that is missing or of another type, or one that the method's own
+            check refuses.
     """
     settings = {"name": spec} if isinstance(spec, str) else dict(spec)
     if "name" not in settings:
         raise ValueError(f"the {kind} table needs a name; known: {', '.join(names(kind))}")
     name = settings.pop("name")
-    known = names(kind)
-    if name not in known:
-        raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known)}")
-    method = _METHODS[kind, name]
+    method = _imported(kind, name) if ":" in str(name) else _named(kind, name)
     allowed = method.settings()
     for key in settings:
         if key not in allowed:
@@ -206,10 +229,33 @@ def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
     required = [key for key, p in allowed.items() if p.default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in settings]:
         raise ValueError(f"{kind} {name!r} needs the setting {', '.join(missing)}")
-    stage = Stage(method, settings)
+    stage = Stage(method, method.checked(settings))
     if method.check is not None:
         method.check(**stage.settings)
     return stage
+
+
+def _named(kind: str, name: str) -> Method:
+    known = names(kind)
+    if name not in known:
+        raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known)}")
+    return _METHODS[kind, name]
+
+
+def _imported(kind: str, name: str) -> Method:
+    """A method of the user's own."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
+    module, _, attribute = name.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{kind} {name!r} cannot be imported: {error}. The module must lie in the folder that "
+            "you start from, or be installed, on every machine that trains."
+        ) from error
+    declared = [m for m in _METHODS.values() if m.kind == kind and m.function is function]
+    return declared[0] if declared else Method(kind, name, function)
 
 
 def methods(kind: str) -> list[Method]:

@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,24 @@ def test_a_new_method_is_one_decorator(clean_registry):
         register("shaper", "doubled")(test_refusals)
 
 
+def test_a_method_of_the_users_own_is_named_by_its_module(tmp_path, monkeypatch, clean_registry):
+    (tmp_path / "my_stages.py").write_text(
+        "from rllib_distrl.stages.registry import register\n"
+        "def plain(batch, advantages, *, factor: float = 2.0):\n"
+        "    return factor * advantages\n"
+        "@register('shaper', 'mine', needs=('entropy',))\n"
+        "def declared(batch, advantages):\n"
+        "    return -advantages\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = resolve("shaper", {"name": "my_stages:plain", "factor": np.float64(3.0)})
+    assert plain(batch(), torch.ones(1)).item() == 3.0
+    declared = resolve("shaper", "my_stages:declared")
+    assert (declared(batch(), torch.ones(1)).item(), declared.needs) == (-1.0, {"entropy"})
+    with pytest.raises(ValueError, match="no setting 'factr': did you mean 'factor'"):
+        resolve("shaper", {"name": "my_stages:plain", "factr": 3.0})
+
+
 def test_a_method_with_state_is_a_class():
     first, second = resolve("controller", "adaptive_entropy")(), resolve(
         "controller", {"name": "adaptive_entropy", "step": 1e-3}
@@ -56,6 +75,10 @@ def test_a_method_with_state_is_a_class():
         ({"name": "zero", "lambda_": 0.9}, "known: none"),
         ({"k": 4}, "needs a name"),
         ({"name": "maxk"}, "needs the setting k"),
+        ({"name": "maxk", "k": "8"}, "advantage.maxk.k is '8'; it must be an integer."),
+        ({"name": "grpo", "std_epsilon": None}, "std_epsilon is None; it must be a number."),
+        ({"name": "nowhere_at_all:mine"}, "cannot be imported: No module named"),
+        ({"name": "math:mine"}, "cannot be imported: module 'math' has no attribute 'mine'"),
     ],
 )
 def test_refusals(spec, words):
