@@ -481,7 +481,7 @@ class TrainingSettings(Settings):
     importance_bound: Annotated[FiniteFloat, Field(gt=1)] = 2.0
     """C: weights are cut at C, or masked outside of [1/C, C]."""
     micro_batch_tokens: Count = 16_384
-    """Tokens, shared prompts once, in one forward and backward pass."""
+    """Token places in one forward and backward pass, attention's padding included."""
     max_sampling_rounds: Count = 1
     """Above 1, groups whose returns are all equal are sampled anew with other prompts, in so many
     rounds at most (DAPO's dynamic sampling). A critic then learns the law of those that are kept,

@@ -1,5 +1,6 @@
 """Cutting rows of unequal length into micro-batches of bounded size."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -34,19 +35,58 @@ def split_by_token_budget(lengths: torch.Tensor, budget: int) -> list[torch.Tens
     return [order[start:end] for start, end in pairwise(cuts)]
 
 
+@dataclass
+class _Rectangles:
+    """What attention computes of packed rows, padding included: see `split_packed`."""
+
+    whole_rows: bool
+    prompts: int = 0
+    rows: int = 0
+    prompt: int = 0
+    completion: int = 0
+    row: int = 0
+
+    def with_row(self, prompt: int, row: int, *, new_prompt: bool) -> "_Rectangles":
+        return _Rectangles(
+            self.whole_rows,
+            self.prompts + new_prompt,
+            self.rows + 1,
+            max(self.prompt, prompt),
+            max(self.completion, row - prompt),
+            max(self.row, row),
+        )
+
+    @property
+    def places(self) -> int:
+        if self.whole_rows:
+            return self.rows * self.row
+        return self.prompts * self.prompt + self.rows * self.completion
+
+
 def split_packed(
-    prompt: torch.Tensor, prompt_lens: torch.Tensor, lengths: torch.Tensor, budget: int
+    prompt: torch.Tensor,
+    prompt_lens: torch.Tensor,
+    lengths: torch.Tensor,
+    budget: int,
+    *,
+    whole_rows: bool = False,
 ) -> list[torch.Tensor]:
-    """Groups rows so that what packed rows compute is at most ``budget`` tokens.
+    """Groups rows so that what packed rows compute is at most ``budget`` places.
+
+    Attention needs rectangles, which pad: prompts x longest prompt and rows x longest completion;
+    or, where it cannot share prompts, rows x longest row (``whole_rows``). Everything else is
+    computed without padding, so the rectangles are the most that there is of anything. That CPUs'
+    attention rounds their sides up to 16 is not counted.
 
     Rows with the same prompt stay together, so that it is computed once; only a group that fills
-    the budget is cut. Groups come in the order of their longest rows, because attention pads.
+    the budget is cut. Groups come in the order of their longest rows, so that little is padded.
 
     Args:
         prompt: (B,) int64, equal for rows with the same prompt.
         prompt_lens: (B,) int64.
         lengths: (B,) int64, tokens of each row, prompt included.
-        budget: most tokens of one micro-batch: each prompt once, and completions.
+        budget: most places of one micro-batch.
+        whole_rows: whether attention computes each row with its own copy of the prompt.
 
     Returns:
         Index tensors that together hold every row once, on the device of ``lengths``.
@@ -59,15 +99,16 @@ def split_packed(
     order = np.lexsort([x.cpu().numpy() for x in (lengths, prompt, longest)])
     prompts, of_prompt, whole = (x.tolist() for x in (prompt, prompt_lens, lengths))
     parts: list[list[int]] = []
-    tokens, seen = budget, -1
+    empty = _Rectangles(whole_rows)
+    filled, seen = empty, -1
     for row in order.tolist():
-        alone = whole[row]
-        more = alone if prompts[row] != seen else alone - of_prompt[row]
-        if tokens + more > budget:
+        new_prompt = prompts[row] != seen
+        more = filled.with_row(of_prompt[row], whole[row], new_prompt=new_prompt)
+        if not parts or more.places > budget:
             parts.append([])
-            tokens, more = 0, alone
+            more = empty.with_row(of_prompt[row], whole[row], new_prompt=True)
         parts[-1].append(row)
-        tokens, seen = tokens + more, prompts[row]
+        filled, seen = more, prompts[row]
     return [torch.tensor(part, device=lengths.device) for part in parts]
 
 

@@ -156,7 +156,13 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         if not packs_rows(self.policy):
             return split_by_token_budget(sequences.lengths, budget)
         prompt = first_of_prompt(sequences.input_ids, sequences.prompt_lens)
-        return split_packed(prompt, sequences.prompt_lens, sequences.lengths, budget)
+        return split_packed(
+            prompt,
+            sequences.prompt_lens,
+            sequences.lengths,
+            budget,
+            whole_rows=sequences.input_ids.device.type != "cpu",
+        )
 
     def hidden(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
         """Last hidden states (B, S, H) of a policy or a trunk at every position of the rows.

@@ -1,5 +1,6 @@
 """Packed rows hold every token once, and attention over them is that of the rows."""
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -85,15 +86,41 @@ def test_no_row_shares_a_prompt():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("whole_rows", [True, False])
+@pytest.mark.parametrize("skewed", [True, False])
+def test_what_attention_computes_stays_within_the_budget(whole_rows, skewed):
+    """Sizes of a real model: groups of 8, prompts of 50 to 900 tokens, a budget of 16,384."""
+    generator = np.random.default_rng(0)
+    prompts = torch.arange(48).repeat_interleave(8)
+    prompt_lens = torch.tensor(generator.integers(50, 900, 48)).repeat_interleave(8)
+    mean = np.where(np.arange(384) % 8 == 0, 4_000, 20) if skewed else np.full(384, 400)
+    completions = np.minimum(generator.geometric(1 / mean), 8_000)
+    lengths = prompt_lens + torch.tensor(completions)
+    parts = split_packed(prompts, prompt_lens, lengths, 16_384, whole_rows=whole_rows)
+    assert sorted(torch.cat(parts).tolist()) == list(range(384))
+    for part in parts:
+        p, n = prompt_lens[part], lengths[part]
+        rows = len(part) * int(n.max())
+        shared = len(prompts[part].unique()) * int(p.max()) + len(part) * int((n - p).max())
+        assert (rows if whole_rows else shared) <= 16_384
+
+
 def test_micro_batches_count_a_prompt_once_and_keep_its_rows_together():
     prompt = torch.tensor([0, 1, 0, 1, 2])
     prompt_lens = torch.tensor([10, 4, 10, 4, 7])
     lengths = torch.tensor([12, 9, 15, 5, 8])
-    # Prompt 2 costs 8, prompt 1 costs 4 + 1 + 5, prompt 0 costs 10 + 2 + 5.
-    parts = [part.tolist() for part in split_packed(prompt, prompt_lens, lengths, 18)]
-    assert parts == [[4, 3, 1], [0, 2]]
+
+    def split(budget, **how):
+        return [part.tolist() for part in split_packed(prompt, prompt_lens, lengths, budget, **how)]
+
+    # Prompt 0: 10 and two completions of 5 places, 20. Prompts 1 and 2: two of 7 places, and three
+    # completions of 5, 29; without row 1 it is 14 and two of 1, 16.
+    assert split(29) == [[4, 3, 1], [0, 2]]
     # A group beyond the budget is cut, and its prompt is computed again.
-    parts = [part.tolist() for part in split_packed(prompt, prompt_lens, lengths, 15)]
-    assert parts == [[4, 3], [1], [0], [2]]
+    assert split(28) == [[4, 3], [1], [0, 2]]
+    assert split(19) == [[4, 3], [1], [0], [2]]
+    # Each row with its prompt: 3 x 9 and 2 x 15.
+    assert split(30, whole_rows=True) == [[4, 3, 1], [0, 2]]
+    assert split(29, whole_rows=True) == [[4, 3, 1], [0], [2]]
     with pytest.raises(ValueError, match="Set micro_batch_tokens to at least 15"):
         split_packed(prompt, prompt_lens, lengths, 14)
