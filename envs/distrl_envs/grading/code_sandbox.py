@@ -46,7 +46,8 @@ KILL_PATIENCE = 10.0
 END_PATIENCE = 1.0
 """Seconds in which a program that closed its socket must have ended to be asked how."""
 TICK = 0.002
-SYSTEM_PATHS = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc")
+PREFIX_PATHS = ("bin", "sbin", "lib", "lib32", "lib64", "libexec", "include", "share", "pyvenv.cfg")
+"""What is shown of a prefix. Not the rest: images keep projects in /usr/src."""
 DEVICES = ("null", "zero", "full", "random", "urandom")
 USUAL_MODULES = (
     "bisect", "collections.abc", "concurrent.futures", "copy", "dataclasses", "datetime",
@@ -178,14 +179,19 @@ def _show_only_the_interpreter() -> None:
 
 
 def _visible_paths() -> list[str]:
-    interpreter = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
+    prefixes = {sys.prefix, sys.base_prefix}
+    prefixes |= {os.path.realpath(prefix) for prefix in prefixes}
+    known = sysconfig.get_paths()
+    interpreter = {known[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
     interpreter |= {os.path.realpath(path) for path in interpreter}
     # These scripts are read once more, by name, after the root has changed.
     interpreter.add(str(Path(__file__).parent))
     shown: list[str] = []
-    for path in (*SYSTEM_PATHS, *sorted(interpreter)):
+    parts = [os.path.join(prefix, part) for prefix in ("/", "/usr", "/usr/local", *prefixes)
+             for part in PREFIX_PATHS]  # fmt: skip
+    for path in ("/etc", *parts, *sorted(interpreter)):
         inside = any(path == other or path.startswith(other + "/") for other in shown)
-        if os.path.isdir(path) and path != "/" and not inside:
+        if os.path.exists(path) and not inside:
             shown.append(path)
     return shown
 
@@ -195,7 +201,10 @@ def _show(path: str, target: str) -> None:
         os.makedirs(os.path.dirname(target), exist_ok=True)
         os.symlink(os.readlink(path), target)
         return
-    os.makedirs(target, exist_ok=True)
+    if os.path.isdir(path):
+        os.makedirs(target, exist_ok=True)
+    else:
+        Path(target).touch()
     _mount(path, target, "", MS_BIND | MS_REC)
     # Flags of the mount that is bound may not be dropped by another user than root.
     kept = os.statvfs(path).f_flag & (os.ST_NOSUID | os.ST_NODEV | os.ST_NOEXEC | os.ST_NOATIME)

@@ -104,12 +104,19 @@ def check_tests(tests: Sequence[Test], entry_point: str | None) -> None:
             "as Solution().name."
         )
     for test in tests:
-        if isinstance(test, str):
-            statement(test, entry_point)
-        else:
-            _check_data(test, entry_point)
+        try:
+            _check_test(test, entry_point)
+        except RecursionError:
+            raise ValueError("Got a test that is nested too deep to be run.") from None
     if len({isinstance(test, Mapping) and "stdin" in test for test in tests}) > 1:
         raise ValueError("Got tests of a script beside tests of functions; a row has one of them.")
+
+
+def _check_test(test: Test, entry_point: str | None) -> None:
+    if isinstance(test, str):
+        statement(test, entry_point)
+    else:
+        _check_data(test, entry_point)
 
 
 def _check_data(test: Mapping[str, Any], entry_point: str | None) -> None:

@@ -71,6 +71,8 @@ def restrict(rules: int) -> None:
 def _grant(rules: int, path: str, rights: int) -> None:
     with contextlib.suppress(FileNotFoundError):
         descriptor = os.open(path, os.O_PATH)
+        if not os.path.isdir(path):
+            rights &= EXECUTE | READ_FILE | WRITE_FILE | TRUNCATE
         try:
             rule = struct.pack("=Qi", rights, descriptor)
             flags = ctypes.c_uint(0)
