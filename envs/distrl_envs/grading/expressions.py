@@ -222,6 +222,8 @@ class _Reader:
         if self.peek() in ("\\overline", "\\bar", "\\dot") and "." in token:
             self.take()
             return self.repeating(token, self.digits_group())
+        if token.endswith(".") and self.peek() == "(":
+            return self.repeating(token, self.digits_group())  # 0.(6), where no factor can follow.
         if self.peek() == "\\dots" and "." in token:
             self.take()
             return _continued(token)
@@ -231,9 +233,10 @@ class _Reader:
         return value
 
     def digits_group(self) -> str:
-        self.take("{")
+        grouped = self.peek() in ("{", "(") and PAIRS[self.take()]
         digits = self.take()
-        self.take("}")
+        if grouped:
+            self.take(grouped)
         if not digits.isdigit():
             raise Unsupported("no digits to repeat")
         return digits

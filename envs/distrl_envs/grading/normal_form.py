@@ -50,7 +50,8 @@ RENAMED = {
     "cdots": r"\dots", "dotsc": r"\dots", "dotsb": r"\dots", "cr": r"\\", "newline": r"\\",
     "wedge": r"\land", "vee": r"\lor", "prime": "'", "longrightarrow": r"\to",
     "rightarrow": r"\to", "quad": r"\quad ", "qquad": r"\quad ", "reals": r"\mathbb{R}",
-    "euro": "€", "pounds": "£", "tg": r"\tan", "ctg": r"\cot", "arctg": r"\arctan",
+    "euro": "€", "AA": "Å", "textdegree": r"^\circ",
+    "pounds": "£", "tg": r"\tan", "ctg": r"\cot", "arctg": r"\arctan",
     "percent": "%", "lnot": r"\neg", "thinspace": " ", "nobreakspace": " ", "space": " ",
     "enspace": " ", "implies": r"\to", "Rightarrow": r"\to", "mod": r"\bmod", "bf": " ",
     "rm": " ", "it": " ", "varepsilon": r"\epsilon", "varphi": r"\phi", "ne": r"\ne",
@@ -71,7 +72,7 @@ FONTS = frozenset(
 )
 ENVIRONMENTS = re.compile(r"[bBpP]?(?:small)?(?:matrix|array)|array")
 LAYOUT = frozenset(
-    words("""align align* aligned gathered gather gather* equation equation* split""")
+    words("""align align* aligned gathered gather gather* equation equation* split cases""")
 )
 FUNCTION_NAMES = frozenset(
     words(
@@ -84,6 +85,7 @@ SPELT = {"infinity": "infty", "inf": "infty", "oo": "infty", "asin": "arcsin", "
 CONNECTIVES = {"and": r"\land ", "or": r"\lor ", "&": r"\land "}
 
 _TOKEN = re.compile(r"\\[A-Za-z]+\*?|\\.|[A-Za-z]+|\d+|\s+|.", re.DOTALL)
+_RUN = re.compile(r"(?<![\\A-Za-z])([A-Za-z]+(?: [A-Za-z]+)*)(?![A-Za-z])")
 _MARKUP = re.compile(r"<su([bp])>(\w{1,20})</su[bp]>", re.IGNORECASE)
 _DEFINITE = re.compile(r"[^\W\d_]", re.UNICODE)
 _BOLD_VECTOR = re.compile(
@@ -135,6 +137,7 @@ def _plain_characters(text: str) -> str:
         lambda match: " " + unicodedata.normalize("NFKC", match[1]).replace("⁄", "/"),
         text,
     )
+    text = re.sub(r"∛\s{0,9}(\d+|[A-Za-z](?![A-Za-z]))", r"\\sqrt[3]{\1}", text)
     text = re.sub(r"√\s{0,9}(\d+|[A-Za-z](?![A-Za-z]))", r"\\sqrt{\1}", text)
     for table, mark in ((SUPERSCRIPTS, "^"), (SUBSCRIPTS, "_")):
         characters = "".join(table)
@@ -197,18 +200,18 @@ class _Writer:
             self._put(r"^\circ")
         elif word.lower() in ("percent", "percentage", "pct"):
             self._put("%")
-        elif word in ("x", "X") and self._between_digits():
+        elif word in ("x", "X") and self._stands_for_times():
             self._put("*")
         else:
             self._put(word)
 
-    def _between_digits(self) -> bool:
-        """Whether an x stands for "times", as in 1 x 10^3."""
-        following = self.tokens[self.at : self.at + 2]
-        return (
-            bool(self.out) and self.out[-1][-1:].isdigit() and self.blank
-            and len(following) == 2 and following[0].isspace() and following[1][0].isdigit()
-        )  # fmt: skip
+    def _stands_for_times(self) -> bool:
+        """Whether an x means "times", as in 1 x 10^3 and 1x10^3."""
+        if not self.out or not self.out[-1][-1:].isdigit():
+            return False
+        following = "".join(self.tokens[self.at : self.at + 3])
+        spaced = self.blank and following[:1].isspace() and following[1:2].isdigit()
+        return spaced or following.startswith("10^")
 
     def _command(self, token: str) -> None:
         name = token[1:].rstrip("*")
@@ -262,8 +265,10 @@ class _Writer:
         if connective:
             self._put(connective)
         elif not _DEFINITE.search(plain) or "\\" in plain or "$" in plain:
-            # No words in it: a formula in another font.
-            self.tokens[self.at : self.at] = _TOKEN.findall(plain)[: len(self.tokens)]
+            # No words in it, or formulas among them.
+            if "$" not in plain and "\\(" not in plain:
+                plain = _RUN.sub(r"\\text{\1}", plain)
+            self.tokens[self.at : self.at] = _TOKEN.findall(plain)
             self.blank = self.blank or content[:1].isspace()
         elif plain.lower() in ("percent", "percentage", "pct"):
             self._put("%")
@@ -294,7 +299,7 @@ _TIDY: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"([_^])\{(\w)\}(?!\d)", r"\1\2"),
         (r"\^\{\\circ\}", r"^\\circ"),
         (r"\\\{\\\}", r"\\emptyset"),
-        (r"^(?:[,;]|\\quad )+|(?:[.,;:]|\\quad )+$", ""),
+        (r"^(?:[,;]|\\quad )+|(?:[.,;:]|\\quad ?)+$", ""),
     )
 )
 

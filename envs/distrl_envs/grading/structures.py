@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from itertools import pairwise
@@ -15,10 +14,30 @@ from typing import Any
 
 from distrl_envs.grading import units
 from distrl_envs.grading.expressions import Tree, Unsupported, number_tree, read_expression
+from distrl_envs.grading.kinds import (
+    Alternatives,
+    Based,
+    Choice,
+    Clock,
+    Congruent,
+    Equation,
+    Joined,
+    Members,
+    Named,
+    Ordered,
+    Percent,
+    Quantity,
+    Ratio,
+    Relation,
+    Remark,
+    Unknown,
+    Value,
+    Word,
+)
 from distrl_envs.grading.normal_form import normalise, unwrapped, words
 from distrl_envs.grading.values import exact
 
-MOST_PARTS = 64
+MOST_PARTS = 128
 DEEPEST = 12
 RELATIONS = ("\\le", "\\ge", "<", ">", "\\ne")
 
@@ -31,7 +50,9 @@ _NAMES = re.compile(
 _LABEL = re.compile(
     r"\\text\{(?P<label>[A-Za-z ]+):\}|(?P<title>(?-i:[A-Z][a-z]+(?: [a-z]+)*)): ?(?=\S)"
     r"|(?:\\text\{)?(?:so,? )?(?:the )?(?:(?:final|correct|right) )?(?:answer|result|solution)s?"
-    r"(?: is\b:?|(?: is)?(?:\}?[:=]|\}))\}? ?|(?:\\text\{)?(?:No|Nr|no|nr)\.\}? ?(?=\d)|\\?#(?=\d)",
+    r"(?: is\b:?|(?: is)?(?:\}?[:=]|\}))\}? ?|(?:\\text\{)?(?:No\.|Nr\.|number)\}? ?(?=\d)"
+    r"|(?:\\text\{)?(?:about|approximately|approx\.|roughly)\}? ?(?=[\d\\])"
+    r"|\\?#(?=\d)",
     re.IGNORECASE,
 )
 _REMARK = re.compile(
@@ -46,17 +67,18 @@ _MEMBER = re.compile(r"([A-Za-z])(?:\([A-Za-z]\))?\\in(?![A-Za-z]) ?")
 _BUILDER = re.compile(r"\\\{([A-Za-z])(?:\\in ?\\mathbb\{R\})?(?:\\mid ?|:|\|)(.*)\\\}", re.DOTALL)
 _MATRIX = re.compile(r"\\begin\{(pmatrix|vmatrix|Vmatrix)\}(.*)\\end\{\1\}", re.DOTALL)
 _CONGRUENT = re.compile(r"(?:(.*)\\equiv ?)?(.*?)(?:\(?\\pmod ?|\(?\\bmod ?)\{?\(?(\d+)\)?\}?\)?")
-_LETTER = re.compile(r"[A-Ja-j]")
+_MOD_IN_TEXT = re.compile(r"\\text\{\(?mod ?(\d+)\)?\}|\(?\\text\{\(?mod\}(\d+)\)?")
 _CHOICE = re.compile(
     r"(?:(?:\\text\{)?(?:the )?(?:option|choice|answer)s?\}? ?)?"
-    r"(?:\\text\{)?(?:\(([A-Ja-j])\)|([A-J])[).]|\[([A-J])\])\}?:?(.*)", re.IGNORECASE | re.DOTALL,
+    r"(?:\\text\{)?(?:\(([A-Ja-j])\)|([A-J])(?:[).]|:(?![A-J]))|\[([A-J])\])\}?:?(.*)",
+    re.IGNORECASE | re.DOTALL,
 )  # fmt: skip
-_SPELT_CHOICE = re.compile(r"(?:option|choice) ?\(?([A-Ja-j])\)?[.:]?", re.IGNORECASE)
+_SPELT_CHOICE = re.compile(r"(?:option|choice|answer) ?\(?([A-Ja-j])\)?[.:]?", re.IGNORECASE)
 _BASED = re.compile(
     r"(?:\\text\{)?\(?([0-9A-Z]+)\)?\}?_(?:\{(\d+)\}|(\d+)|\{?\\text\{([a-z]+)\}\}?)"
 )
 _CLOCK = re.compile(r"(\d{1,2}):([0-5]\d)(?::([0-5]\d))?(?:(?: ?|\\text\{)([ap])\.?m\.?\}?)?", re.I)
-_MONEY = re.compile(r"(?:\\text\{)?(Rs\.?|USD|EUR|GBP|INR|US|[€£¥₹₽₩])\}? ?(?=[-\d\\.])")
+_MONEY = re.compile(r"(?:\\text\{)?(Rs\.?|USD|EUR|GBP|INR|US|[€£¥₹₽₩¢])\}? ?(?=[-\d\\.])")
 _FIGURE = re.compile(
     r"(?:-|\\frac\{[^{}]*\}\{[^{}]*\}|\\sqrt\{[^{}]*\}|\d{1,3}(?:,\d{3})+(?!\d)|\d|\.(?=\d)"
     r"|[-+*/(){} ]|\\pi(?![A-Za-z])|\^(?!\\circ)|(?<=[\d.])[eE](?=[-+]?\d))+"
@@ -65,7 +87,8 @@ _ORDINAL = re.compile(r"(-?\d+)(?:\^\{?)?(?:\\text\{)? ?(?:st|nd|rd|th)\}?\}?")
 _QUOTED = r"(?:'[^']*'|\"[^\"]*\")"
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_][\w ,.'\"`?!;:/()&-]*", re.DOTALL)
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_CONTINENTAL = re.compile(r"-?(?:\d{1,3}(?:\.\d{3})+|\d+),(?:\d{2}|\d)(?!\d)")
+_CONTINENTAL = re.compile(r"-?(?:\d{1,3}(?:[. ]\d{3})+),\d+")
+_POINTS = re.compile(r"-?\d{1,3}(?:\.\d{3}){2,}")
 NOTHING = frozenset(
     ["\\emptyset", "no solution", "no solutions", "none", "no real solutions", "empty set"]
 )
@@ -86,150 +109,6 @@ DECIDING = frozenset(
     )
 )
 """Words that change what a number says, so that a gold which has them is not the bare number."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """A formula."""
-
-    tree: Tree
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A formula with a unit; `single` where it is one figure, no sum as 3 ft 4 in."""
-
-    tree: Tree
-    factor: Fraction
-    dimension: units.Dimension
-    single: bool = True
-
-
-@dataclass(frozen=True)
-class Percent:
-    """A figure with a percent sign."""
-
-    tree: Tree
-
-
-@dataclass(frozen=True)
-class Word:
-    """Words, compared by their spelling."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A letter of a multiple choice, and what stands beside it."""
-
-    letter: str
-    beside: Any = None
-
-
-@dataclass(frozen=True)
-class Members:
-    """A list or set: its members in any order."""
-
-    parts: tuple[Any, ...]
-    braces: bool = False
-
-
-@dataclass(frozen=True)
-class Ordered:
-    """A tuple, interval, matrix or determinant: `kind` is its brackets or its environment."""
-
-    kind: str
-    rows: int
-    parts: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A name and what it is equal to."""
-
-    name: str
-    node: Any
-    sides: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Equation:
-    """An equation that names no value: left and right side."""
-
-    left: Tree
-    right: Tree
-
-
-@dataclass(frozen=True)
-class Relation:
-    """A chain of inequalities over one variable, or several: sides and signs."""
-
-    sides: tuple[str, ...]
-    signs: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Sets or relations joined by union (`any`), intersection (`all`) or a comma (`list`)."""
-
-    how: str
-    parts: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """a : b : c."""
-
-    parts: tuple[Tree, ...]
-
-
-@dataclass(frozen=True)
-class Clock:
-    """A time of the day."""
-
-    hours: int
-    minutes: int
-    seconds: int
-    half: str
-
-
-@dataclass(frozen=True)
-class Based:
-    """Digits to a base."""
-
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True)
-class Congruent:
-    """A residue and its modulus."""
-
-    tree: Tree
-    modulus: int
-
-
-@dataclass(frozen=True)
-class Remark:
-    """A number with a text that is no unit, which only a gold may leave aside."""
-
-    node: Any
-    text: str
-
-
-@dataclass(frozen=True)
-class Alternatives:
-    """A list in the notation of Python, as data sets hold golds: any of them, or all."""
-
-    parts: tuple[Any, ...]
-
-
-@dataclass(frozen=True)
-class Unknown:
-    """What is not understood."""
-
-    text: str
 
 
 @lru_cache(maxsize=4096)
@@ -332,8 +211,8 @@ def _list(text: str, depth: int) -> Any:
         inner, braces = text[1:-1], True
     if not braces and _THOUSANDS.fullmatch(inner):
         return Value(read_expression(inner.replace(",", "")))
-    if not braces and _CONTINENTAL.fullmatch(inner) and "." in inner:
-        return Value(read_expression(inner.replace(".", "").replace(",", ".")))
+    if not braces and (_CONTINENTAL.fullmatch(inner) or _POINTS.fullmatch(inner)):
+        return Value(number_tree(re.sub(r"[. ]", "", inner).replace(",", ".")))
     if not braces and _joined_thousands(inner):
         inner = text = inner.replace(",", "")
         return _read(inner, depth)
@@ -343,12 +222,14 @@ def _list(text: str, depth: int) -> Any:
         return None
     if len(parts) > MOST_PARTS:
         return Unknown(text)
+    if "\\land" in inner and not braces:
+        quantity = _quantity(inner, depth)
+        if isinstance(quantity, Quantity) and not quantity.single:
+            return quantity  # 1 hour and 30 minutes is one figure.
     joined = _joined_relations(inner, depth) if not braces else None
     if joined is not None:
         return joined
     parts = _filled(parts)
-    if len(parts) > 1:
-        parts = _shared_name(parts)
     return Members(tuple(_read(part, depth) for part in parts), braces)
 
 
@@ -361,14 +242,6 @@ def _joined_thousands(text: str) -> bool:
         and all(re.match(r"\d{3}(?!\d)", piece) for piece in pieces[1:])
         and all(piece.isdigit() for piece in pieces[1:-1])
     )
-
-
-def _shared_name(parts: list[str]) -> list[str]:
-    """N = 1, 2, 3 names its members once; x_{1,2} and (x, y) = … likewise."""
-    first, equals, value = parts[0].partition("=")
-    if equals and _NAMES.fullmatch(first) and not any("=" in part for part in parts[1:]):
-        return [value, *parts[1:]]
-    return parts
 
 
 def _filled(parts: list[str]) -> list[str]:
@@ -415,7 +288,7 @@ def _signs(text: str, depth: int) -> Any:
 
 
 def _union(text: str, depth: int) -> Any:
-    for separator, how in (("\\cup", "any"), ("\\cap", "all")):
+    for separator, how in (("\\cup", "any"), ("\\cap", "all"), ("\\setminus", "without")):
         parts = split(text, (separator,))
         if len(parts) > 1:
             return Joined(how, tuple(_read(part, depth) for part in parts))
@@ -504,7 +377,7 @@ def _ordered(text: str, depth: int) -> Any:
     if matrix:
         rows = [row for row in matrix[2].split("\\\\") if row.strip()]
         cells = tuple(_read(cell, depth) for row in rows for cell in row.split("&"))
-        return Ordered(matrix[1], len(rows), cells)
+        return cells[0] if len(cells) == 1 else Ordered(matrix[1], len(rows), cells)
     reversed_ends = re.fullmatch(r"([\[\]])([^\[\]()]*)([\[\]])", text)
     if (
         reversed_ends
@@ -544,7 +417,7 @@ def _ratio(text: str, depth: int) -> Any:
 def _congruent(text: str, _: int) -> Any:
     if "mod" not in text:
         return None
-    match = _CONGRUENT.fullmatch(re.sub(r"\\text\{\(?(mod) (\d+)\)?\}", r"\\pmod{\2}", text))
+    match = _CONGRUENT.fullmatch(_MOD_IN_TEXT.sub(r"\\pmod{\1\2}", text))
     try:
         return Congruent(read_expression(match[2]), int(match[3])) if match else Unknown(text)
     except (Unsupported, ValueError):
@@ -583,11 +456,13 @@ def _quantity(text: str, depth: int) -> Any:
     while rest:
         found = _one_quantity(rest, bool(parts), depth)
         if found is None:
-            return None
+            return _formula_with_unit(text)
         part, rest = found
         parts.append(part)
     if len(parts) == 1:
         return parts[0]
+    if not parts:
+        return None
     sums = [part for part in parts if isinstance(part, Quantity)]
     if (
         len(sums) < len(parts)
@@ -595,10 +470,21 @@ def _quantity(text: str, depth: int) -> Any:
         or not sums[0].dimension
     ):
         return None
+    if any(a.factor <= b.factor for a, b in pairwise(sums)):
+        return None
     total: Tree = ("number", Fraction(0))
     for part in sums:
         total = ("+", total, ("*", part.tree, ("number", part.factor)))
     return Quantity(total, Fraction(1), sums[0].dimension, single=False)
+
+
+def _formula_with_unit(text: str) -> Quantity | None:
+    at = text.find("\\text{")
+    unit = units.read_unit(text[at:]) if at > 0 else None
+    try:
+        return Quantity(read_expression(text[:at]), *unit) if unit else None
+    except Unsupported:
+        return None
 
 
 def _one_quantity(text: str, later: bool, depth: int) -> tuple[Any, str] | None:

@@ -104,7 +104,7 @@ def find_unit(name: str) -> Unit | None:
 @lru_cache(maxsize=4096)
 def read_unit(text: str) -> Unit | None:
     r"""The unit that a text is in full, as `\text{m/s}^2`, `km/h` or `square feet`; else None."""
-    tokens = _unit_tokens(text.replace("\\text{k}\\Omega", "\\text{kohm}"))
+    tokens = _unit_tokens(re.sub(r"\\text\{([kM])\}\\Omega", r"\\text{\1ohm}", text))
     if not tokens:
         return None
     return _UnitReader(tokens).unit()
@@ -159,7 +159,7 @@ class _UnitReader:
                 unit: Unit | None = (above[0] / below[0], _times(above[1], below[1], -1))
             elif token in ("/", "*", "a") or word == "per":
                 sign = sign if token == "*" else -1
-                if not found:
+                if not found and word != "per":
                     return None
                 continue
             elif token in "(){}":
