@@ -157,7 +157,8 @@ def test_measures_by_hand() -> None:
         "avg@2": 0.5625, "pass@1": 0.25, "pass@2": 0.5, "best@1": 0.5625, "best@2": 0.75,
         "distinct_correct": 0.5, "entropy": 0.5,
     }  # fmt: skip
-    right = measure_samples(frame.assign(score=[1.0, 0.0, 1.0, 1.0]))
+    status = ["correct", "wrong", "correct", "correct"]
+    right = measure_samples(frame.assign(score=[1.0, 0.0, 1.0, 1.0], status=status))
     assert right["pass@2"] == right["best@2"] == 1.0
     assert right["distinct_correct"] == 1.5
 

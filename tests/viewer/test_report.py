@@ -47,7 +47,7 @@ def make_run(path, returns=(0.1, 0.2, 0.3, 0.4), lr=1e-3, tokens=True):
                 "problem": np.repeat(np.arange(3), 4),
                 "sample": np.tile(np.arange(4), 3),
                 "score": np.tile([1.0] * correct + [0.0] * (4 - correct), 3),
-                "status": "wrong",
+                "status": np.tile(["correct"] * correct + ["wrong"] * (4 - correct), 3),
                 "finish_reason": "stop",
                 "answer": "1",
                 "prompt": "p",
