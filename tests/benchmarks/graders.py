@@ -1,7 +1,8 @@
-"""How fast and how right the math grader is: `python -m tests.benchmarks.graders`.
+"""How fast and how right the graders are: `python -m tests.benchmarks.graders`.
 
 Prints one JSON object. Speeds are per CPU-second of one core: for integers this process alone, for
-expressions this process and its one worker together.
+expressions this process and its one worker together. Programs are per second of the clock, one at
+a time, each with three tests.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.grading import MathGrader
+from distrl_envs.grading import CodeGrader, MathGrader
 from distrl_envs.grading.worker_pool import WorkerPool, WorkerTimedOut
 from distrl_envs.task import Grade
 from tests.grading.mutations import mutation_pairs
@@ -28,6 +29,7 @@ MUTATED = 7
 """Every so manieth gold of the benchmarks is mutated."""
 STEP = 7
 """The answer to n is 7 n modulo 5,000, which is n for n = 0 and n = 2,500 alone."""
+PROGRAMS = 60
 REASONING = "Let us think step by step. " * 40
 
 
@@ -138,6 +140,19 @@ class _Alone(MathGrader):
         return Grade(float(right), "correct" if right else "wrong", answer)
 
 
+def programs_per_second() -> float:
+    """Programs graded per second, one at a time, by three assertions."""
+    tests = ["assert f(2) == 4", "assert f(-1) == -2", "assert f(0) == 0"]
+    with CodeGrader(workers=1) as grader:
+        text = f"{REASONING}\n```python\ndef f(x):\n    return 2 * x\n```"
+        grader.grade(text, tests)
+        started = time.monotonic()
+        grades = grader.grade_many([text] * PROGRAMS, [tests] * PROGRAMS, [None] * PROGRAMS)
+        spent = time.monotonic() - started
+    assert all(grade.status == "correct" for grade in grades)
+    return PROGRAMS / spent
+
+
 def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -147,9 +162,11 @@ def main() -> None:
     arguments = parser.parse_args()
     integers = [integers_per_second(MathGrader())[0] for _ in range(arguments.repeats)]
     expressions = [expressions_per_second()[0] for _ in range(arguments.repeats)]
+    programs = [programs_per_second() for _ in range(arguments.repeats)]
     report: dict[str, Any] = {
         "integers_per_cpu_s": [round(speed) for speed in integers],
         "expressions_per_cpu_s": [round(speed) for speed in expressions],
+        "programs_per_s": [round(speed, 1) for speed in programs],
         "cases": {},
         "python": platform.python_version(),
         "cpus": os.cpu_count(),

@@ -189,6 +189,85 @@ real = json.dumps
 json.dumps = lambda value, **k: real({'value': {'object': [0, 'list']}})
 def f(x): return None
 """),
+    "near numbers": ((["import numpy as np\nassert np.allclose(f(2), 4)",
+                      "import math\nassert math.isclose(f(2), 4)",
+                      "import numpy as np\nnp.testing.assert_equal(f(2), 4)",
+                      "import pytest\nassert f(2) == pytest.approx(4)"], None), LIAR + """
+    def __float__(self): return 4.5
+    def __array__(self, *a, **k): return 4.5
+    __array_priority__ = 1e9
+    def __array_ufunc__(self, *a, **k): return True
+    def __array_function__(self, *a, **k): return True
+def f(x): return A()
+"""),
+    "compares for itself": (CALL, """
+class M(type):
+    def __eq__(cls, other): return True
+    def __instancecheck__(cls, other): return True
+    __hash__ = type.__hash__
+class f(metaclass=M):
+    def __init__(self, x): pass
+    def __eq__(self, other): return True
+"""),
+    "reads its source": (ASSERT, """
+import inspect, linecache, sys, traceback
+def f(x):
+    for line in traceback.format_stack() + [str(linecache.cache)]:
+        if '==' in line: return eval(line.split('==')[1].split()[0])
+    for frame in inspect.stack():
+        for line in frame.code_context or ():
+            if f'f({x}) ==' in line: return eval(line.split('==')[1])
+"""),
+    "trace function": (ASSERT, """
+import sys, threading
+seen = []
+def spy(frame, event, arg):
+    text = str(frame.f_locals)
+    if 'assert f' in text: seen.append(text)
+    return spy
+sys.settrace(spy); threading.settrace(spy)
+if hasattr(sys, 'setprofile'): sys.setprofile(spy)
+def f(x):
+    for text in seen:
+        return eval(text.split(f'f({x}) == ')[1].split('"')[0].split("'")[0])
+"""),
+    "import hook": (ASSERT, """
+import builtins, sys
+real = builtins.__import__
+def spy(name, *a, **k):
+    frame = sys._getframe(1)
+    for value in frame.f_locals.values():
+        if 'assert f' in str(value): builtins.found = str(value)
+    return real(name, *a, **k)
+builtins.__import__ = spy
+def f(x): return eval(builtins.found.split('==')[1])
+"""),
+    "answers for others": (CALL, """
+import os, socket, sys, json, stat
+def f(x):
+    for descriptor in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                os.write(descriptor, b'{"value": 0}\\n{"passed": true}\\n')
+                s = socket.socket(fileno=os.dup(descriptor))
+                s.settimeout(0.2)
+                wanted = json.loads(s.recv(1 << 16))
+                return wanted.get('output') or wanted.get('expected')
+        except (OSError, ValueError): pass
+"""),
+    "sends descriptors": (CALL, """
+import os, socket, stat
+def f(x):
+    for descriptor in range(3, 64):
+        try:
+            if stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+                s = socket.socket(fileno=os.dup(descriptor))
+                socket.send_fds(s, [b'{"value": 4'], [0, 1, 2])
+        except OSError: pass
+    os._exit(0)
+"""),
+    "a value without end": (ASSERT, "def f(x):\n    return 'x' * (40 << 20)"),
+    "a value that holds itself": (ASSERT, "def f(x):\n    a = []; a.append(a); return a"),
     "exit handlers": (STDIN, """
 import atexit, os
 atexit.register(lambda: os._exit(0))
@@ -215,8 +294,7 @@ def coder(request):
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks_fail(coder, name):
     (tests, entry), program = ATTACKS[name]
-    run = coder.run(program, tests, entry)
-    assert run.passed == 0
+    assert [coder.run(program, [test], entry).passed for test in tests] == [0] * len(tests)
 
 
 @pytest.mark.parametrize("tests", [ASSERT, CALL])
@@ -245,6 +323,7 @@ print(json.dumps([right.passed, right.isolated, passed]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="becomes another user")
 @pytest.mark.parametrize("rights", ["with rights", "without"])
 def test_attacks_fail_as_another_user(rights):
@@ -316,7 +395,7 @@ except OSError: pass
 def test_a_deep_folder_is_removed(coder):
     program = """
 import os
-for _ in range(1500):
+for _ in range(1200):
     os.mkdir('a'); os.chdir('a')
 open('file', 'w').write('x'); os.chmod('..', 0)
 def f(x): return 2 * x
