@@ -1,83 +1,82 @@
-"""What came out, in sentences: only what the numbers and their intervals say."""
+"""What came out, in sentences: only what the tests and intervals say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from rllib_distrl.comparison.matched import front_metrics, levels, matched_mean
+from rllib_distrl.comparison.decisions import Decisions
+from rllib_distrl.comparison.matched import front_metrics
 from rllib_distrl.comparison.results import Results, Row
-from rllib_distrl.comparison.statistics import PairedTest
-from rllib_distrl.comparison.tables import main_metrics, number
+from rllib_distrl.comparison.statistics import SIGNIFICANT, PairedTest, seeds_needed
+from rllib_distrl.comparison.tables import number
 
 _MOST_NAMED = 4
-_SIGNIFICANT = 0.05
 
 
-def claims(results: Results) -> list[str]:
-    """A sentence per metric at equal average score, and per metric after training.
+def claims(results: Results, decisions: Decisions) -> list[str]:
+    """How many comparisons are clear, then a sentence per metric.
 
-    Each names the recipes whose 95 % interval of the paired difference to the baseline is above
-    zero, those below, the furthest first and four at most, and counts the others. Before them
-    stands a warning where there are too few seeds for any of it.
+    A sentence names the recipes that are told from the baseline, above and below, then those whose
+    interval alone is off zero, the furthest first and four at most, and counts the others. Where
+    there are too few seeds to tell anything, that stands first.
     """
-    found = _warning(results)
-    if over := levels(results):
-        for metric in front_metrics(results):
-            found.append(
-                _sentence(
-                    results,
-                    metric,
-                    f"{metric} at equal average score",
-                    lambda row, m=metric: matched_mean(results, row, m, over).test,
-                )
-            )
-    for metric in main_metrics(results):
+    found = [_together(decisions)]
+    for metric in front_metrics(results):
+        one = _sentence(results, metric, decisions.at_equal_average)
+        found += [f"{metric} at equal average score: {one}."] if one else []
+    for metric in results.main_metrics:
         if "@" in metric:
-            found.append(
-                _sentence(
-                    results,
-                    metric,
-                    f"{metric} after training",
-                    lambda row, m=metric: results.against_baseline(row, m),
-                )
-            )
+            one = _sentence(results, metric, decisions.after)
+            found += [f"{metric} after training: {one}."] if one else []
     return found
 
 
-def _warning(results: Results) -> list[str]:
-    seeds = max(len(row.records) for row in results.rows)
-    least = 2.0 ** (1 - seeds)
-    if least <= _SIGNIFICANT:
-        return []
-    return [
-        f"{seeds} seeds cannot show a difference, whatever its size: the smallest p is {least:g}, "
-        "and the intervals are too narrow. What follows are directions."
-    ]
+def _together(decisions: Decisions) -> str:
+    """How many comparisons there are, what their number costs, and what is left."""
+    count, seeds, least = len(decisions.tests), decisions.seeds, decisions.smallest_p
+    if least > SIGNIFICANT:
+        return (
+            f"{seeds} seed{'s' * (seeds != 1)} cannot show a difference, whatever its size: the "
+            f"smallest p is {least:g}. What follows are directions."
+        )
+    holm = f"Holm's bound alone leaves {decisions.by_holm}"
+    if count * least > SIGNIFICANT:
+        holm += (
+            f" (it needs {seeds_needed(count)} seeds to leave any of {count}; the smallest p of "
+            f"{seeds} is {least:.2g})"
+        )
+    return f"{decisions.clear} of {count} comparisons are clear after correction. {holm}."
 
 
 def _sentence(
-    results: Results, metric: str, what: str, test_of: Callable[[Row], PairedTest | None]
+    results: Results, metric: str, test_of: Callable[[Row, str], PairedTest | None]
 ) -> str:
-    tests = [(row.name, test_of(row)) for row in results.rows[1:]]
+    tests = [(row.name, test_of(row, metric)) for row in results.rows[1:]]
     told = sorted(
         ((name, test) for name, test in tests if test is not None),
         key=lambda one: -one[1].difference.mean,
     )
-    above = [_named(metric, *one) for one in told if one[1].difference.low > 0]
-    below = [_named(metric, *one) for one in told if one[1].difference.high < 0]
-    unclear = len(told) - len(above) - len(below)
-    untold = len(tests) - len(told)
-    parts = [f"above {results.baseline.name}: {_listed(above) or 'none'}"]
-    parts += [f"below: {_listed(below[::-1])}"] if below else []
-    parts += [f"interval holds zero: {unclear}"] if unclear else []
+    if not told:
+        return ""
+    clear = [one for one in told if one[1].clear]
+    above = [one for one in clear if one[1].difference.mean > 0]
+    below = [one for one in reversed(clear) if one[1].difference.mean < 0]
+    alone = [one for one in told if not one[1].clear and not one[1].difference.holds_zero]
+    alone.sort(key=lambda one: -abs(one[1].difference.mean))
+    unclear, untold = len(told) - len(clear) - len(alone), len(tests) - len(told)
+    parts = [f"above {results.baseline.name}: {_listed(metric, above)}"]
+    parts += [f"below: {_listed(metric, below)}"] if below else []
+    parts += [f"interval off zero, not clear: {_listed(metric, alone)}"] if alone else []
+    parts += [f"not told apart: {unclear}"] if unclear else []
     parts += [f"too few seeds to tell: {untold}"] if untold else []
-    return f"{what}: {'; '.join(parts)}."
+    return "; ".join(parts)
 
 
-def _listed(names: list[str]) -> str:
-    """The first four, and how many more there are."""
+def _listed(metric: str, tests: Iterable[tuple[str, PairedTest]]) -> str:
+    """The first four with their intervals, and how many more there are."""
+    names = [_named(metric, *one) for one in tests]
     more = [f"and {len(names) - _MOST_NAMED} more"] if len(names) > _MOST_NAMED else []
-    return ", ".join([*names[:_MOST_NAMED], *more])
+    return ", ".join([*names[:_MOST_NAMED], *more]) or "none"
 
 
 def _named(metric: str, name: str, test: PairedTest) -> str:

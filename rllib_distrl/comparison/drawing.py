@@ -78,10 +78,11 @@ def whiskers(rows: Sequence[Row], metrics: Sequence[str], test_of: TestOf) -> Ch
 
 def _whisker(panel: Any, test: PairedTest, place: int) -> None:
     found = test.difference
-    clear = found.low > 0 or found.high < 0
-    colour = COLOURS[0] if clear and found.mean > 0 else COLOURS[1] if clear else GREY
-    panel.plot([100 * found.low, 100 * found.high], [place, place], color=colour, linewidth=1.8)
-    panel.plot([100 * found.mean], [place], "o", color=colour, markersize=5)
+    colour = GREY if found.holds_zero else COLOURS[0] if found.mean > 0 else COLOURS[1]
+    inside = colour if test.clear else "white"
+    width = 1.8 if test.clear else 1.0
+    panel.plot([100 * found.low, 100 * found.high], [place, place], color=colour, linewidth=width)
+    panel.plot([100 * found.mean], [place], "o", color=colour, markerfacecolor=inside, markersize=5)
     panel.annotate(
         f"{100 * found.mean:+.1f}", xy=(1.02, place), xycoords=("axes fraction", "data"),
         va="center", ha="left", fontsize=8, color=colour, annotation_clip=False,

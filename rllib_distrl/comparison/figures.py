@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
+from rllib_distrl.comparison.decisions import Decisions
 from rllib_distrl.comparison.drawing import label_ends, row_style, whiskers
-from rllib_distrl.comparison.matched import front_metrics, levels, matched_mean
+from rllib_distrl.comparison.matched import front_metrics
 from rllib_distrl.comparison.record import Record
 from rllib_distrl.comparison.results import Results, Row
-from rllib_distrl.comparison.tables import main_metrics
 from rllib_distrl.viewer.charts import GRID, INK, Chart, chart, legend
 
 _GRID_POINTS = 40
@@ -97,7 +97,7 @@ def _validated(results: Results) -> list[str]:
 
 
 def plot_pass_k(results: Results) -> Chart:
-    """pass@k over k (best@k too where scores are graded), with 95 % bootstrap intervals."""
+    """pass@k over k (best@k too where scores are graded), with 95 % intervals."""
     groups = _panels(results)
     if len(groups) == 1:
         return _labelled_pass_k(results)
@@ -142,20 +142,15 @@ def _pass_k_panel(
     return ends
 
 
-def plot_differences(results: Results) -> Chart:
+def plot_differences(results: Results, decisions: Decisions) -> Chart:
     """Dots and whiskers: the paired difference to the baseline after training."""
-    metrics = [name for name in main_metrics(results) if "@" in name]
-    return whiskers(results.rows[1:], metrics, results.against_baseline)
+    metrics = [name for name in results.main_metrics if "@" in name]
+    return whiskers(results.rows[1:], metrics, decisions.after)
 
 
-def plot_matched(results: Results) -> Chart:
+def plot_matched(results: Results, decisions: Decisions) -> Chart:
     """Dots and whiskers: the same at equal average score, as the mean over the levels."""
-    over = levels(results)
-    return whiskers(
-        results.rows[1:],
-        front_metrics(results),
-        lambda row, metric: matched_mean(results, row, metric, over).test,
-    )
+    return whiskers(results.rows[1:], front_metrics(results), decisions.at_equal_average)
 
 
 def plot_front(results: Results) -> Chart:

@@ -1,9 +1,9 @@
 """pass@k at equal average score along training: against the baseline, seed by seed.
 
 A recipe that learns faster has another average score at the end, and with it another pass@k. Here
-each run is read at the same average scores on its own way, by linear interpolation between its
-validations, where it first crosses them. Levels that a run does not cross are left out and
-counted; nothing is extrapolated.
+each run is read at the same average scores on its own way, on a smooth fit through its validations
+(`ValidationFit`). Levels that a run does not reach are left out and counted; nothing is
+extrapolated.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from rllib_distrl.comparison.results import Results, Row
-from rllib_distrl.comparison.statistics import Estimate, PairedTest, estimate, paired_test
+from rllib_distrl.comparison.statistics import Estimate, estimate
 
 _MOST_LEVELS = 8
 _STEPS = (0.01, 0.02, 0.025, 0.05, 0.1, 0.2)  # between levels: the first that gives few enough
@@ -25,17 +27,25 @@ class Matched:
     """One metric of one recipe at one level.
 
     Attributes:
-        pairs: Seeds where this run and the baseline's cross the level; for the baseline itself
-            the runs that do.
+        by_seed: {seed: recipe − baseline} of the seeds where both reach a level; for the baseline
+            itself zeros.
         seeds: Seeds that both have.
-        value: The recipe's own value over those pairs; None without any.
-        test: The paired difference to the baseline; None for the baseline and under 2 pairs.
+        value: The recipe's own value over those seeds; None without any.
     """
 
-    pairs: int
+    by_seed: dict[int, float]
     seeds: int
     value: Estimate | None
-    test: PairedTest | None
+
+    @property
+    def pairs(self) -> int:
+        """Seeds where both reach the level."""
+        return len(self.by_seed)
+
+    @property
+    def difference(self) -> Estimate | None:
+        """To the baseline, paired; None under 2 pairs."""
+        return estimate(list(self.by_seed.values())) if self.pairs > 1 else None
 
 
 def front_metrics(results: Results) -> list[str]:
@@ -49,18 +59,14 @@ def front_metrics(results: Results) -> list[str]:
 
 
 def levels(results: Results) -> list[float]:
-    """Round average scores, at most 8, that the baseline and a recipe cross with one seed."""
-    paths = {
-        (row.name, record.seed): [average for average, _ in record.front("pass@1")]
-        for row in results.rows
-        for record in row.records
-    }
+    """Round average scores, at most 8, that the baseline and a recipe reach with one seed."""
+    spans = {(row.name, r.seed): r.span() for row in results.rows for r in row.records}
     shared = [
-        (max(min(path), min(base)), min(max(path), max(base)))
-        for (name, seed), path in paths.items()
+        (max(span[0], base[0]), min(span[1], base[1]))
+        for (name, seed), span in spans.items()
         if name != results.baseline.name
-        and (base := paths.get((results.baseline.name, seed)))
-        and path
+        and (base := spans.get((results.baseline.name, seed)))
+        and span
     ]
     shared = [(low, high) for low, high in shared if low < high]
     if not shared:
@@ -80,36 +86,21 @@ def _multiples(low: float, high: float, step: float) -> list[float]:
 
 def matched(results: Results, row: Row, metric: str, level: float) -> Matched:
     """One metric of a recipe where it and the baseline have the same average score."""
-    return _compared(results, row, _crossings(results, row, metric, [level]))
+    return matched_mean(results, row, metric, [level])
 
 
 def matched_mean(results: Results, row: Row, metric: str, over: Sequence[float]) -> Matched:
-    """The mean of `matched` over the levels that a run and the baseline's of its seed cross."""
-    return _compared(results, row, _crossings(results, row, metric, over))
-
-
-def _crossings(
-    results: Results, row: Row, metric: str, over: Sequence[float]
-) -> dict[int, list[tuple[float, float]]]:
-    """{seed: (recipe's, baseline's) value at every level that both cross}."""
+    """The same as the mean over the levels that a run and the baseline's of its seed reach."""
     baseline = {record.seed: record for record in results.baseline.records}
-    found = {}
-    for record in row.records:
-        if other := baseline.get(record.seed):
-            pairs = ((record.matched(x, metric), other.matched(x, metric)) for x in over)
-            found[record.seed] = [(a, b) for a, b in pairs if a is not None and b is not None]
-    return found
-
-
-def _compared(
-    results: Results, row: Row, crossings: dict[int, list[tuple[float, float]]]
-) -> Matched:
-    means = [
-        tuple(sum(side) / len(pairs) for side in zip(*pairs, strict=True))
-        for pairs in crossings.values()
-        if pairs
-    ]
-    ours, theirs = ([mean[side] for mean in means] for side in (0, 1))
-    own = row is results.baseline
-    test = None if own or len(means) < 2 else paired_test(ours, theirs)
-    return Matched(len(means), len(crossings), estimate(ours) if ours else None, test)
+    ours: dict[int, float] = {}
+    theirs: dict[int, float] = {}
+    shared = [record for record in row.records if record.seed in baseline]
+    for record in shared:
+        pair = (one.at_levels(over, metric) for one in (record, baseline[record.seed]))
+        values = np.stack(list(pair))
+        values = values[:, ~np.isnan(values).any(0)]
+        if values.size:
+            ours[record.seed], theirs[record.seed] = values.mean(1).tolist()
+    differences = {seed: ours[seed] - theirs[seed] for seed in ours}
+    value = estimate(list(ours.values())) if ours else None
+    return Matched(differences, len(shared), value)

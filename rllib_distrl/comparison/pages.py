@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from rllib_distrl.comparison import figures
 from rllib_distrl.comparison.claims import claims
+from rllib_distrl.comparison.decisions import Decisions, decide
 from rllib_distrl.comparison.results import Results
 from rllib_distrl.comparison.tables import (
     Table,
@@ -21,7 +22,11 @@ from rllib_distrl.comparison.tables import (
 from rllib_distrl.viewer.charts import Chart
 from rllib_distrl.viewer.page import fill_template, policy, read_asset
 
-_COLOURS = "Blue: the interval is above zero; orange: below; grey: it holds zero."
+_COLOURS = (
+    "Filled blue: above zero, filled orange: below, clear after correction; hollow: the interval "
+    "alone is off zero; grey: it holds zero."
+)
+_CELLS = "mean [95 % interval], p → p corrected for all comparisons of the page"
 _COSTS = (
     "Means over the seeds. Speed and minutes are of training alone, on whatever else the machine "
     "did; minutes in all have start, validations and evaluation too."
@@ -51,30 +56,31 @@ class Section:
 
 def sections(results: Results) -> list[Section]:
     """Everything that is shown of a comparison, what came out first."""
-    baseline = results.baseline.name
+    baseline, decisions = results.baseline.name, decide(results)
     parts = [
         Section(
             "What came out",
-            f"Differences to {baseline} on the same seeds, in points of %, with the 95 % "
-            "bootstrap interval over the seeds. No correction for the number of recipes.",
-            points=claims(results),
+            f"Differences to {baseline} on the same seeds, in points of %, with 95 % intervals. "
+            "Clear is what the exact sign-flip test over the seeds tells from zero (p ≤ .05), "
+            "corrected for all comparisons of this page by the step-down law of the largest of "
+            "them, and whose interval is off zero.",
+            points=claims(results, decisions),
         )
     ]
-    parts += _at_equal_average(results)
+    parts += _at_equal_average(results, decisions)
     parts += [
         Section("After training", _how_measured(results), results_table(results)),
         Section(
             f"After training, against {baseline}",
-            f"Difference to {baseline} on the same seeds: mean [95 % bootstrap interval over the "
-            "seeds], p of the two-sided sign-flip test, which is 2^(1-S) at least for S seeds. "
-            f"{_COLOURS}",
-            differences_table(results),
-            figures.plot_differences(results),
+            f"Difference to {baseline} on the same seeds: {_CELLS}. {_intervals(results)} The p is "
+            f"that of the two-sided sign-flip test, 2^(1-S) at least for S seeds. {_COLOURS}",
+            differences_table(results, decisions),
+            figures.plot_differences(results, decisions),
             "differences",
         ),
         Section(
             "pass@k",
-            "Mean and 95 % bootstrap interval over the seeds.",
+            f"Mean and 95 % interval. {_intervals(results)}",
             pass_k_table(results),
             figures.plot_pass_k(results),
             "pass_k",
@@ -91,21 +97,35 @@ def sections(results: Results) -> list[Section]:
     return parts
 
 
-def _at_equal_average(results: Results) -> list[Section]:
-    table, baseline = matched_table(results), results.baseline.name
+def _intervals(results: Results) -> str:
+    """What the intervals after training are over."""
+    average = results.main_metrics[0]
+    kept = [record.problem_values(average) is not None for record in results.baseline.records]
+    if not all(kept):
+        return "Intervals are Student's over the seeds, for these problems."
+    return (
+        "Intervals are over seeds and problems, both drawn anew; those of the entropy, which is "
+        "not kept by problem, are Student's over the seeds."
+    )
+
+
+def _at_equal_average(results: Results, decisions: Decisions) -> list[Section]:
+    table, baseline = matched_table(results, decisions), results.baseline.name
     if table is None:
         return []
     return [
         Section(
             "At equal average score",
-            "Each run is read where its own average score on validation problems first crosses a "
-            "level, interpolated linearly between validations; nothing is extrapolated. Drawn is "
-            f"the difference to {baseline} there, on the same seeds, as the mean over the levels "
-            f"that both cross. {_COLOURS} In the table: mean [95 % bootstrap interval over the "
-            "seeds], p of the sign-flip test, and how many seeds cross the level with both; the "
-            f"line of {baseline} has its values.",
+            "Each run is read where its own average score on validation problems is at a level, on "
+            "a smooth fit through its validations (local quadratics over the tokens, the average "
+            "made to rise); nothing is extrapolated. Drawn is the difference to "
+            f"{baseline} there, on the same seeds, as the mean over the levels that both reach. "
+            f"{_COLOURS} In the table: {_CELLS} for that mean, and how many seeds reach the level "
+            f"with both; the line of {baseline} has its values. Intervals are Student's over the "
+            "seeds, for these validation problems: the records keep their means alone, so other "
+            "problems cannot be drawn, and the intervals do not hold what they would change.",
             table,
-            figures.plot_matched(results),
+            figures.plot_matched(results, decisions),
             "matched",
         ),
         Section(

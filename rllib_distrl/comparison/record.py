@@ -14,9 +14,9 @@ import pandas as pd
 from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS
 from rllib_distrl.algorithms.validation_clock import EVALUATION, SECONDS
 from rllib_distrl.comparison.plan import Contender
-from rllib_distrl.comparison.statistics import value_at
+from rllib_distrl.comparison.statistics import FloatArray, ValidationFit
 from rllib_distrl.evaluation.summary import SampleTable, default_ks, per_problem
-from rllib_distrl.maths.pass_k import best_at_k
+from rllib_distrl.maths import pass_k
 from rllib_distrl.run_folder import open_run
 from rllib_distrl.run_log import read_progress, tokens_generated, write_atomic
 
@@ -103,17 +103,46 @@ class Record:
 
     def front(self, metric: str) -> list[list[float]]:
         """[[average score, value], …] along training, of the validations."""
+        return [[average, value] for _, average, value in self._validated_with_average(metric)]
+
+    def span(self) -> tuple[float, float] | None:
+        """Between which average scores the fit through the validations runs."""
+        return self._fit(self._validated_with_average("pass@1")).span
+
+    def at_levels(self, levels: Sequence[float], metric: str) -> FloatArray:
+        """(L,) a validation metric where the average score is at a level; NaN where it is not."""
+        points = self._validated_with_average(metric)
+        return self._fit(points).read(levels, [value for *_, value in points])
+
+    @staticmethod
+    def _fit(points: Sequence[Sequence[float]]) -> ValidationFit:
+        return ValidationFit(tuple(t for t, *_ in points), tuple(a for _, a, _ in points))
+
+    def _validated_with_average(self, metric: str) -> list[list[float]]:
         found = []
         for one in self.validation:
             average = next((v for name, v in one.items() if name.startswith(AVERAGE)), None)
             if average is not None and metric in one:
-                found.append([average, one[metric]])
+                found.append([one["tokens"], average, one[metric]])
         return found
 
-    def matched(self, level: float, metric: str) -> float | None:
-        """A validation metric where the average score first crosses a level; see `value_at`."""
-        path = self.front(metric)
-        return value_at(level, [a for a, _ in path], [v for _, v in path])
+    def problem_values(self, metric: str) -> FloatArray | None:
+        """(P,) a metric of the final evaluation, problem by problem; None where it is not kept."""
+        kind, _, k = metric.partition("@")
+        if metric == DISTINCT and self.distinct:
+            return np.asarray(self.distinct, dtype=np.float64)
+        if not self.scores:
+            return None
+        counted = (np.asarray(one).T for one in self.scores)
+        scores = np.stack([np.repeat(score, count.astype(int)) for score, count in counted])
+        match kind:
+            case "avg":
+                return pass_k.average(scores)
+            case "pass":
+                return pass_k.pass_at_k(scores.shape[1], pass_k.passes(scores).sum(1), int(k))
+            case "best":
+                return pass_k.best_at_k(scores, int(k))
+        return None
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -234,7 +263,7 @@ def measure_samples(frame: pd.DataFrame) -> dict[str, float]:
     ks = default_ks(table.n)
     problems = per_problem(frame, ks, votes=False, distinct_by="completion")
     for k in ks:
-        problems[f"best@{k}"] = best_at_k(table.scores, k)
+        problems[f"best@{k}"] = pass_k.best_at_k(table.scores, k)
     means = dict(zip(problems.columns, problems.to_numpy().mean(axis=0).tolist(), strict=True))
     kept = {name: mean for name, mean in means.items() if not name.startswith(_LEFT_OUT)}
     logp, tokens = frame["logp_sum"].to_numpy().sum(), frame["tokens"].to_numpy().sum()

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from rllib_distrl.comparison.record import Record
-from rllib_distrl.comparison.statistics import Estimate, PairedTest, estimate, paired_test
+import numpy as np
+
+from rllib_distrl.comparison.record import DISTINCT, ENTROPY, Record
+from rllib_distrl.comparison.statistics import Estimate, FloatArray, estimate
 
 _SAME = 1e-9
 
@@ -30,11 +32,22 @@ class Row:
         return {r.seed: r.metrics[metric] for r in self.records if metric in r.metrics}
 
     def estimate(self, metric: str) -> Estimate | None:
-        """Mean and interval over the seeds; None without a run that has the metric."""
-        return self.estimate_of(lambda record: record.metrics.get(metric))
+        """Mean and interval over seeds and problems; None without a run that has the metric."""
+        found = self.values(metric)
+        if not found:
+            return None
+        return estimate(list(found.values()), self.problem_values(metric, list(found)))
+
+    def problem_values(self, metric: str, seeds: Sequence[int]) -> FloatArray | None:
+        """(S, P) of a metric problem by problem; None where a run does not keep it."""
+        by_seed = {record.seed: record for record in self.records}
+        found = [by_seed[seed].problem_values(metric) for seed in seeds]
+        kept = [row for row in found if row is not None]
+        alike = len(kept) == len(found) and len({len(row) for row in kept}) == 1
+        return np.stack(kept) if alike else None
 
     def estimate_of(self, read: Callable[[Record], float | None]) -> Estimate | None:
-        """The same for any number of a record; None where no record has it."""
+        """Mean and interval over the seeds of any number of a record; None where none has it."""
         found = [value for record in self.records if (value := read(record)) is not None]
         return estimate(found) if found else None
 
@@ -66,6 +79,15 @@ class Results:
         return self._without_twins(r.metrics for row in self.rows for r in row.records)
 
     @property
+    def main_metrics(self) -> list[str]:
+        """avg@n, pass@8, pass@16, pass@n, best@k, distinct solutions, entropy, as far as known."""
+        known, largest = self.metrics, self.samples
+        average = [name for name in known if name.startswith("avg@")]
+        passes = [f"pass@{k}" for k in sorted({8, 16, largest}) if f"pass@{k}" in known]
+        graded = [f"best@{k}" for k in sorted({16, largest}) if f"best@{k}" in known]
+        return [*average, *passes, *graded, DISTINCT, ENTROPY]
+
+    @property
     def samples(self) -> int:
         """Completions per problem of the evaluation."""
         return max(int(m.partition("@")[2]) for m in self.metrics if m.startswith("pass@"))
@@ -90,13 +112,17 @@ class Results:
         )
         return [name for name in names if graded or not name.startswith("best@")]
 
-    def against_baseline(self, row: Row, metric: str) -> PairedTest | None:
-        """The paired test over the seeds that both have; None for fewer than 2."""
+    def differences(self, row: Row, metric: str) -> dict[int, float]:
+        """{seed: recipe − baseline} after training, of the seeds that both have."""
         ours, theirs = row.values(metric), self.baseline.values(metric)
-        seeds = sorted(ours.keys() & theirs.keys())
-        if row is self.baseline or len(seeds) < 2:
+        return {seed: ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())}
+
+    def problem_differences(self, row: Row, metric: str, seeds: Sequence[int]) -> FloatArray | None:
+        """(S, P) the same problem by problem; None where a run does not keep it."""
+        ours, theirs = (one.problem_values(metric, seeds) for one in (row, self.baseline))
+        if ours is None or theirs is None or ours.shape != theirs.shape:
             return None
-        return paired_test([ours[s] for s in seeds], [theirs[s] for s in seeds])
+        return ours - theirs
 
 
 def arrange(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int]) -> Results:

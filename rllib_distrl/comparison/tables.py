@@ -6,10 +6,11 @@ import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rllib_distrl.comparison.decisions import Decisions
 from rllib_distrl.comparison.matched import Matched, front_metrics, levels, matched, matched_mean
-from rllib_distrl.comparison.record import DISTINCT, ENTROPY
+from rllib_distrl.comparison.record import ENTROPY
 from rllib_distrl.comparison.results import Results, Row
-from rllib_distrl.comparison.statistics import Estimate
+from rllib_distrl.comparison.statistics import Estimate, PairedTest
 
 _NOTHING = "–"
 
@@ -55,19 +56,9 @@ def number(metric: str, value: float, *, signed: bool = False) -> str:
     return f"{value:{sign}.3f}" if metric == ENTROPY else f"{value:{sign}.2f}"
 
 
-def main_metrics(results: Results) -> list[str]:
-    """avg@n, pass@8, pass@16, pass@n, distinct solutions and entropy, as far as they exist."""
-    known = results.metrics
-    average = [name for name in known if name.startswith("avg@")]
-    largest = results.samples
-    passes = [f"pass@{k}" for k in sorted({8, 16, largest}) if f"pass@{k}" in known]
-    graded = [f"best@{k}" for k in sorted({16, largest}) if f"best@{k}" in known]
-    return [*average, *passes, *graded, DISTINCT, ENTROPY]
-
-
 def results_table(results: Results) -> Table:
     """One row per contender: mean ± sd over the seeds."""
-    metrics = main_metrics(results)
+    metrics = results.main_metrics
     parts = any(row.part for row in results.rows)
     head = ["recipe", *(["part"] if parts else []), "seeds", *map(_title, metrics)]
     lines = [
@@ -106,21 +97,22 @@ def _costs(row: Row) -> list[str]:
     return [format(one.mean, form) if one else _NOTHING for one, form in found]
 
 
-def differences_table(results: Results) -> Table:
+def differences_table(results: Results, decisions: Decisions) -> Table:
     """One row per contender: the difference to the baseline by seed, with interval and p."""
-    metrics = main_metrics(results)
-    lines = []
-    for row in results.rows[1:]:
-        cells = [row.name]
-        for metric in metrics:
-            test = results.against_baseline(row, metric)
-            if test is None:
-                cells.append(_NOTHING)
-            else:
-                cell = _interval(metric, test.difference, signed=True)
-                cells.append(f"{cell}, p {test.p:.2g}")
-        lines.append(cells)
+    metrics = results.main_metrics
+    lines = [
+        [row.name, *(tested(metric, decisions.after(row, metric)) for metric in metrics)]
+        for row in results.rows[1:]
+    ]
     return Table(["recipe", *map(_title, metrics)], lines)
+
+
+def tested(metric: str, test: PairedTest | None) -> str:
+    """`+3.8 [+2.2, +5.4], p .008 → .02`: the p of the test alone, and corrected."""
+    if test is None:
+        return _NOTHING
+    cell = _interval(metric, test.difference, signed=True)
+    return f"{cell}, p {test.p:.2g} → {test.corrected:.2g}"
 
 
 def pass_k_table(results: Results) -> Table:
@@ -133,7 +125,7 @@ def pass_k_table(results: Results) -> Table:
     return Table(["recipe", *metrics], lines)
 
 
-def matched_table(results: Results) -> Table | None:
+def matched_table(results: Results, decisions: Decisions) -> Table | None:
     """Metrics at the same average score along training, and their paired difference.
 
     One line per recipe and metric: the mean over the levels, then every level. None where no
@@ -144,22 +136,24 @@ def matched_table(results: Results) -> Table | None:
     lines, compared = [], False
     for metric in front_metrics(results):
         for row in results.rows:
-            found = [matched_mean(results, row, metric, over)]
-            found += [matched(results, row, metric, level) for level in over]
-            compared = compared or found[0].test is not None
-            cells = [_matched_cell(metric, one, row is results.baseline) for one in found]
+            mean = matched_mean(results, row, metric, over)
+            found = [matched(results, row, metric, level) for level in over]
+            cells = [_matched_cell(metric, one, row is results.baseline) for one in (mean, *found)]
+            if test := decisions.at_equal_average(row, metric):
+                cells[0] = f"{tested(metric, test)}; {mean.pairs} of {mean.seeds}"
+                compared = True
             lines.append([row.name, metric, *cells])
     return Table(head, lines) if compared else None
 
 
 def _matched_cell(metric: str, found: Matched, baseline: bool) -> str:
-    """The baseline's value, or the difference to it, and how many seeds cross the level."""
+    """The baseline's value, or the difference to it, and how many seeds reach the level."""
     count = f"{found.pairs} of {found.seeds}"
     if baseline and found.value is not None:
         return f"{_interval(metric, found.value)}; {count}"
-    if found.test is None:
+    if found.difference is None:
         return f"{_NOTHING}; {count}"
-    return f"{_interval(metric, found.test.difference, signed=True)}, p {found.test.p:.2g}; {count}"
+    return f"{_interval(metric, found.difference, signed=True)}; {count}"
 
 
 def failures_table(results: Results) -> Table:

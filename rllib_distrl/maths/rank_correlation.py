@@ -1,25 +1,12 @@
 """Spearman's rank correlation, raw and given other quantities."""
 
-import torch
+import numpy as np
+from scipy import stats
 from torch import Tensor
 
 # Spread is a bump over the value (√(V(1 − V)) for 0/1 returns), which no straight line in the
 # ranks of V removes; a quartic does.
 _CONTROL_DEGREE = 4
-
-
-def average_ranks(values: Tensor) -> Tensor:
-    """Ranks from 1; equal values share the mean of their ranks.
-
-    Args:
-        values: (K,).
-
-    Returns:
-        (K,), float64.
-    """
-    _, index, counts = torch.unique(values, sorted=True, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[index]
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
@@ -32,7 +19,9 @@ def rank_correlation(x: Tensor, y: Tensor) -> float:
     Returns:
         In [−1, 1]; NaN where one of them is constant.
     """
-    return _correlation(average_ranks(x), average_ranks(y))
+    if len(x.unique()) < 2 or len(y.unique()) < 2:
+        return float("nan")
+    return float(stats.spearmanr(x.numpy(), y.numpy()).statistic)
 
 
 def partial_rank_correlation(x: Tensor, y: Tensor, *given: Tensor) -> float:
@@ -49,20 +38,16 @@ def partial_rank_correlation(x: Tensor, y: Tensor, *given: Tensor) -> float:
     Returns:
         In [−1, 1]; NaN where nothing is left of one of them.
     """
-    powers = [torch.ones_like(x, dtype=torch.float64)]
+    powers = [np.ones(len(x))]
     for control in given:
-        place = average_ranks(control)
+        place = stats.rankdata(control.numpy())
         place = 2 * (place - place.mean()) / max(len(place), 1)
         powers += [place**degree for degree in range(1, _CONTROL_DEGREE + 1)]
-    basis = torch.stack(powers, dim=1)
-    ranks = torch.stack([average_ranks(x), average_ranks(y)], dim=1)
-    left = ranks - basis @ torch.linalg.lstsq(basis, ranks, driver="gelsd").solution
+    basis = np.stack(powers, axis=1)
+    ranks = np.stack([stats.rankdata(x.numpy()), stats.rankdata(y.numpy())], axis=1)
+    left = ranks - basis @ np.linalg.lstsq(basis, ranks)[0]
     # What is left of a perfectly explained rank is rounding, not signal.
-    left[:, left.square().mean(0) < 1e-12 * ranks.square().mean(0)] = 0.0
-    return _correlation(left[:, 0], left[:, 1])
-
-
-def _correlation(x: Tensor, y: Tensor) -> float:
-    x, y = x - x.mean(), y - y.mean()
-    norm = float(x.square().sum() * y.square().sum()) ** 0.5
-    return float((x * y).sum()) / norm if norm > 0 else float("nan")
+    left[:, (left**2).mean(0) < 1e-12 * (ranks**2).mean(0)] = 0.0
+    left -= left.mean(0)
+    norm = float(np.sqrt(np.prod((left**2).sum(0))))
+    return float(left[:, 0] @ left[:, 1]) / norm if norm > 0 else float("nan")

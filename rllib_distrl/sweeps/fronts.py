@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from rllib_distrl.comparison.record import AVERAGE, validated
-from rllib_distrl.comparison.statistics import value_at
+from rllib_distrl.comparison.statistics import ValidationFit
 from rllib_distrl.sweeps.sweep import TRIALS
 from rllib_distrl.sweeps.trial import TOKENS, trial_recipe
 
@@ -50,7 +50,7 @@ def read_fronts(out: Path, settings: Sequence[str], metrics: Sequence[str]) -> l
 def at_equal_average(
     fronts: Sequence[dict[str, Any]], by: Sequence[str], levels: Sequence[float]
 ) -> pd.DataFrame:
-    """Every metric where trials first cross the same average scores; see `value_at`.
+    """Every metric where trials have the same average scores, on a `ValidationFit` of each.
 
     Args:
         fronts: From `read_fronts`.
@@ -59,27 +59,23 @@ def at_equal_average(
 
     Returns:
         A row per combination, the best in its first metric first: `by` (lists and tables as JSON),
-        `trials`, `crossed` (share of trials x levels that have a value), and the mean of each
+        `trials`, `reached` (share of trials x levels that have a value), and the mean of each
         metric over those.
     """
     rows = []
     for front in fronts:
         path = front["validation"]
         average = next(name for name in path[0] if name.startswith(AVERAGE))
-        averages = [point[average] for point in path]
+        fit = ValidationFit(*(tuple(p[name] for p in path) for name in (TOKENS, average)))
         shown = {key: _shown(front["settings"][key]) for key in by}
-        for level in levels:
-            values = {
-                name: value_at(level, averages, [point[name] for point in path])
-                for name in path[0]
-                if name not in (TOKENS, average)
-            }
-            rows.append({**shown, **values})
-    frame = pd.DataFrame(rows).astype(dict.fromkeys(values, float))
+        metrics = [name for name in path[0] if name not in (TOKENS, average)]
+        read = {name: fit.read(levels, [point[name] for point in path]) for name in metrics}
+        rows += [{**shown, **{name: read[name][i] for name in metrics}} for i in range(len(levels))]
+    frame = pd.DataFrame(rows)
     groups: Any = frame.groupby(list(by), sort=False)
-    table: pd.DataFrame = groups[list(values)].mean()
-    first = next(iter(values))
-    table.insert(0, "crossed", groups[first].agg(lambda column: np.mean(column.notna())))
+    table: pd.DataFrame = groups[metrics].mean()
+    first = metrics[0]
+    table.insert(0, "reached", groups[first].agg(lambda column: np.mean(column.notna())))
     table.insert(0, "trials", groups.size() // len(levels))
     return table.sort_values(first, ascending=False, kind="stable").reset_index()
 

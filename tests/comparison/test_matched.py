@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from rllib_distrl.comparison.decisions import decide
 from rllib_distrl.comparison.matched import front_metrics, levels, matched, matched_mean
 from rllib_distrl.comparison.results import Results, arrange
 from rllib_distrl.comparison.tables import matched_table
@@ -25,11 +26,11 @@ def test_levels_are_round_and_shared(found: Results) -> None:
     assert front_metrics(found) == ["pass@2"]
     apart = arrange(records({"a": [0.2], "b": [0.7]}), ["a", "b"], [0])
     assert levels(apart) == []
-    assert matched_table(apart) is None
+    assert matched_table(apart, decide(apart)) is None
     blind = arrange(records({"a": [0.2], "b": [0.2]}, validation=[]), ["a", "b"], [0])
-    assert matched_table(blind) is None
+    assert matched_table(blind, decide(blind)) is None
     once = arrange(records({"a": [0.3, 0.3], "b": [0.4, 0.9]}), ["a", "b"], [0, 1])
-    assert levels(once) and matched_table(once) is None
+    assert levels(once) and matched_table(once, decide(once)) is None
 
 
 def test_differences_by_hand(found: Results) -> None:
@@ -38,43 +39,42 @@ def test_differences_by_hand(found: Results) -> None:
     assert (at.pairs, at.seeds) == (2, 2)
     assert at.value is not None
     assert at.value.mean == pytest.approx((0.575 + 0.6) / 2)
-    assert at.test is not None
-    assert at.test.difference.mean == pytest.approx((0.025 + 0.05) / 2)
-    assert at.test.p == pytest.approx(0.5)
+    assert at.by_seed == {0: pytest.approx(0.025), 1: pytest.approx(0.05)}
     own = matched(found, baseline, "pass@2", 0.3)
     assert own.value is not None
-    assert (own.value.mean, own.test) == (pytest.approx(0.55), None)
+    assert own.value.mean == pytest.approx(0.55)
+    assert own.by_seed == {0: 0.0, 1: 0.0}
 
 
-def test_a_level_that_a_seed_does_not_cross_is_counted_not_extrapolated(found: Results) -> None:
+def test_a_level_that_a_seed_does_not_reach_is_counted_not_extrapolated(found: Results) -> None:
     row = found.rows[1]
     at = matched(found, row, "pass@2", 0.25)
-    assert (at.pairs, at.seeds, at.test) == (1, 2, None)
+    assert (at.pairs, at.seeds, at.difference) == (1, 2, None)
     beyond = matched(found, row, "pass@2", 0.6)
-    assert (beyond.pairs, beyond.value, beyond.test) == (0, None, None)
+    assert (beyond.pairs, beyond.value, beyond.difference) == (0, None, None)
 
 
 def test_the_mean_over_levels_weighs_seeds_alike(found: Results) -> None:
-    # Seed 0 crosses seven levels and seed 1 five; their differences are 0.025 and 0.05.
+    # Seed 0 reaches seven levels and seed 1 five; their differences are 0.025 and 0.05.
     over = matched_mean(found, found.rows[1], "pass@2", levels(found))
-    assert over.test is not None
-    assert over.test.difference.mean == pytest.approx(0.0375)
-    assert over.test.difference.low == pytest.approx(0.025)
-    assert over.test.difference.high == pytest.approx(0.05)
+    assert over.by_seed == {0: pytest.approx(0.025), 1: pytest.approx(0.05)}
+    test = decide(found).at_equal_average(found.rows[1], "pass@2")
+    assert test is not None
+    assert (test.difference.mean, test.p) == (pytest.approx(0.0375), 0.5)
 
 
 def test_only_seeds_of_both_are_paired() -> None:
     made = [*records({"a": [0.3, 0.3]}), record("b", 1, 0.4), record("b", 2, 0.4)]
     found = arrange(made, ["a", "b"], [0, 1, 2])
     at = matched(found, found.rows[1], "pass@2", 0.3)
-    assert (at.pairs, at.seeds, at.test) == (1, 1, None)
+    assert (at.pairs, at.seeds, at.difference) == (1, 1, None)
 
 
 def test_the_table(found: Results) -> None:
-    table = matched_table(found)
+    table = matched_table(found, decide(found))
     assert table is not None
     assert table.head[:5] == ["recipe", "metric", "mean over levels", "at 20 %", "at 25 %"]
     baseline, row = (dict(zip(table.head, line, strict=True)) for line in table.lines)
     assert baseline["at 30 %"] == "55.0 [55.0, 55.0]; 2 of 2"
-    assert row["at 30 %"] == "+3.7 [+2.5, +5.0], p 0.5; 2 of 2"
+    assert row["at 30 %"] == "+3.8 [-12.1, +19.6]; 2 of 2"
     assert row["at 25 %"] == "–; 1 of 2"

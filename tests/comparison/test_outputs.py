@@ -46,11 +46,11 @@ def test_everything_is_written_from_the_records(tmp_path: Path, part: str) -> No
     assert written == {"results.md", "report.html", "differences.png", "pass_k.png",
                        "learning.png", "front.png", "matched.png"}  # fmt: skip
     text = (folder / "results.md").read_text()
-    for words in ("| a | ", "35.0 ± 7.1", "+5.0 [+0.0, +10.0], p 1", "1,000 completion tokens",
+    for words in ("| a | ", "35.0 ± 7.1", "+5.0 [-58.5, +68.5], p 1 → 1", "1,000 completion tokens",
                   "exit code 2: <it> \\| broke", "c (seed 0). The command continues",
                   "Seeds 0, 1; commit c0ffee",
                   "10 test problems x 4 samples", ABOUT.command,
-                  "* pass@2 at equal average score: above a: none; interval holds zero: 1.",
+                  "* pass@2 at equal average score: above a: none; not told apart: 1.",
                   "| b | 100 | 7 | 28 | 0.2 | 0.5 |"):  # fmt: skip
         assert words in text, words
     for name in written - {"results.md", "report.html"}:
@@ -73,7 +73,7 @@ def test_another_baseline_has_pages_of_its_own(tmp_path: Path) -> None:
     written = write_outputs(folder, baseline="b")
     assert {path.parent for path in written} == {folder / "against-b"}
     text = (folder / "against-b" / "results.md").read_text()
-    assert "| a | -5.0 [-10.0, +0.0], p 1 |" in text
+    assert "| a | -5.0 [-68.5, +58.5], p 1 → 1 |" in text
     assert (folder / "results.md").read_text() == before
     with pytest.raises(ValueError, match="'d' is not among what was compared: a, b, c"):
         write_outputs(folder, baseline="d")

@@ -32,8 +32,8 @@ def trial(out: Path, lr: float, seed: int, path: list[tuple[float, float]]) -> N
     (folder / "result.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_trials_are_read_where_they_cross_and_averaged(tmp_path: Path) -> None:
-    trial(tmp_path, 1e-3, 0, [(0.1, 0.8), (0.3, 0.6), (0.2, 0.5)])  # .7 at .2, its first crossing
+def test_trials_are_read_at_a_level_and_averaged(tmp_path: Path) -> None:
+    trial(tmp_path, 1e-3, 0, [(0.1, 0.8), (0.3, 0.6)])  # .7 at .2, .6 at .3
     trial(tmp_path, 1e-3, 1, [(0.2, 0.5), (0.4, 0.3)])  # .5 at .2, .4 at .3
     trial(tmp_path, 1e-4, 0, [(0.1, 0.9), (0.25, 0.9)])  # .9 at .2, never at .3
     fronts = read_fronts(tmp_path, [LR, SEED], ["pass@4"])
@@ -42,7 +42,7 @@ def test_trials_are_read_where_they_cross_and_averaged(tmp_path: Path) -> None:
     table = at_equal_average(fronts, [LR], [0.2, 0.3])
     assert table[LR].tolist() == [1e-4, 1e-3]
     assert table["trials"].tolist() == [1, 2]
-    assert table["crossed"].tolist() == [0.5, 1.0]
+    assert table["reached"].tolist() == [0.5, 1.0]
     assert table["pass@4"].tolist() == pytest.approx([0.9, (0.7 + 0.6 + 0.5 + 0.4) / 4])
 
 
