@@ -14,6 +14,7 @@ from rllib_distrl.run_log import write_atomic
 
 ABOUT_FILE = "comparison.json"
 _DPI = 100
+_SIDES = ("begin", "end")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def write_outputs(folder: Path, page: Path | None = None, baseline: str = "") ->
         ValueError: If there is nothing to show, or no such contender.
     """
     about = read_about(folder)
-    names = _with_baseline(about.names, baseline)
+    names = with_baseline(about.names, baseline)
     results = arrange(read_records(folder / "runs"), names, about.seeds)
     folder = folder / f"against-{baseline}" if baseline else folder
     folder.mkdir(exist_ok=True)
@@ -90,10 +91,35 @@ def write_outputs(folder: Path, page: Path | None = None, baseline: str = "") ->
     return [page, report, *pictures]
 
 
-def _with_baseline(names: tuple[str, ...], baseline: str) -> tuple[str, ...]:
-    """The names, the baseline's first."""
+def with_baseline(names: tuple[str, ...], baseline: str) -> tuple[str, ...]:
+    """The names, the baseline's first; as they are without one.
+
+    Raises:
+        ValueError: If there is no such name.
+    """
     if not baseline:
         return names
     if baseline not in names:
         raise ValueError(f"{baseline!r} is not among what was compared: {', '.join(names)}.")
     return (baseline, *(name for name in names if name != baseline))
+
+
+def table_of(page: Path, name: str = "") -> str:
+    """What stands between a page's markers `<!-- table NAME: begin -->` and `… end -->`.
+
+    Raises:
+        ValueError: If the page does not have these markers once.
+    """
+    begin, end = (f"<!-- {' '.join(['table', name]).strip()}: {side} -->" for side in _SIDES)
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"{page} needs {begin} and {end} once each, around its table.")
+    return text.split(begin)[1].split(end)[0].strip()
+
+
+def renew_table(page: Path, table: str, name: str = "") -> None:
+    """Puts a table between a page's markers; see `table_of`."""
+    table_of(page, name)
+    begin, end = (f"<!-- {' '.join(['table', name]).strip()}: {side} -->" for side in _SIDES)
+    before, rest = page.read_text(encoding="utf-8").split(begin)
+    write_atomic(page, f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")

@@ -21,9 +21,10 @@ import transformers
 from distrl_envs.tokenizers import small_tokenizer
 from rllib_distrl.cli.estimates import learner_memory, model_shape
 from rllib_distrl.cli.explain import size
+from rllib_distrl.comparison.outputs import renew_table
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.modules.lora import count_adapter_parameters
-from tests.benchmarks.run import BEGIN, END, ROOT, git, machine
+from tests.benchmarks.run import ROOT, git, machine
 from tests.helpers import distrl_config
 from tests.learners.rig import make_learner, sample
 
@@ -190,9 +191,7 @@ def main() -> None:
         for n in HEAD_TOKENS
     ]
     RESULTS.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
-    page = f"{before}{BEGIN}\n{tables(results)}\n{END}{rest.split(END)[1]}"
-    PAGE.write_text(page, encoding="utf-8")
+    renew_table(PAGE, tables(results))
 
 
 if __name__ == "__main__":

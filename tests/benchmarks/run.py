@@ -17,13 +17,13 @@ import tempfile
 import time
 from pathlib import Path
 
+from rllib_distrl.comparison.outputs import renew_table
 from tests.benchmarks.ratios import GROUPS, RATIOS, Ratio, reached, short_table, summary, table
 from tests.benchmarks.workload import WORKLOADS, make_model
 
 ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results" / "results.json"
 PAGES = {ROOT / "docs" / "performance.md": table, ROOT / "README.md": short_table}
-BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 
 class Contestant:
@@ -182,8 +182,7 @@ def write(found: dict) -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     for page, make in PAGES.items():
-        before, rest = page.read_text().split(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n{make(results)}\n{END}{rest.split(END)[1]}")
+        renew_table(page, make(results))
 
 
 def main() -> None:

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
+from rllib_distrl.comparison.outputs import table_of
 from tests.benchmarks import memory
 from tests.benchmarks.ratios import RATIOS, Ratio, summary
-from tests.benchmarks.run import BEGIN, END, PAGES, RESULTS
+from tests.benchmarks.run import PAGES, RESULTS
 
 NUMBERS = ("median", "low", "high", "target", "ours_tokens_per_s")
 
@@ -26,8 +27,7 @@ def test_every_ratio_has_median_spread_machine_and_commit():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_pages_show_the_committed_results(page):
-    shown = page.read_text().split(BEGIN)[1].split(END)[0].strip()
-    assert shown == PAGES[page](json.loads(RESULTS.read_text()))
+    assert table_of(page) == PAGES[page](json.loads(RESULTS.read_text()))
 
 
 def test_a_ratio_is_the_median_of_neighbouring_runs():
@@ -44,8 +44,7 @@ def test_a_ratio_is_the_median_of_neighbouring_runs():
 
 def test_the_page_on_memory_shows_the_committed_results():
     results = json.loads(memory.RESULTS.read_text())
-    shown = memory.PAGE.read_text().split(BEGIN)[1].split(END)[0].strip()
-    assert shown == memory.tables(results)
+    assert table_of(memory.PAGE) == memory.tables(results)
     assert list(results["configurations"]) == list(memory.CONFIGURATIONS)
     assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
 

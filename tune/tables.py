@@ -1,0 +1,183 @@
+"""Writes the tables of README.md and docs that come from docs/results, between their markers.
+
+    python tune/tables.py
+
+`--main-job RUN RUN ...` keeps the evaluations of finished runs of README's first command as
+docs/results/main-job.json before. Whole pages of comparisons are made by tune/compare_tables.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from functools import cache
+from pathlib import Path
+
+from rllib_distrl.comparison.decisions import Decisions, decide
+from rllib_distrl.comparison.outputs import read_about, renew_table, with_baseline
+from rllib_distrl.comparison.record import read_records
+from rllib_distrl.comparison.results import Results, arrange
+from rllib_distrl.comparison.tables import Table, results_table, tested
+from rllib_distrl.sweeps.fronts import at_equal_average
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs" / "results"
+MAIN_JOB, IGNORANCE = RESULTS / "main-job.json", RESULTS / "ignorance.json"
+
+COUNTDOWN, GRAPH, GRADED = "headline-countdown", "headline-graph-path", "headline-graded"
+EQUAL, AFTER = "at an equal average", "after training"
+# What README asks of each comparison: folder, recipe, baseline, metric, where it is read.
+SHORT = (
+    (COUNTDOWN, "weighted", "ppo", "pass@16", EQUAL),
+    (COUNTDOWN, "grpo", "ppo", "pass@16", EQUAL),
+    (COUNTDOWN, "weighted", "weighted-scalar", "pass@16", EQUAL),
+    (COUNTDOWN, "distrl", "distrl-scalar", "pass@16", EQUAL),
+    (COUNTDOWN, "distrl-scalar", "distrl-none", "avg@64", AFTER),
+    (GRAPH, "weighted", "ppo", "pass@16", EQUAL),
+    (GRAPH, "distrl", "distrl-scalar", "avg@64", AFTER),
+    (GRAPH, "distrl-scalar", "distrl-none", "avg@64", AFTER),
+    (GRADED, "weighted", "ppo", "best@16", EQUAL),
+    (GRADED, "weighted", "weighted-scalar", "best@16", EQUAL),
+)
+LONG = (
+    *((COUNTDOWN, "weighted", other, metric, EQUAL)
+      for other in ("ppo", "grpo", "dapo", "lad", "weighted-scalar", "weighted-none")
+      for metric in ("pass@16", "pass@64")),
+    *((COUNTDOWN, "weighted", other, "avg@64", AFTER) for other in ("ppo", "grpo", "dapo", "lad")),
+    *((COUNTDOWN, "distrl", "distrl-scalar", metric, EQUAL) for metric in ("pass@16", "pass@64")),
+    *((COUNTDOWN, name, "distrl-none", "avg@64", AFTER) for name in ("distrl", "distrl-scalar")),
+    *((COUNTDOWN, name, "single-scalar", "avg@64", AFTER) for name in ("single", "single-none")),
+    *((GRAPH, "weighted", other, "pass@16", EQUAL)
+      for other in ("ppo", "weighted-scalar", "weighted-none")),
+    *((GRAPH, "distrl", other, "avg@64", AFTER) for other in ("distrl-scalar", "distrl-none")),
+    *((GRADED, "weighted", other, "best@16", EQUAL)
+      for other in ("ppo", "grpo", "dapo", "lad", "weighted-scalar", "weighted-none")),
+    *((GRADED, "distrl", other, "best@16", EQUAL)
+      for other in ("ppo", "distrl-scalar", "distrl-none")),
+    *((GRADED, "best4", other, "avg@64", AFTER) for other in ("best4-scalar", "best4-none")),
+    *((GRADED, "distrl-scalar", "distrl-none", "avg@64", AFTER),),
+)  # fmt: skip
+SEARCHED = (
+    ("rollout", "num_generations"),
+    ("training", "critic_warmup_iterations"),
+    ("training", "shapers"),
+)
+TASKS = {COUNTDOWN: "Countdown", GRAPH: "Graph path", GRADED: "Countdown, partial credit"}
+
+
+@cache
+def read(folder: str, baseline: str) -> tuple[Results, Decisions]:
+    """A committed comparison against any of its recipes."""
+    about = read_about(RESULTS / folder)
+    records = read_records(RESULTS / folder / "runs")
+    results = arrange(records, with_baseline(about.names, baseline), about.seeds)
+    return results, decide(results)
+
+
+def comparisons(asked: tuple[tuple[str, str, str, str, str], ...]) -> str:
+    """A line per comparison: difference, interval, p, and whether that is clear."""
+    lines = []
+    for folder, name, baseline, metric, where in asked:
+        results, decisions = read(folder, baseline)
+        row = next(row for row in results.rows if row.name == name)
+        find = decisions.after if where == AFTER else decisions.at_equal_average
+        test = find(row, metric)
+        clear = "yes" if test is not None and test.clear else "no"
+        compared = f"`{name}` over `{baseline}`"
+        lines.append([TASKS[folder], compared, f"{metric} {where}", tested(metric, test), clear])
+    head = ["task", "compared", "read", "difference [95 %], p → corrected", "clear"]
+    return Table(head, lines).to_markdown()
+
+
+def longer_completions() -> str:
+    """The comparison with three seeds."""
+    return results_table(read("headline-long", "")[0]).to_markdown()
+
+
+def main_job() -> str:
+    """What README's first command measures before and after training."""
+    made = json.loads(MAIN_JOB.read_text(encoding="utf-8"))
+    names = ("avg@64", "pass@8", "pass@64")
+    lines = []
+    for run in made["runs"]:
+        pairs = [(100 * run["before"][name], 100 * run["after"][name]) for name in names]
+        cells = [f"{a:.1f} → {b:.1f} ({b - a:+.1f})" for a, b in pairs]
+        lines.append([str(run["seed"]), *cells, run["commit"][:7]])
+    return Table(["seed", *names, "commit"], lines).to_markdown()
+
+
+def ignorance() -> str:
+    """Rank correlations with the error of the value: mean ± sd over the seeds."""
+    runs = json.loads(IGNORANCE.read_text(encoding="utf-8"))
+    raw, given = "_error_correlation", "_error_partial_correlation"
+    kinds = (raw, given, f"{given}_given_position")
+    first = runs[0]["variant"]  # the critic is the same beside each statistic
+    rows = {
+        "spread of the quantiles": ("quantile_spread", [r for r in runs if r["variant"] == first])
+    }
+    for variant in dict.fromkeys(run["variant"] for run in runs):
+        rows[variant] = ("optimism_stat", [run for run in runs if run["variant"] == variant])
+    lines = []
+    for name, (of, some) in rows.items():
+        found = [[run[of + kind] for run in some] for kind in kinds]
+        cells = [f"{statistics.mean(v):+.2f} ± {statistics.stdev(v):.2f}" for v in found]
+        lines.append([name, str(len(some)), *cells])
+    head = ["statistic", "seeds", "raw", "partial given V", "given V and position"]
+    commits = ", ".join(sorted({str(run["commit"])[:7] for run in runs}))
+    return Table(head, lines).to_markdown() + f"\n\nMade at commit {commits}."
+
+
+def search() -> str:
+    """The trials of the search at equal averages, as tune/equal_average.py prints them."""
+    fronts = json.loads((RESULTS / "headline-search.json").read_text(encoding="utf-8"))
+    by = [f"{group}.{name}" for group, name in SEARCHED]
+    table = at_equal_average(fronts, by, [0.24, 0.26, 0.28])
+    printed = table.to_string(index=False, float_format="{:.3f}".format)
+    return f"```text\n{printed}\n```"
+
+
+TABLES = {
+    (ROOT / "README.md", "main job"): main_job,
+    (ROOT / "README.md", "comparisons"): lambda: comparisons(SHORT),
+    (ROOT / "docs" / "headline.md", "comparisons"): lambda: comparisons(LONG),
+    (ROOT / "docs" / "headline.md", "search"): search,
+    (ROOT / "docs" / "headline.md", "longer completions"): longer_completions,
+    (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
+}
+
+
+def keep_main_job(folders: list[Path]) -> None:
+    """Writes docs/results/main-job.json from run folders."""
+    runs = []
+    for folder in folders:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        found = json.loads((folder / "eval.json").read_text(encoding="utf-8"))
+        critic = found.get("critic", {})
+        runs.append(
+            {
+                "seed": meta["seed"],
+                "commit": meta["commit"],
+                **{key: found[key] for key in ("problems", "samples", "before", "after")},
+                "critic": {k: v for k, v in critic.items() if "explained_variance" in k},
+            }
+        )
+    command = "distrl train configs/countdown/distrl.toml run.seed=SEED"
+    kept = {"command": command, "runs": runs}
+    MAIN_JOB.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Writes every table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--main-job", type=Path, nargs="+", metavar="RUN")
+    options = parser.parse_args()
+    if options.main_job:
+        keep_main_job(options.main_job)
+    for (page, name), make in TABLES.items():
+        renew_table(page, make(), name)
+        print(f"Wrote {name} of {page.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
