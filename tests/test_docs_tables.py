@@ -17,17 +17,16 @@ COMPARISONS = {
 }
 
 
-@pytest.mark.parametrize(("page", "name"), TABLES, ids=lambda one: getattr(one, "stem", one))
+# A table of comparisons decides half a dozen pages and more: that takes its time.
+MADE = [
+    pytest.param(page, name, marks=[pytest.mark.slow] if name == "comparisons" else [])
+    for page, name in TABLES
+]
+
+
+@pytest.mark.parametrize(("page", "name"), MADE)
 def test_tables_are_those_of_the_committed_results(page: Path, name: str):
-    if name == "comparisons" and page.stem == "headline":
-        pytest.skip("the slow test below does it: half a minute")
     assert table_of(page, name) == TABLES[page, name]()
-
-
-@pytest.mark.slow
-def test_the_long_table_of_comparisons():
-    page = ROOT / "docs" / "headline.md"
-    assert table_of(page, "comparisons") == TABLES[page, "comparisons"]()
 
 
 @pytest.mark.slow

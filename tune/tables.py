@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rllib_distrl.comparison.decisions import Decisions, decide
 from rllib_distrl.comparison.outputs import read_about, renew_table, with_baseline
-from rllib_distrl.comparison.record import read_records
+from rllib_distrl.comparison.record import Record, read_records
 from rllib_distrl.comparison.results import Results, arrange
 from rllib_distrl.comparison.tables import Table, results_table, tested
 from rllib_distrl.sweeps.fronts import at_equal_average
@@ -67,11 +67,16 @@ TASKS = {COUNTDOWN: "Countdown", GRAPH: "Graph path", GRADED: "Countdown, partia
 
 
 @cache
+def committed(folder: str) -> list[Record]:
+    """The records of a comparison."""
+    return read_records(RESULTS / folder / "runs")
+
+
+@cache
 def read(folder: str, baseline: str) -> tuple[Results, Decisions]:
     """A committed comparison against any of its recipes."""
     about = read_about(RESULTS / folder)
-    records = read_records(RESULTS / folder / "runs")
-    results = arrange(records, with_baseline(about.names, baseline), about.seeds)
+    results = arrange(committed(folder), with_baseline(about.names, baseline), about.seeds)
     return results, decide(results)
 
 

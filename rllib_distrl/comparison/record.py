@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,12 @@ class Record:
         points = self._validated_with_average(metric)
         return self._fit(points).read(levels, [value for *_, value in points])
 
+    @cached_property
+    def _pools(self) -> FloatArray:
+        """(P, n) scores of the samples of each problem, ascending."""
+        counted = (np.asarray(one).T for one in self.scores)
+        return np.stack([np.repeat(score, count.astype(int)) for score, count in counted])
+
     @staticmethod
     def _fit(points: Sequence[Sequence[float]]) -> ValidationFit:
         return ValidationFit(tuple(t for t, *_ in points), tuple(a for _, a, _ in points))
@@ -133,8 +140,7 @@ class Record:
             return np.asarray(self.distinct, dtype=np.float64)
         if not self.scores:
             return None
-        counted = (np.asarray(one).T for one in self.scores)
-        scores = np.stack([np.repeat(score, count.astype(int)) for score, count in counted])
+        scores = self._pools
         match kind:
             case "avg":
                 return pass_k.average(scores)

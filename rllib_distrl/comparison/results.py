@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -73,12 +74,12 @@ class Results:
         """What the others are compared with."""
         return self.rows[0]
 
-    @property
+    @cached_property
     def metrics(self) -> list[str]:
         """The metrics of the finished runs, in their order; best@k only where scores are graded."""
         return self._without_twins(r.metrics for row in self.rows for r in row.records)
 
-    @property
+    @cached_property
     def main_metrics(self) -> list[str]:
         """avg@n, pass@8, pass@16, pass@n, best@k, distinct solutions, entropy, as far as known."""
         known, largest = self.metrics, self.samples
@@ -92,7 +93,7 @@ class Results:
         """Completions per problem of the evaluation."""
         return max(int(m.partition("@")[2]) for m in self.metrics if m.startswith("pass@"))
 
-    @property
+    @cached_property
     def validation_metrics(self) -> list[str]:
         """The metrics of the validations while training, by their k."""
         found = [v for row in self.rows for r in row.records for v in r.validation]

@@ -90,9 +90,7 @@ def _crossed_variance(of_seeds: float, table: FloatArray) -> tuple[float, float]
     seeds, problems = table.shape
     if problems < 2:
         return of_seeds, float(seeds - 1)
-    draws = np.random.default_rng(0).multinomial(
-        problems, np.full(problems, 1.0 / problems), size=_RESAMPLES
-    )
+    draws = _draws(problems)
     means = draws @ table.T / problems  # (R, S): each seed on problems drawn again
     unbiased = problems / (problems - 1)  # a resample varies by (P − 1) / P too little
     of_problems = means.mean(1).var(ddof=1) * unbiased
@@ -105,6 +103,14 @@ def _crossed_variance(of_seeds: float, table: FloatArray) -> tuple[float, float]
     parts += of_both**2 / ((seeds - 1) * (problems - 1))
     # Not below the seeds' own: an estimated variance of problems takes no knowledge away.
     return total, max(total**2 / parts, float(seeds - 1))
+
+
+@lru_cache(maxsize=8)
+def _draws(problems: int) -> FloatArray:
+    """(R, P) how often each problem is in a set of as many that are drawn again."""
+    law = np.full(problems, 1.0 / problems)
+    drawn = np.random.default_rng(0).multinomial(problems, law, size=_RESAMPLES)
+    return drawn.astype(np.float64)
 
 
 @dataclass(frozen=True)
