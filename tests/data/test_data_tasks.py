@@ -292,3 +292,42 @@ def _tokenizer():
     words = Tokenizer(WordLevel({c: i for i, c in enumerate(characters)}, unk_token="<unk>"))
     words.pre_tokenizer = Split(Regex(r"[\s\S]"), "isolated")
     return PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_the_longest_prompt_is_checked_before_anything_is_sampled(tmp_path, capsys):
+    rows = [{"problem": f"{n}" + " please" * (40 if n == 3 else 0), "answer": str(n)}
+            for n in range(6)]  # fmt: skip
+    config = {"data": str(_write(tmp_path / "a.jsonl", rows)), "holdout": 0.0,
+              "instruction": "{problem} boxed"}  # fmt: skip
+    options = {"task_config": config, "tokenizer": _tokenizer(), "max_completion_tokens": 10}
+    for limit in ({"max_prompt_tokens": 100}, {"max_prompt_tokens": 512, "window": 110}):
+        with pytest.raises(
+            ValueError, match=r"row 3 \(.*a.jsonl:4\) has 287 tokens;.* is 100"
+        ) as e:
+            TokenEnv("math", **options, **limit)
+        assert "on_long_prompt = 'skip'" in str(e.value)
+        env = TokenEnv("math", **options, **limit, on_long_prompt="skip")
+        assert "left out 1 of 6 problems" in capsys.readouterr().err
+        answers = [env.task.problem(row).data["answer"][0] for row in range(len(env.task))]
+        assert answers == ["0", "1", "2", "4", "5"]
+    assert len(TokenEnv("math", **options, max_prompt_tokens=287).task) == 6
+    with pytest.raises(ValueError, match="must be 'error' or 'skip'"):
+        TokenEnv("math", **options, on_long_prompt="cut")
+    with pytest.raises(ValueError, match="leaves no room for a prompt"):
+        TokenEnv("math", **options, window=10)
+
+
+def test_a_scorer_gets_a_row_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "own_scores.py").write_text(
+        "import sys\ndef grow(prompt, completion, row):\n    row['tags'].append(1)\n"
+        "    return float(len(row['tags']))\ndef leave(prompt, completion, row):\n    sys.exit(3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    path = str(_write(tmp_path / "rows.jsonl", [{"problem": "Write.", "tags": []}]))
+    task = make_whole("custom", data=path, score="own_scores:grow")
+    assert [task.grade(task.problem(0), "x").score for _ in range(2)] == [1.0, 1.0]
+    leaving = make_whole("custom", data=path, score="own_scores:leave")
+    with pytest.raises(ScoreError, match=r"row 0 \(.*rows.jsonl:1\).*SystemExit: 3"):
+        leaving.grade(leaving.problem(0), "x")
+    with pytest.raises(ValueError, match="module:name"):
+        make_whole("custom", data=path, score="./own_scores.py:grow")

@@ -12,7 +12,7 @@ from distrl_envs.tokenizers import small_tokenizer
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.stages.prompt_samplers import PromptRequest
-from tests.helpers import distrl_config
+from tests.helpers import COUNTDOWN, distrl_config
 
 PROMPTS = [PromptRequest(row, 0) for row in range(4)]
 
@@ -232,3 +232,12 @@ def test_a_scorer_that_fails_names_its_row(tmp_path, monkeypatch):
     assert report.episodes == []
     assert "row 1" in report.error.text and "rows.jsonl:2" in report.error.text
     assert "ZeroDivisionError" in report.error.text
+
+
+def test_an_evaluation_asks_no_training_problems_unless_told():
+    keys = {}
+    for split in (None, "train"):
+        env = (COUNTDOWN, {} if split is None else {"split": split})
+        runner = make_runner(env, in_evaluation=True)
+        keys[split] = {runner.token_env.unwrapped.task.split}
+    assert keys == {None: {"validation"}, "train": {"train"}}

@@ -44,3 +44,11 @@ def test_equivalent_answers_vote_together():
     together = pool_metrics([*grades, WRONG], lambda one, other: "/" in one and "/" in other)
     assert together["maj@4"] == pytest.approx(0.5)  # Two votes each.
     assert together["distinct_correct"] == 2.0
+
+
+def test_correct_is_what_the_task_says_and_votes_need_answers():
+    enough = Grade(0.7, "correct")  # correct_from = 0.5
+    metrics = pool_metrics([enough, Grade(-1.0, "wrong")], votes=False)
+    assert (metrics["pass@1"], metrics["pass@2"]) == (0.5, 1.0)
+    assert metrics["best@2"] == pytest.approx(0.7)
+    assert not [name for name in metrics if name.startswith("maj")]

@@ -59,6 +59,7 @@ def test_either_order_of_a_sum_is_one_problem_but_not_of_a_difference():
     [
         ("-> 5 6 7", "correct"),
         ("-> 567", "correct"),
+        ("→ 567.", "correct"),
         ("anything at all -> 9 -> 0 5 6 7\n", "correct"),
         ("-> 5 6 8", "wrong"),
         ("-> 5 6", "wrong"),

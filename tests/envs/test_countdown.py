@@ -105,6 +105,8 @@ def test_mutated_solutions_agree_with_an_independent_evaluator():
         ("3*4=12,9-7=2,12*2=24", "correct"),
         ("3 × 4 = 12\n9 − 7 = 2\n12 × 2 = 24\n", "correct"),
         ("3 * 4 = 12,\n9 - 7 = 2,\n\n2 * 12 = 24", "correct"),
+        (f"{SOLVED}.", "correct"),
+        (f"<answer>{SOLVED}</answer> I used <answer> and </answer> tags.", "correct"),
         ("So: <answer>1 + 1 = 2</answer> no, <answer>\n" + SOLVED + "\n</answer> done", "correct"),
         ("3 * 4 = 12 , 9 - 7 = 2", "wrong"),  # a number left over
         ("9 - 3 = 6 , 6 * 4 = 24", "wrong"),  # the target, but the 7 is left over

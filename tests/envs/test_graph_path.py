@@ -55,6 +55,7 @@ def test_prompt_by_hand():
         ("3 7 12", "correct"),
         ("3 5 12", "correct"),
         ("3 -> 7 -> 12", "correct"),
+        ("3→7→12.", "correct"),
         ("3, 5, 12\n", "correct"),
         ("First 3 to 7, then\n3->7->12", "correct"),
         ("3 12", "wrong"),  # no such edge

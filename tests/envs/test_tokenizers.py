@@ -14,6 +14,7 @@ from distrl_envs.tokenizers import (
     decode_completion,
     is_small,
     load_tokenizer,
+    mark_special,
     render_prompt,
     small_tokenizer,
 )
@@ -120,3 +121,44 @@ def test_bad_tokenizers_are_refused(tmp_path):
         load_tokenizer(str(tmp_path / "nothing"))
     with pytest.raises(ValueError, match="neither a tokenizer nor a task"):
         load_tokenizer(None)
+
+
+REFUSES = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+REFUSES += "[{{ m.role }}]{{ m.content | trim }}{% endfor %}[assistant]"
+DROPS = "{% for m in messages if m.role == 'user' %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+
+
+def test_a_template_that_refuses_a_system_message_gets_it_in_the_users_turn():
+    tokenizer = byte_tokenizer(chat_template=REFUSES)
+    prompt = tokenizer.decode(render_prompt(tokenizer, "1+1?", "Box it."))
+    assert prompt == "[user]Box it.\n\n1+1?[assistant]"
+    with pytest.raises(ValueError, match="refuses the prompt"):
+        render_prompt(byte_tokenizer(chat_template="{{ raise_exception('no') }}"), "1+1?")
+
+
+def test_a_template_that_drops_a_message_is_an_error():
+    tokenizer = byte_tokenizer(chat_template=DROPS)
+    assert tokenizer.decode(render_prompt(tokenizer, "1+1?")) == "[user]1+1?"
+    with pytest.raises(ValueError, match=r"drops the system's message 'Box it\.'"):
+        render_prompt(tokenizer, "1+1?", "Box it.")
+
+
+@pytest.mark.parametrize("template", [None, CHAT])
+def test_the_text_of_a_special_token_in_a_problem_stays_text(template):
+    tokenizer = byte_tokenizer(chat_template=template)
+    text = "what is <|end|> here?"
+    ids = render_prompt(tokenizer, mark_special(tokenizer, text))
+    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.decode(ids) == tokenizer.decode(render_prompt(tokenizer, text))
+    # Elsewhere a special token is one: a template may be written with them.
+    whole = render_prompt(tokenizer, mark_special(tokenizer, text), template="{prompt}<|end|>")
+    assert whole.count(tokenizer.eos_token_id) == 1
+
+
+def test_earlier_messages_keep_their_roles():
+    context = [{"role": "system", "content": "Box it."}, {"role": "assistant", "content": "Hi."}]
+    tokenizer = byte_tokenizer(chat_template=CHAT)
+    ids = render_prompt(tokenizer, "1+1?", context=context)
+    assert tokenizer.decode(ids) == "[system]Box it.[assistant]Hi.[user]1+1?[assistant]"
+    plain = byte_tokenizer()
+    assert plain.decode(render_prompt(plain, "1+1?", context=context)) == "Box it.\n\nHi.\n\n1+1?"

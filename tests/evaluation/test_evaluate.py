@@ -254,3 +254,30 @@ def test_a_model_in_a_folder_brings_its_tokenizer(tmp_path):
     by_name = evaluate_model(str(tmp_path), ENV_ID, {}, settings)
     assert_same_samples(by_name.frame, loaded.frame)
     assert by_name.info["weights"] == loaded.info["weights"]
+
+
+def test_training_problems_are_asked_only_where_that_is_said():
+    class Training(FirstNumber):
+        split = "train"
+
+    with pytest.raises(ValueError, match="serves the split 'train', but the evaluation asks for"):
+        evaluate_tiny(task=Training())
+    assert evaluate_tiny(task=Training(), settings=replace(SETTINGS, split="train")).problems == 12
+
+
+def test_a_corrected_gold_is_graded_anew(tmp_path, capsys):
+    class Corrected(FirstNumber):
+        def problem(self, row):
+            problem = super().problem(row)
+            return replace(problem, data={"low": not problem.data["low"]})
+
+    first = evaluate_tiny(tmp_path).frame
+    seen = []
+    second = evaluate_tiny(tmp_path, task=Corrected(), on_progress=seen.append).frame
+    assert seen[-1].samples == 0  # Nothing is drawn again.
+    answered = (first["status"] != "no_answer").to_numpy()
+    flipped = np.where(answered, 1.0 - first["score"].to_numpy(), 0.0)
+    assert second["score"].tolist() == flipped.tolist()
+    assert "Graded 96 stored samples anew" in capsys.readouterr().err
+    evaluate_tiny(tmp_path, task=Corrected())
+    assert "anew" not in capsys.readouterr().err

@@ -95,3 +95,19 @@ def test_missing_answers_do_not_form_a_majority():
     frame = samples([(1.0, "24", "stop"), (0.0, None, "length"), (0.0, None, "length")])
     for answers in (frame["answer"].astype(object), frame["answer"].astype("str")):
         assert per_problem(frame.assign(answer=answers), (3,))["maj@3"].tolist() == [1.0]
+
+
+def test_what_is_graded_correct_passes_whatever_its_score():
+    frame = samples([(0.7, "a", "stop"), (0.2, "b", "stop")])
+    frame["status"] = ["correct", "wrong"]  # correct_from = 0.5
+    table = per_problem(frame, (1, 2))
+    assert table["pass@1"].tolist() == [0.5] and table["pass@2"].tolist() == [1.0]
+    assert table["best@1"].tolist() == pytest.approx([0.45])
+    assert summarise(frame, (1,))["scores"] == [0.2, 0.7]
+
+
+def test_no_majority_where_grades_name_no_answers():
+    frame = samples([(1.0, None, "stop"), (0.0, None, "stop")])
+    assert "maj@1" in per_problem(frame, (1,))  # Of completions without an answer.
+    frame["status"] = ["correct", "wrong"]
+    assert not [name for name in per_problem(frame, (1, 2)) if name.startswith("maj")]

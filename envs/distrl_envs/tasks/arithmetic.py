@@ -73,10 +73,10 @@ class ArithmeticTask(GeneratedTask):
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
         """1.0 if the number after the last arrow is the result, else 0.0.
 
-        Digits may be apart; leading zeros do not matter; nothing may follow the number.
+        Digits may be apart; leading zeros do not matter; nothing but a full stop may follow.
         """
-        _, arrow, tail = completion.rpartition(ARROW)
-        found = ANSWER.fullmatch(tail.strip()) if arrow else None
+        _, arrow, tail = completion.replace("→", ARROW).rpartition(ARROW)
+        found = ANSWER.fullmatch(tail.strip().removesuffix(".")) if arrow else None
         # As text: turning a model's thousands of digits into an integer would raise.
         answer = "".join(found[0].split()).lstrip("0") or "0" if found else None
         if answer == str(problem.data["result"]):

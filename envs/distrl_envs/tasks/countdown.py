@@ -118,10 +118,11 @@ class CountdownTask(GeneratedTask):
         steps that are right before the first wrong one, plus, where all n-1 are right, 0.4 times
         max(0, 1 - |result - target| / 20).
 
-        The answer is the last text between answer tags, the whole completion without tags. Steps
-        are separated by commas or line ends; nothing else may stand beside them.
+        The answer is the last text between answer tags that holds a step, the whole completion
+        without tags. Steps are separated by commas or line ends; nothing but a full stop at the
+        end may stand beside them.
         """
-        text = _answer_text(completion.translate(SPELLINGS))
+        text = _answer_text(completion.translate(SPELLINGS)).rstrip().removesuffix(".")
         steps = _parse(text)
         answer = _text(steps) if steps is not None else None
         right, pool = _play(steps or (), problem.data["numbers"])
@@ -152,12 +153,13 @@ def _text(steps: Sequence[Step]) -> str:
 
 
 def _answer_text(completion: str) -> str:
-    """What stands between the last pair of answer tags, or everything where there is none."""
+    """What stands in the last answer tags with a step in them, or everything without tags."""
     opening, closing = TAGGED
-    start = completion.rfind(opening)
-    if start < 0:
+    _, *tagged = completion.split(opening)
+    if not tagged:
         return completion
-    return completion[start + len(opening) :].partition(closing)[0]
+    answers = [text.partition(closing)[0] for text in tagged]
+    return next((text for text in reversed(answers) if STEP.search(text)), answers[-1])
 
 
 def _parse(text: str) -> list[Step] | None:

@@ -109,7 +109,7 @@ class GraphPathTask(GeneratedTask):
 
         Nodes are separated by blanks, commas or arrows.
         """
-        last = completion.strip().rpartition("\n")[2].strip()
+        last = completion.strip().rpartition("\n")[2].replace("→", "->").strip().removesuffix(".")
         path = [int(node) for node in re.findall(NODE, last)] if PATH.fullmatch(last) else None
         answer = " ".join(map(str, path)) if path is not None else None
         if path is not None and _leads(path, problem.data):
