@@ -50,7 +50,7 @@ def probe_critic(
         groups = sample(algo, runner, rows, 1)
         scored = score(algo, groups, 1)
         episodes = [group[0] for group in groups]
-        seed = algo.config.seed or 0
+        seed = algo.config.seed
         cuts = [int(n) for n in np.random.default_rng(seed).integers([len(e) for e in episodes])]
         found: dict[str, float] = {"prefixes": len(rows), "continuations": continuations}
         if "value" not in scored[0]:

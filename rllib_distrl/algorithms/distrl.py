@@ -1,11 +1,17 @@
 """DistRL: PPO on a language model with a critic that knows the return distribution."""
 
 import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
 from ray.rllib.algorithms.algorithm import Algorithm
-from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core import (
+    COMPONENT_LEARNER,
+    COMPONENT_LEARNER_GROUP,
+    COMPONENT_RL_MODULE,
+    DEFAULT_MODULE_ID,
+)
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import (
@@ -18,12 +24,12 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
+from rllib_distrl.algorithms.cluster import check_cluster, why_no_runner_starts
 from rllib_distrl.algorithms.critic_pretraining import pretrain
 from rllib_distrl.algorithms.distrl_config import DistRLConfig
 from rllib_distrl.algorithms.dynamic_sampling import sample_informative
 from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.fresh_batches import FreshBatches
-from rllib_distrl.algorithms.gpus import check_cluster_gpus
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.learner_shards import update_learners
 from rllib_distrl.algorithms.probe_check import ProbeCheck
@@ -33,6 +39,7 @@ from rllib_distrl.algorithms.restoring import (
     check_restored,
     check_settings,
     module_settings,
+    saved_settings,
 )
 from rllib_distrl.algorithms.sampling import (
     SampledGroups,
@@ -40,6 +47,7 @@ from rllib_distrl.algorithms.sampling import (
     prompt_results,
 )
 from rllib_distrl.algorithms.scaling import check_scale
+from rllib_distrl.env_runners.contract import check_env, check_whole
 from rllib_distrl.learners.distrl_learner import TRAINING_ITERATION
 from rllib_distrl.learners.refusals import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.models.loading import resolve
@@ -60,6 +68,7 @@ class DistRL(Algorithm):
     config: Any
     learner_group: Any
     env_runner_group: Any
+    _built = False  # `on_algorithm_init` restores checkpoints before `setup` is done
 
     @classmethod
     def get_default_config(cls) -> DistRLConfig:
@@ -69,13 +78,17 @@ class DistRL(Algorithm):
     def setup(self, config: Any) -> None:
         """Builds runners and learners, and the prompt sampler that the driver owns."""
         resolve(self.config.model_config["model"])
-        check_cluster_gpus(self.config)
-        super().setup(config)
-        env: Any = self.env_creator(EnvContext(self.config.env_config, worker_index=0))
-        n_rows = len(env.unwrapped.task)
-        env.close()
+        check_cluster(self.config)
+        n_rows = self._check_task()
         sampler = registry.resolve(PROMPT_SAMPLER, self.config.prompt_sampler)
-        self.prompt_sampler = sampler(n_rows, self.config.seed or 0)
+        self.prompt_sampler = sampler(n_rows, self.config.seed)
+        self._critic_pretrained = self.config.critic_pretraining is None
+        self._refused_in_a_row = 0
+        try:
+            super().setup(config)
+        except IndexError as error:
+            self._explain_dead_runners(error)
+            raise
         self._check_probes = ProbeCheck(
             self.learner_group, self.config.model_config, self.config.sample_timeout_s
         )
@@ -83,10 +96,43 @@ class DistRL(Algorithm):
         self._batches = FreshBatches(self)
         # Another thread that scales waits for the end of the iteration.
         self._scaling = threading.RLock()
-        self._refused_in_a_row = 0
-        self._critic_pretrained = self.config.critic_pretraining is None
+        self._built = True
         self._sync_weights()
         self.between_iterations = True
+
+    def _check_task(self) -> int:
+        """The task's number of rows; makes the env here, where its errors reach the user whole."""
+        env: Any = self.env_creator(EnvContext(self.config.env_config, worker_index=0))
+        task = check_env(env).task
+        check_whole(env)
+        env.reset(options={"row": 0})
+        n_rows = len(task)
+        env.close()
+        return n_rows
+
+    def _explain_dead_runners(self, error: IndexError) -> None:
+        """Raises what kept all remote runners from starting, if that was it."""
+        config = self.evaluation_config or self.config
+        if config.num_env_runners and (why := why_no_runner_starts(config)):
+            raise RuntimeError(f"No env runner starts. {why}") from error
+
+    def train(self) -> dict[str, Any]:
+        """One iteration, with RLlib's evaluation and callbacks.
+
+        Raises:
+            RuntimeError: code of the user's called ``sys.exit``, which would end the job in
+                silence.
+        """
+        try:
+            return super().train()
+        except SystemExit as error:
+            frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+            if str(frame.f_globals.get("__name__")).startswith("ray."):
+                raise  # Ray ends this process.
+            raise RuntimeError(
+                f"sys.exit({error.code!r}) was called while training, by {frame.f_code.co_name}() "
+                f"in {frame.f_code.co_filename}:{frame.f_lineno}."
+            ) from error
 
     def training_step(self) -> None:
         """Samples, learns and syncs once; the first time the critic may learn beforehand.
@@ -103,6 +149,7 @@ class DistRL(Algorithm):
         overlap = self.config.rollout_settings.max_staleness > 0
         with self._scaling:
             self._check_refusals()
+            self._take_over_foreign_weights()
             if not self._critic_pretrained:
                 pretrain(self)
                 self._critic_pretrained = True
@@ -229,11 +276,34 @@ class DistRL(Algorithm):
     def _sync_weights(self) -> None:
         """Sends the policy to all runners, which prove that they have it."""
         self._fetch_weights()
-        self._send_weights()
+        if self._built:
+            self._send_weights()
 
     def _fetch_weights(self) -> None:
         dtype = self.config.rollout_settings.dtype
         self._latest = runner_weights(self.learner_group, dtype)
+        self._weights_stamp = self._learners_stamp()
+
+    def _learners_stamp(self) -> Any:
+        results = self.learner_group.foreach_learner(lambda learner: learner.weights_stamp)
+        return [result.get() for result in results]
+
+    def _take_over_foreign_weights(self) -> None:
+        """Syncs what somebody has put into the learners' modules since the last sync."""
+        if self._learners_stamp() == self._weights_stamp:
+            return
+        before = self._latest[1]
+        self._fetch_weights()
+        if self._latest[1] != before:
+            self._drop_batch()
+            self._send_weights()
+
+    def _drop_batch(self) -> None:
+        """Forgets a batch that is under way; its prompts are served again."""
+        if self._built and self._batches.under_way:
+            served = self._batches.prompts_learned
+            self._batches.drop()
+            self.prompt_sampler.set_state(served)
 
     def _send_weights(self) -> None:
         update, weights = self._latest
@@ -268,13 +338,29 @@ class DistRL(Algorithm):
         return state
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from ``state``."""
+        """Continues from ``state``, of this algorithm or another one of the same model.
+
+        Raises:
+            ValueError: for a state of another model or critic, with the difference.
+        """
+        check_settings(self.config, state.get(SETTINGS, {}), "The state")
+        self._drop_batch()
         super().set_state(state)
         self._refused_in_a_row = 0
         self._restored_weights = state.get(WEIGHTS)
         self._critic_pretrained = state.get(CRITIC_PRETRAINED, self._critic_pretrained)
         if PROMPT_SAMPLER in state:
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
+        if COMPONENT_LEARNER_GROUP in state:
+            self._sync_weights()
+
+    def set_weights(self, weights: dict[str, Any]) -> None:
+        """Takes over the weights that another algorithm's ``get_weights`` has given.
+
+        RLlib's own also calls a method of its env runners that has been removed (Ray 2.60).
+        """
+        learner = {COMPONENT_LEARNER: {COMPONENT_RL_MODULE: weights}}
+        self.set_state({COMPONENT_LEARNER_GROUP: learner})
 
     def restore_from_path(self, path: Any, *args: Any, **kwargs: Any) -> None:
         """Restores a checkpoint, also into an algorithm that has trained further.
@@ -286,8 +372,9 @@ class DistRL(Algorithm):
         whole = kwargs.get("component") is None
         if whole:
             filesystem = kwargs.get("filesystem")
-            check_settings(self.config, path, filesystem, self.STATE_FILE_NAME)
-        self._batches.drop()
+            saved = saved_settings(path, filesystem, self.STATE_FILE_NAME)
+            check_settings(self.config, saved, f"The checkpoint {path}")
+        self._drop_batch()
         self._restored_weights = None
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()

@@ -1,19 +1,25 @@
 """The configuration of DistRL: RLlib's builder methods and names, and the method's own."""
 
+import secrets
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 from pydantic import BaseModel
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.connectors.learner import LearnerConnectorPipeline
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils import from_config
 
 from rllib_distrl.algorithms.distrl_validation import validate_distrl
-from rllib_distrl.algorithms.language_model import env_settings
+from rllib_distrl.algorithms.language_model import (
+    env_settings,
+    set_env_settings,
+)
 from rllib_distrl.connectors.sequences_from_episodes import SequencesFromEpisodes
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.env_runners.contract import check_contract
 from rllib_distrl.modules.distrl_module import DistRLModule
-from rllib_distrl.recipe_schema import builder_parameters, check_names, check_value
+from rllib_distrl.recipe_schema import builder_parameters, check_names, check_value, nearest
 from rllib_distrl.settings import RolloutSettings, TrainingSettings, signature_of
 
 # Long generations take their time; RLlib's 60 s would drop them silently.
@@ -50,6 +56,7 @@ class DistRLConfig(AlgorithmConfig):
 
         super().__init__(algo_class=algo_class or DistRL)
         self._rollout: dict[str, Any] = {}
+        self._env_settings: dict[str, Any] = {}  # what `validate` has put into env_config
         self._set_runner_defaults()
         for name, value in TrainingSettings.defaults().items():
             setattr(self, name, value)
@@ -70,8 +77,6 @@ class DistRLConfig(AlgorithmConfig):
         self.sample_timeout_s = SAMPLE_TIMEOUT_S
         self.num_consecutive_env_runner_failures_tolerance = FAILURES_TOLERANCE
         self.evaluation_unhealthy_workers_timeout_s = EVALUATION_WAIT_S
-        self.add_default_connectors_to_learner_pipeline = False
-        self._learner_connector = _sequences_from_episodes
 
     def training(self, **settings: Any) -> Self:
         """Sets the method: the fields of `TrainingSettings`; others are RLlib's own.
@@ -143,23 +148,60 @@ class DistRLConfig(AlgorithmConfig):
 
         return DistRLLearner
 
+    def build_learner_connector(
+        self, input_observation_space: Any, input_action_space: Any, device: Any = None
+    ) -> LearnerConnectorPipeline:
+        """The pipeline from episodes to the train batch.
+
+        As with RLlib's defaults, the pieces of ``training(learner_connector=...)`` come first,
+        where they may change the episodes, and `SequencesFromEpisodes` makes the batch of these.
+        Pieces that change the batch follow a `SequencesFromEpisodes` of their own:
+        ``lambda obs, act: [SequencesFromEpisodes(obs, act), MyConnector(obs, act)]``.
+        """
+        custom = self.copy(copy_frozen=False)
+        custom.add_default_connectors_to_learner_pipeline = False
+        pipeline: Any = AlgorithmConfig.build_learner_connector(
+            custom, input_observation_space, input_action_space, device
+        )
+        if not any(isinstance(piece, SequencesFromEpisodes) for piece in pipeline.connectors):
+            if not self.add_default_connectors_to_learner_pipeline:
+                raise ValueError(
+                    "add_default_connectors_to_learner_pipeline is False, and learner_connector "
+                    "has no SequencesFromEpisodes, which makes the batch. Add it, or leave "
+                    "add_default_connectors_to_learner_pipeline out."
+                )
+            pipeline.append(SequencesFromEpisodes(input_observation_space, input_action_space))
+        return pipeline
+
     def validate(self) -> None:
         """Checks everything that can be checked before anything starts.
+
+        Without a seed one is drawn here, so that every process has the same.
 
         Raises:
             ValueError: with what was got, what is allowed and what to do.
         """
+        check_contract(self, ours=True)
+        _check_attributes(self)
         take_settings(self)
         super().validate()
         validate_distrl(self)
-        self.env_config = {
-            **self.env_config,
-            **env_settings(self.model_config["model"], self.rollout_settings, "token"),
-        }
+        if self.seed is None:
+            self.seed = secrets.randbelow(2**31)
+        settings = env_settings(self.model_config["model"], self.rollout_settings, "token")
+        set_env_settings(self, settings)
 
 
-def _sequences_from_episodes(observation_space: Any, action_space: Any) -> SequencesFromEpisodes:
-    return SequencesFromEpisodes(observation_space, action_space)
+def _check_attributes(config: DistRLConfig) -> None:
+    """Refuses what `update_from_dict` and plain assignments have added: nobody reads it."""
+    known = vars(type(config)())
+    # RLlib leaves `class` behind when it copies a configuration (Ray 2.60).
+    for name in vars(config).keys() - known.keys() - {"class"}:
+        if name in RolloutSettings.model_fields:
+            hint = f"Use rollout({name}=...)."
+        else:
+            hint = f"Did you mean {nearest(name, known)!r}?"
+        raise ValueError(f"The configuration has no setting {name!r}. {hint}")
 
 
 def take_settings(config: DistRLConfig) -> None:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 from ray.rllib.utils.schedules.scheduler import Scheduler
 
-from rllib_distrl.algorithms.gpus import check_runner_gpus
+from rllib_distrl.algorithms.cluster import check_runner_gpus
 from rllib_distrl.algorithms.language_model import check_export, check_rate, check_window
 from rllib_distrl.algorithms.unread_settings import check_all_settings_are_read
 from rllib_distrl.learners.method import OPTIMISM

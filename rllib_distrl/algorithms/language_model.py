@@ -1,5 +1,6 @@
 """Wiring a language model into any `AlgorithmConfig`, ours or RLlib's own."""
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -7,18 +8,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import gymnasium
 import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
+from ray.tune.registry import ENV_CREATOR, _global_registry
 from transformers import GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from rllib_distrl.algorithms.gpus import check_runner_gpus
+from rllib_distrl.algorithms.cluster import check_runner_gpus
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.env_runners.contract import check_contract
 from rllib_distrl.models.lm_parts import trunk_name
 from rllib_distrl.models.loading import (
     eos_token_ids,
@@ -31,6 +35,7 @@ from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.causal_lm_module import POLICY_PREFIX, CausalLMModule
 from rllib_distrl.modules.critic_folder import HEAD, TRUNK, save_critic
 from rllib_distrl.modules.lora import check_lora
+from rllib_distrl.recipe_schema import check_environment
 from rllib_distrl.settings import RolloutSettings
 
 BUILTIN_PREFIX = "builtin:"
@@ -80,12 +85,10 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     if hasattr(config, "rollout_settings"):
         config.rl_module(model_config={**config._model_config, "model": model})
         return config.rollout(**rollout.to_dict())
-    config.environment(
-        env_config={
-            **config.env_config,
-            **env_settings(model, rollout, obs_mode="incremental"),
-        }
-    )
+    _check_algorithm(config)
+    check_contract(config)
+    set_env_settings(config, env_settings(model, rollout, obs_mode="incremental"))
+    _check_minibatches(config, rollout)
     check_runner_gpus(config)
     check_export(model)
     check_rate("lr", config.lr)
@@ -144,6 +147,62 @@ def check_rate(name: str, rate: Any) -> None:
         value = point[-1] if isinstance(point, (list, tuple)) and point else point
         if isinstance(value, (int, float)) and not 0 <= value <= 1:
             raise ValueError(f"{name} is {rate}; each rate of a schedule must lie in [0, 1].")
+
+
+def set_env_settings(config: Any, settings: dict[str, Any]) -> None:
+    """Puts what follows from model and rollout into ``config.env_config``.
+
+    Args:
+        config: any `AlgorithmConfig`.
+        settings: of `env_settings`.
+
+    Raises:
+        ValueError: for an unknown environment or key, and where ``env_config`` says something else
+            than ``settings``.
+    """
+    given, before = config.env_config, getattr(config, "_env_settings", {})
+    for name, value in settings.items():
+        got = given.get(name, value)
+        if got != value and got != before.get(name, value):
+            remedy = "Remove it from env_config: it follows from the model."
+            if name == "max_completion_tokens":
+                remedy = f"Say it once: rollout({name}={got!r}), [rollout] {name} in a recipe."
+            raise ValueError(
+                f"env_config has {name}={got!r:.80}, but the rollout has {value!r:.80}. {remedy}"
+            )
+    if config.env is None or _gymnasium_makes(config.env):
+        of_make = inspect.signature(gymnasium.make).parameters.keys()
+        own = {name: value for name, value in given.items() if name not in of_make}
+        check_environment({"env": config.env, "env_config": own})
+    config._env_settings = settings
+    config.env_config = {**given, **settings}
+
+
+def _gymnasium_makes(env: Any) -> bool:
+    return isinstance(env, str) and not _global_registry.contains(ENV_CREATOR, env)
+
+
+def _check_algorithm(config: Any) -> None:
+    """Refuses RLlib's algorithms that do not sample from a stochastic policy of tokens."""
+    from ray.rllib.algorithms.impala import IMPALAConfig
+    from ray.rllib.algorithms.ppo import PPOConfig
+
+    if not isinstance(config, PPOConfig | IMPALAConfig):
+        name = getattr(config.algo_class, "__name__", type(config).__name__)
+        raise ValueError(
+            f"{name} cannot train a language model here: it must learn from whole episodes of a "
+            "stochastic policy over tokens. Use one of ours, or RLlib's PPO, APPO or IMPALA."
+        )
+
+
+def _check_minibatches(config: Any, rollout: RolloutSettings) -> None:
+    """RLlib's PPO counts timesteps, and rows of whole episodes: below one there is no minibatch."""
+    size, longest = getattr(config, "minibatch_size", None), rollout.max_completion_tokens + 1
+    if size is not None and not getattr(config, "vtrace", False) and size < longest:
+        raise ValueError(
+            f"minibatch_size is {size}, but RLlib counts timesteps here, and one row of a batch "
+            f"has {longest} (max_completion_tokens + 1). Set minibatch_size >= {longest}."
+        )
 
 
 def check_window(model: str, max_completion_tokens: int) -> None:

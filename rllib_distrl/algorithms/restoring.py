@@ -1,6 +1,7 @@
 """What is checked when a checkpoint is restored. RLlib (Ray 2.60) checks nothing of it."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,24 +34,35 @@ def module_settings(config: Any) -> dict[str, Any]:
     return found
 
 
-def check_settings(config: Any, path: Any, filesystem: Any, state_file: str) -> None:
-    """Refuses a checkpoint of another model or critic before anything is loaded from it.
+def saved_settings(path: Any, filesystem: Any, state_file: str) -> dict[str, Any]:
+    """The `module_settings` in a checkpoint; empty where it was written without them.
 
     Args:
-        config: of the algorithm that is to be restored.
         path: folder or URI of an algorithm's checkpoint.
         filesystem: pyarrow's, for a ``path`` on it; None: found from the path.
         state_file: name of the file with the algorithm's own state, without its ending.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
-        ValueError: with every setting that differs.
     """
     if filesystem is None:
         filesystem, path = pyarrow.fs.FileSystem.from_uri(str(path))
     file = (Path(path) / state_file).with_suffix(".pkl").as_posix()
     with filesystem.open_input_stream(file) as stream:
-        saved = pickle.load(stream).get(SETTINGS, {})
+        return pickle.load(stream).get(SETTINGS, {})
+
+
+def check_settings(config: Any, saved: Mapping[str, Any], what: str) -> None:
+    """Refuses the state of another model or critic before anything is loaded from it.
+
+    Args:
+        config: of the algorithm that is to be restored.
+        saved: the `module_settings` that it was made with.
+        what: how the message calls it.
+
+    Raises:
+        ValueError: with every setting that differs.
+    """
     present = module_settings(config)
     lines = [
         f"  {name}: {saved[name]!r} in the checkpoint, {present[name]!r} now"
@@ -59,7 +71,7 @@ def check_settings(config: Any, path: Any, filesystem: Any, state_file: str) -> 
     ]
     if lines:
         raise ValueError(
-            f"The checkpoint {path} is of another configuration:\n"
+            f"{what} is of another configuration:\n"
             + "\n".join(lines)
             + "\nRestore it with the settings that it was made with."
         )

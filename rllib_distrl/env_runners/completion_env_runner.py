@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -23,6 +24,12 @@ from distrl_envs.user_code import named, report
 from rllib_distrl.engines.engine import Completion, Request, RolloutEngine, SamplingParams
 from rllib_distrl.engines.handshake import Probe, check_engine, take_probe
 from rllib_distrl.engines.make_engine import make_engine
+from rllib_distrl.env_runners.contract import (
+    TruncatedError,
+    check_contract,
+    check_env,
+    whole_completions,
+)
 from rllib_distrl.env_runners.episodes import build_episode, play, play_watched
 from rllib_distrl.env_runners.pools import pool_metrics
 from rllib_distrl.stages.prompt_samplers import PromptRequest
@@ -88,10 +95,6 @@ class CallbackError(RuntimeError):
     """A user's callback failed. What it raised is the `__cause__`."""
 
 
-class TruncatedError(ValueError):
-    """An env has cut a completion where whole ones are needed."""
-
-
 def _watches_episodes(config: Any, callbacks: Sequence[RLlibCallback]) -> bool:
     """Whether a callback wants to see episodes before they end; then they are played slower."""
     names = ("on_episode_created", "on_episode_start", "on_episode_step")
@@ -112,10 +115,7 @@ def _refuse_truncated(episodes: Sequence[SingleAgentEpisode]) -> None:
         if episode.is_truncated:
             raise TruncatedError(
                 f"The environment truncated row {episode.infos[0]['row']} after {len(episode)} "
-                "tokens, as the wrapper TimeLimit does (max_episode_steps). Our algorithms learn "
-                "from whole, graded completions only. Remove the wrapper and set "
-                f"[rollout] max_completion_tokens={len(episode)}: completions of that length end "
-                "there and are graded as they stand."
+                f"tokens, as the wrapper TimeLimit does. {whole_completions(len(episode))}"
             )
 
 
@@ -158,6 +158,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
 
     def __init__(self, *, config: Any, **kwargs: Any):
         """Builds env, module and engine as ``config`` says."""
+        if not kwargs.get("worker_index"):  # The driver's: its errors reach the user as they are.
+            check_contract(config)
         torch.set_num_threads(int(config.model_config["rollout"]["torch_threads"]))
         if config.in_evaluation:
             config = _off_training_problems(config)
@@ -167,8 +169,15 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         self.engine = None if self.env is None else self._make_engine()
         self._load_engine()
         self._check_engine()
+        # Our algorithms always have a seed; see `DistRLConfig.validate`.
+        self._sampling_seed = secrets.randbelow(2**31) if config.seed is None else config.seed
         self._drawn = 0  # prompts that this runner chose by itself
         self._watched = _watches_episodes(config, self._callbacks)
+
+    def make_env(self) -> None:
+        """Makes the envs; the innermost must be a `TokenEnv`."""
+        super().make_env()
+        check_env(self.token_env)
 
     def make_module(self) -> None:
         """Builds the module on the CPU, also where the engine has a GPU: it only hands weights on.
@@ -373,7 +382,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         return episodes
 
     def _requests(self, prompts: Sequence[PromptRequest], num_generations: int) -> list[Request]:
-        seed = (self.config.seed or 0) + (_EVALUATION_SEED_OFFSET * self.config.in_evaluation)
+        seed = self._sampling_seed + (_EVALUATION_SEED_OFFSET * self.config.in_evaluation)
         if not prompts:
             return []
         requests = []

@@ -88,6 +88,11 @@ class DistRLLearner(TorchLearner):
         return self._refusals.last
 
     @property
+    def weights_stamp(self) -> int:
+        """Another number after each change of the weights, whoever has made it."""
+        return sum(parameter._version for parameter in self._policy_module.parameters())
+
+    @property
     def _policy_module(self) -> Any:
         return self._module[DEFAULT_MODULE_ID].unwrapped()
 
@@ -109,8 +114,10 @@ class DistRLLearner(TorchLearner):
 
         Ray 2.60 keeps the newer weights in that case (core/learner/learner.py, set_state).
         """
-        self._weights_seq_no = 0
+        version, self._weights_seq_no = self._weights_seq_no, 0
         super().set_state(state)
+        if WEIGHTS_SEQ_NO not in state:  # Weights alone.
+            self._weights_seq_no = version
         self._refusals.in_a_row = 0
         for name, part in self._stateful_parts.items():
             if name in state:

@@ -1,0 +1,139 @@
+"""What a configuration asks the cluster for, against what Ray would do with that in silence."""
+
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import GetTimeoutError, RayError
+
+
+def check_runner_gpus(config: Any) -> None:
+    """Refuses GPUs for runners that would sample on the CPU.
+
+    Ray 2.60 gives the runner in the driver's process the CPU, whatever ``num_gpus_per_env_runner``
+    says (env/single_agent_env_runner.py, __init__).
+
+    Args:
+        config: an `AlgorithmConfig`, ours or stock; that of an evaluation passes.
+
+    Raises:
+        ValueError: for runners of training or of evaluation in the driver's process.
+    """
+    if config.in_evaluation:
+        return
+    evaluation = _gpus_per_evaluation_runner(config) if config.evaluation_interval else 0
+    for name, number in (
+        ("num_env_runners", config.num_gpus_per_env_runner),
+        ("evaluation_num_env_runners", evaluation),
+    ):
+        if number and not getattr(config, name):
+            where = " in evaluation_config" if name.startswith("evaluation") else ""
+            raise ValueError(
+                f"num_gpus_per_env_runner is {number:g}, but {name} is 0: the runner in the "
+                f"driver's process samples on the CPU. Set {name} >= 1, or "
+                f"num_gpus_per_env_runner = 0{where}."
+            )
+
+
+def check_cluster(config: Any) -> None:
+    """Refuses to wait for CPUs, GPUs and other resources that the cluster does not have.
+
+    Ray keeps actors waiting, without an end, for what no node offers. Where an autoscaler adds
+    nodes ([rollout] max_env_runners is set), they may come.
+
+    Args:
+        config: an `AlgorithmConfig` that is about to be built; Ray is running.
+
+    Raises:
+        ValueError: where there are fewer than learners and runners need.
+    """
+    if not config.num_learners and config.num_gpus_per_learner and not torch.cuda.is_available():
+        raise ValueError(
+            f"num_gpus_per_learner is {config.num_gpus_per_learner:g} and num_learners is 0: this "
+            "process learns, and PyTorch sees no GPU in it. Set num_learners >= 1 where other "
+            "nodes have GPUs, or num_gpus_per_learner = 0."
+        )
+    if config.model_config["rollout"]["max_env_runners"]:
+        return
+    present = ray.cluster_resources()
+    parts = {"learners": _learner_needs(config), **_runner_needs(config)}
+    for resource in {name: None for needs in parts.values() for name in needs}:
+        needs = {who: part[resource] for who, part in parts.items() if part.get(resource)}
+        total = sum(needs.values())
+        if total > present.get(resource, 0):
+            asked = " and ".join(f"{number:g} for {who}" for who, number in needs.items())
+            name = {"CPU": "cpus", "GPU": "gpus"}.get(resource, resource)
+            raise ValueError(
+                f"{asked}: that many {resource}s were asked for, and the cluster has "
+                f"{present.get(resource, 0):g}; Ray would wait for the others without an end. "
+                f"Lower num_{name}_per_learner or num_{name}_per_env_runner (parts of one are "
+                "allowed), or the number of actors. Where an autoscaler adds nodes, set "
+                "[rollout] max_env_runners."
+            )
+
+
+def _learner_needs(config: Any) -> dict[str, float]:
+    cpus = config.num_cpus_per_learner
+    if cpus == "auto":  # As RLlib has it (Ray 2.60, algorithms/utils.py).
+        cpus = 0 if config.num_gpus_per_learner else 1
+    each = {
+        "CPU": cpus,
+        "GPU": config.num_gpus_per_learner,
+        **(config.custom_resources_per_learner or {}),
+    }
+    return {name: config.num_learners * number for name, number in each.items()}
+
+
+def _runner_needs(config: Any) -> dict[str, dict[str, float]]:
+    each = {
+        "CPU": config.num_cpus_per_env_runner,
+        "GPU": config.num_gpus_per_env_runner,
+        **(config.custom_resources_per_env_runner or {}),
+    }
+    evaluation = dict(config.evaluation_config or {})
+    of_evaluation = {
+        **each,
+        "CPU": evaluation.get("num_cpus_per_env_runner", each["CPU"]),
+        "GPU": _gpus_per_evaluation_runner(config),
+    }
+    return {
+        "env runners": {k: config.num_env_runners * number for k, number in each.items()},
+        "evaluation": {
+            k: config.evaluation_num_env_runners * number for k, number in of_evaluation.items()
+        },
+    }
+
+
+def _gpus_per_evaluation_runner(config: Any) -> float:
+    own = dict(config.evaluation_config or {})
+    return own.get("num_gpus_per_env_runner", config.num_gpus_per_env_runner)
+
+
+def why_no_runner_starts(config: Any) -> str | None:
+    """Starts one more env runner to see why none has started: RLlib (Ray 2.60) forgets it.
+
+    Args:
+        config: of the runners.
+
+    Returns:
+        The error in the runner's constructor, with its traceback; None if it has started.
+    """
+    actor = (
+        ray.remote(config.env_runner_cls)
+        .options(
+            num_cpus=config.num_cpus_per_env_runner,
+            num_gpus=config.num_gpus_per_env_runner,
+            resources=config.custom_resources_per_env_runner,
+            max_restarts=0,
+        )
+        .remote(config=config, worker_index=1, num_workers=config.num_env_runners)
+    )
+    try:
+        ray.get(actor.ping.remote(), timeout=config.env_runner_health_probe_timeout_s)
+    except GetTimeoutError:
+        return None
+    except RayError as error:
+        return str(error)
+    finally:
+        ray.kill(actor)
+    return None

@@ -1,0 +1,125 @@
+"""States and weights of other algorithms by every way of RLlib; errors of runners and callbacks."""
+
+import numpy as np
+import pytest
+
+from rllib_distrl.algorithms.sampling import SamplingError
+from tests.helpers import distrl_config
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+MODULE = "learner_group/learner/rl_module/default_policy"
+
+
+def weights(algo):
+    return algo.learner_group.get_weights()["default_policy"]
+
+
+def assert_same_weights(one, other):
+    assert weights(one).keys() == weights(other).keys()
+    for name, value in weights(one).items():
+        np.testing.assert_array_equal(value, weights(other)[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def donor(ray_session, tmp_path_factory):
+    algo = distrl_config().build_algo()
+    algo.train()
+    algo.path = algo.save_to_path(str(tmp_path_factory.mktemp("donor")))
+    yield algo
+    algo.stop()
+
+
+def held(algo):
+    """Hash of what the local runner samples with."""
+    return algo.env_runner.held_weights().hash
+
+
+def test_a_state_goes_on_where_it_was_taken(donor, build):
+    """Whoever continues samples and learns the same."""
+    restored = build(distrl_config())
+    restored.restore_from_path(donor.path)
+    taken = build(distrl_config().env_runners(num_env_runners=1))
+    taken.train()
+    taken.train()  # The state is older than these weights.
+    taken.set_state(restored.get_state())
+    results = [algo.train() for algo in (restored, taken)]
+    assert [result["training_iteration"] for result in results] == [2, 2]
+    assert_same_weights(restored, taken)
+    with pytest.raises(ValueError, match=r"n_quantiles: 16 in the checkpoint, 4 now"):
+        build(distrl_config(n_quantiles=4)).set_state(donor.get_state())
+
+
+@pytest.mark.parametrize("way", ["set_weights", "learner_group", "module", "component"])
+def test_weights_alone_reach_the_runners(donor, build, way):
+    algo = build(distrl_config().debugging(seed=7))
+    algo.train()
+    given = donor.get_weights()
+    if way == "set_weights":
+        algo.set_weights(given)
+    elif way == "learner_group":
+        algo.learner_group.set_state({"learner": {"rl_module": given}})
+    elif way == "module":
+        algo.learner_group.foreach_learner(lambda learner: learner.module.set_state(given))
+    else:
+        algo.restore_from_path(f"{donor.path}/{MODULE}", component=MODULE)
+    assert_same_weights(algo, donor)
+    result = algo.train()
+    mismatch = result["learners"]["default_policy"]["logp_mismatch_max"]
+    assert mismatch == pytest.approx(1.0, abs=1e-4)
+    assert held(algo) != held(donor)  # It has learned since.
+
+
+@pytest.mark.parametrize("component", [None, MODULE])
+def test_a_callback_may_restore_when_the_algorithm_begins(donor, build, component):
+    path = donor.path if component is None else f"{donor.path}/{component}"
+
+    def restore(*, algorithm, **kwargs):
+        algorithm.restore_from_path(path, component=component)
+
+    algo = build(distrl_config().callbacks(on_algorithm_init=restore))
+    assert_same_weights(algo, donor)
+    assert held(algo) == held(donor)
+    assert algo.iteration == (1 if component is None else 0)
+    assert algo.train()["training_iteration"] == algo.iteration
+
+
+def test_more_actors_than_cpus_are_refused():
+    words = "5 for env runners: that many CPUs were asked for, and the cluster has 2"
+    with pytest.raises(ValueError, match=words):
+        distrl_config().env_runners(num_env_runners=5).build_algo()
+    mixed = distrl_config().env_runners(num_env_runners=1).learners(num_learners=1)
+    mixed.evaluation(evaluation_interval=1, evaluation_num_env_runners=1)
+    with pytest.raises(ValueError, match="1 for learners and 1 for env runners and 1 for eval"):
+        mixed.build_algo()
+
+
+@pytest.mark.slow
+def test_a_runner_that_cannot_start_shows_its_own_error():
+    def fail(*, env_context, **kwargs):
+        if env_context.worker_index:
+            raise KeyError("no camera here")
+
+    config = distrl_config().env_runners(num_env_runners=1)
+    with pytest.raises(RuntimeError, match=r"(?s)No env runner starts\..*in fail.*no camera here"):
+        config.callbacks(on_environment_created=fail).build_algo()
+
+
+def exits(**kwargs):
+    raise SystemExit(3)
+
+
+def test_an_exit_in_a_callback_is_an_error(build):
+    algo = build(distrl_config().callbacks(on_train_result=exits))
+    with pytest.raises(RuntimeError, match=rf"sys.exit\(3\) .* by exits\(\) in {__file__}:\d+"):
+        algo.train()
+
+
+def test_an_error_in_user_code_ends_the_iteration_at_once_from_a_remote_runner_too(build):
+    def fail(*, episode, **kwargs):
+        raise KeyError(episode.infos[0]["row"])
+
+    algo = build(distrl_config().env_runners(num_env_runners=1).callbacks(on_episode_end=fail))
+    with pytest.raises(SamplingError, match=r"(?s)on_episode_end failed on row .*in fail") as error:
+        algo.train()
+    assert str(error.value).count("KeyError: ") == 1
+    assert algo.fleet.counts["num_failed_env_runners"] == 0
