@@ -213,6 +213,22 @@ RIGHT = {
         "    def __add__(self, o): return P(self.x + o.x)",
         ["assert P(1) + P(2) == P(3)"],
     ),
+    "members of an enumeration": (
+        "from enum import Enum\nclass C(Enum):\n    R = 1\ndef f(): return C.R",
+        ["assert f() == C.R", "assert f().name == 'R'", "assert C.R.value == 1"],
+    ),
+    "files of the test": (
+        "def f(path): return open(path).read()",
+        ["with open('a', 'w') as file: file.write('x')\nassert f('a') == 'x'"],
+    ),
+    "a tree": (
+        "class Node:\n    def __init__(self, v, l=None): self.v, self.l = v, l\n"
+        "def f(t): return t.v + f(t.l) if t else 0",
+        ["root = Node(1, Node(2))\nassert f(root) == 3\nassert root.l.v == 2",
+         "class N:\n    v, l = 3, None\nassert f(N()) == 3"],
+    ),
+    "a coroutine": ("async def f(x): return 2 * x",
+                    ["import asyncio\nassert asyncio.run(f(2)) == 4"]),
     "functions handed over": ("def f(g, x): return g(x)",
                               ["assert f(lambda x: 2 * x, 2) == 4",
                                "import math\nassert f(math.sqrt, 4) == 2.0",
@@ -351,6 +367,9 @@ FAULTS = [
     (["y = 4\nassert y == 4"], None, "nothing of the program"),
     (["import no_such_module\nassert f(2) == 4"], None, "no_such_module"),
     (["return f(2)"], None, "no Python"),
+    (["async def test_f(): assert f(2) == 4"], None, "asynchronous"),
+    (["def test_f(tmp_path): assert f(2) == 4"], None, "fixtures"),
+    (["assert f(" + "-" * 5000 + "2) == 4"], None, "no Python|too deep"),
     ([{"input": [2], "output": {1, 2}}], "f", "JSON"),
     ([{"input": [b"a"], "output": 2}], "f", "JSON"),
     ([{"input": [2], "output": 4}], "f(2)", "entry_point"),

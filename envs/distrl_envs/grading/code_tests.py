@@ -26,7 +26,8 @@ ENTRY_POINT = re.compile(r"[^\W\d]\w*(\(\))?(\.[^\W\d]\w*(\(\))?)*")
 BUILTINS = frozenset(dir(builtins)) | {"__name__", "__file__", "__doc__"}
 IN_CHILD_NAMES = {
     "eval", "exec", "compile", "globals", "locals", "vars", "redirect_stdout", "redirect_stderr",
-    "patch", "mock", "capsys", "monkeypatch", "inspect", "asyncio", "StringIO", "gc", "tracemalloc",
+    "open", "tempfile", "pathlib", "Path", "shutil", "patch", "mock", "capsys", "monkeypatch",
+    "inspect", "asyncio", "StringIO", "gc", "tracemalloc",
 }  # fmt: skip
 """What a test can use only where the program itself is."""
 IN_CHILD_ATTRIBUTES = {"stdout", "stderr", "stdin", "redirect_stdout", "mock", "StringIO"}
@@ -216,6 +217,7 @@ class Statement:
             )
         if not self.names and not self._check:
             raise ValueError(f"Got the test {source!r:.200}, which uses nothing of the program.")
+        _refuse_what_is_never_run(tree)
         _refuse_missing_modules(tree)
         self.in_child = _why_in_child(tree, self.names)
         marked = ast.fix_missing_locations(_Counting(self.names).visit(tree))
@@ -316,6 +318,23 @@ def _to_run(tree: ast.Module) -> tuple[list[str], list[str]]:
         and (node.name.startswith("Test") or "TestCase" in "".join(map(ast.unparse, node.bases)))
     ]  # fmt: skip
     return functions, classes
+
+
+def _refuse_what_is_never_run(tree: ast.Module) -> None:
+    """Test functions that only a test runner of another kind could call."""
+    for node in tree.body:
+        if isinstance(node, ast.AsyncFunctionDef) and node.name.startswith("test"):
+            raise ValueError(
+                f"Got the asynchronous test {node.name}, which is not run: call it by asyncio.run."
+            )
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            needed = len(node.args.args) - len(node.args.defaults)
+            marked = "parametrize" in "".join(map(ast.unparse, node.decorator_list))
+            if needed > 0 and not marked and not _is_called(tree, node.name):
+                raise ValueError(
+                    f"Got the test {node.name}, which takes {node.args.args[0].arg!r}, but there "
+                    "are no fixtures here: call it, or give it pytest.mark.parametrize."
+                )
 
 
 def _takes_candidate(tree: ast.AST) -> str | None:
@@ -452,7 +471,11 @@ def _needs_child(
             for side in sides
         ):  # fmt: skip
             return "it asks whether two objects are one"
-        if any(_is_instance(side, program, instances) for side in sides):
+        constant = any(isinstance(side, ast.Constant) for side in sides)
+        if any(
+            _is_instance(side, program, instances) or (_is_member(side, program) and not constant)
+            for side in sides
+        ):
             return "it compares objects of the program"
     if not isinstance(node, ast.Call):
         return None
@@ -511,6 +534,14 @@ def _is_instance(node: ast.AST, program: frozenset[str], instances: set[str]) ->
     return (
         isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         and node.func.id in program and node.func.id[:1].isupper()
+    )  # fmt: skip
+
+
+def _is_member(node: ast.AST, program: frozenset[str]) -> bool:
+    """Whether an expression is written like a member of a program's enumeration: `Colour.RED`."""
+    return (
+        isinstance(node, ast.Attribute) and node.attr[:1].isupper()
+        and isinstance(node.value, ast.Name) and node.value.id in program
     )  # fmt: skip
 
 
