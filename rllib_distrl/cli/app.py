@@ -142,6 +142,22 @@ def scale(
 
 
 @app.command()
+def new(
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="distrl, grpo, ppo, ...; any other lists all.")
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="[FILE]", help="NAME.toml if not given.")
+    ] = None,
+) -> None:
+    """Write a recipe to start from."""
+    from rllib_distrl.cli.new import run_new
+
+    target = run_new(name, out)
+    typer.echo(f"Wrote {target}. Look at it with: distrl explain {target}")
+
+
+@app.command()
 def explain(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Show what a recipe does per iteration and what memory it needs; starts nothing."""
     from rllib_distrl.cli.explain import run_explain

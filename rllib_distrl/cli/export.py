@@ -46,7 +46,8 @@ def run_export(source: Path, out: Path, *, critic: bool = False) -> None:
             else:
                 export_checkpoint(run, checkpoint, folder, interrupts, critic=critic)
             interrupts.check()
-    console.print(f"Wrote {out}", highlight=False)
+    kind = "" if critic else " in float32, as it is learned"
+    console.print(f"Wrote {out}{kind}", highlight=False)
 
 
 def find_policy(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, Path | None]:

@@ -163,6 +163,16 @@ for iteration in range(1, 40):
     assert len(seen) > 2
 
 
+def test_new_writes_a_recipe_once(tmp_path: Path) -> None:
+    target = tmp_path / "mine.toml"
+    assert CliRunner().invoke(app, ["new", "grpo", str(target)]).exit_code == 0
+    assert load_recipe(target).run.algorithm == "GRPO"
+    again = CliRunner().invoke(app, ["new", "distrl", str(target)])
+    assert (again.exit_code, load_recipe(target).run.algorithm) == (2, "GRPO")
+    unknown = CliRunner().invoke(app, ["new", "gppo", str(target)])
+    assert "nearest one is 'grpo'" in unknown.stderr or "nearest one is 'ppo'" in unknown.stderr
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_weights_that_are_not_finite_are_in_no_checkpoint(
     file: Path, tmp_path: Path, build: Any
