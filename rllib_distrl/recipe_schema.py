@@ -43,7 +43,40 @@ WIDER_THAN_ANNOTATED: Mapping[str, tuple[type, ...]] = {
     "kl_coeff": (float,),
 }
 
+ELSEWHERE: Mapping[str, frozenset[str]] = {
+    ours: frozenset(others.split())
+    for ours, others in {
+        "lr": "learning_rate actor_lr policy_lr",
+        "critic_lr": "critic_learning_rate value_lr vf_lr",
+        "lr_schedule": "lr_scheduler lr_scheduler_type scheduler",
+        "lr_warmup_iterations": "warmup_steps lr_warmup_steps num_warmup_steps warmup",
+        "gamma": "discount discount_factor",
+        "lambda_": "lambda lam gae_lambda",
+        "clip_param": "clip_range cliprange clip_eps clip_ratio epsilon eps_clip",
+        "clip_param_high": "epsilon_high clip_ratio_high clip_range_high",
+        "grad_clip": "max_grad_norm clip_grad_norm gradient_clip",
+        "entropy_coeff": "ent_coef entropy_coef entropy_weight",
+        "vf_loss_coeff": "vf_coef value_loss_coef value_coef",
+        "regularisers": "beta kl_coef kl_coeff kl_beta kl_loss_coef init_kl_coef",
+        "num_epochs": "epochs ppo_epochs num_ppo_epochs num_train_epochs num_iterations_per_batch",
+        "minibatch_size": "batch_size mini_batch_size ppo_mini_batch_size",
+        "micro_batch_tokens": "micro_batch_size ppo_max_token_len_per_gpu max_tokens_per_batch",
+        "activation_checkpointing": "gradient_checkpointing",
+        "precision": "dtype bf16 fp16 mixed_precision",
+        "aggregation": "loss_type loss_agg_mode",
+        "n_quantiles": "num_quantiles quantiles n_atoms num_atoms",
+        "num_generations": "n group_size num_return_sequences num_samples samples_per_prompt",
+        "max_completion_tokens": "max_tokens max_new_tokens max_completion_length "
+        "max_response_length",
+        "prompts_per_iteration": "num_prompts prompts_per_step rollout_batch_size",
+        "iterations": "steps max_steps num_iterations total_steps",
+        "model": "model_name model_path model_name_or_path base_model",
+    }.items()
+}
+"""Names that other trainers have for our settings."""
+
 _FEW = 16  # so many keys are listed in a message
+_ALIKE = 0.6  # below it a hint misleads
 
 _TOML_WORDS = {
     bool: "true or false",
@@ -55,9 +88,22 @@ _TOML_WORDS = {
 }
 
 
-def nearest(name: str, options: Iterable[str]) -> str:
-    """Returns the option that reads most like `name` ("" when there is none)."""
-    matches = difflib.get_close_matches(name, list(options), n=1, cutoff=0.0)
+def nearest(name: str, options: Iterable[str], likeness: float = 0.0) -> str:
+    """Returns the option that means the same elsewhere, or reads most like `name`.
+
+    Args:
+        name: What was written.
+        options: What there is.
+        likeness: In [0, 1]: how alike the two must be at least.
+
+    Returns:
+        One of the options, or "".
+    """
+    options = list(options)
+    ours = next((key for key, others in ELSEWHERE.items() if name in others), "")
+    if ours in options:
+        return ours
+    matches = difflib.get_close_matches(name, options, n=1, cutoff=likeness)
     return matches[0] if matches else ""
 
 
@@ -145,11 +191,10 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            listed = f" Known keys: {', '.join(known)}." if len(known) <= _FEW else ""
-            raise ValueError(
-                f"Unknown key {name!r} in {where}. "
-                f"The nearest one is {nearest(name, known)!r}.{listed}"
-            )
+            near = nearest(name, known, _ALIKE)
+            hint = f" The nearest one is {near!r}." if near else ""
+            listed = f" Known keys: {', '.join(known)}." if len(known) <= _FEW or not near else ""
+            raise ValueError(f"Unknown key {name!r} in {where}.{hint}{listed}")
 
 
 def check_environment(table: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.errors import TrainingStopped
-from rllib_distrl.cli.explain import size
+from rllib_distrl.cli.estimates import size
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.run_folder import RunFolder
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 if TYPE_CHECKING:
     from rllib_distrl.settings import RolloutSettings
@@ -16,6 +21,11 @@ _HIDDEN_ACTIVATIONS = 8
 _STREAM_ACTIVATIONS = 4
 # Of the feed-forward block: gate, up, their product and its input.
 _FEED_FORWARD_ACTIVATIONS = 4
+# Limits of control groups, versions 2 and 1, as a container sees its own.
+_CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 _LOGITS_COPIES = 2  # logits and softmax of one chunk
 
 
@@ -181,6 +191,69 @@ def learner_memory(
     if reference and adapter_parameters is None:
         parts["reference weights"] = shape.parameters * each
     return parts
+
+
+def machine_memory() -> int:
+    """Bytes that processes of this machine may use: its memory, or the container's limit."""
+    limits = [psutil.virtual_memory().total]
+    for file in _CGROUP_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max" where there is none
+            limits.append(int(file.read_text()))
+    return min(limits)
+
+
+def too_large(
+    learner: Mapping[str, int], runner: Mapping[str, int], config: Any, memory: int
+) -> str | None:
+    """Says what to do where the processes of a run cannot fit into this machine's memory.
+
+    Counts those on the CPU: what Ray places on GPUs and other nodes is not known here.
+
+    Args:
+        learner: of `learner_memory`, bytes by part.
+        runner: of `runner_memory`.
+        config: a validated `AlgorithmConfig`.
+        memory: bytes that there are.
+
+    Returns:
+        None where they fit.
+    """
+    counts = {
+        "learner": 0 if config.num_gpus_per_learner else max(config.num_learners, 1),
+        "env runner": 0 if config.num_gpus_per_env_runner else max(config.num_env_runners, 1),
+    }
+    each = {"learner": sum(learner.values()), "env runner": sum(runner.values())}
+    needed = sum(counts[name] * each[name] for name in counts)
+    if needed <= memory:
+        return None
+    parts = [f"{n} {name}(s) x {size(each[name])}" for name, n in counts.items() if n]
+    activations = learner["activations of a micro-batch"]
+    fixed = sum(learner.values()) - activations
+    if counts["learner"] and fixed > memory:
+        remedy = (
+            f"Weights, gradients and moments of one learner alone are {size(fixed)}: take a "
+            "smaller model, lora ([rl_module.model_config.lora]), critic = 'shared', or more RAM."
+        )
+    elif counts["learner"] and activations > runner["KV cache"]:
+        remedy = (
+            f"Activations of a micro-batch are {size(activations)}: lower micro_batch_tokens, or "
+            "set activation_checkpointing = true, precision = 'bf16' or critic = 'shared'."
+        )
+    else:
+        remedy = "Lower [rollout] max_batch_size, or num_env_runners in [env_runners]."
+    return (
+        f"This run needs about {size(needed)} ({' + '.join(parts)}), and this machine has "
+        f"{size(memory)}. {remedy}"
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Formats bytes with a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if n_bytes < 1024:
+            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
+        n_bytes /= 1024
+    return f"{n_bytes:.1f} TiB"
 
 
 def _block_activations(shape: ModelShape, product_bytes: int, each: int) -> int:

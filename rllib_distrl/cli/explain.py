@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,18 @@ from rllib_distrl.cli.estimates import (
     Updates,
     count_updates,
     learner_memory,
+    machine_memory,
     model_shape,
     runner_memory,
+    size,
+    too_large,
 )
 from rllib_distrl.cli.problems import check_problems
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.recipe import Recipe, load_recipe
 
 _PROMPTS_MEASURED = 64
+_UNKNOWN_PROMPT = 8_192  # tokens of a prompt that is longer than most
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,11 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     for line in check_problems(recipe, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_iteration_table(recipe, updates, prompts))
-    console.print(_memory_table(recipe, config, updates, prompts, shape))
+    learner, runner = _memory(recipe, config, updates, prompts.limit, shape)
+    console.print(_memory_table(recipe, config, shape, learner, runner))
+    memory = machine_memory()
+    problem = None if on_a_cluster() else too_large(learner, runner, config, memory)
+    console.print(f"[bold red]{problem}[/]" if problem else f"This machine has {size(memory)}.")
     console.print("Estimates: activations and temporary copies vary with the model.", style="dim")
 
 
@@ -123,14 +132,41 @@ def _whole_run(recipe: Recipe, updates: Updates) -> str:
     )
 
 
-def _memory_table(
-    recipe: Recipe,
-    config: Any,
-    updates: Updates,
-    prompts: PromptLengths,
-    shape: ModelShape,
-) -> Table:
-    longest = prompts.limit + recipe.rollout.max_completion_tokens
+def check_memory(recipe: Recipe, config: Any) -> None:
+    """Refuses a run on this machine alone that cannot fit into its memory.
+
+    Args:
+        recipe: The run's.
+        config: Built from it.
+
+    Raises:
+        ValueError: With what is needed, what there is, and what to do.
+    """
+    from rllib_distrl.models.loading import load_config
+
+    if on_a_cluster():
+        return
+    updates = count_updates(config, recipe.rollout)
+    shape = model_shape(load_config(recipe.run.model))
+    # Prompts are rendered only where it could matter: with the longest ones it would not fit.
+    crude = _memory(recipe, config, updates, _UNKNOWN_PROMPT, shape)
+    if too_large(*crude, config, machine_memory()) is None:
+        return
+    exact = _memory(recipe, config, updates, _prompt_lengths(config).limit, shape)
+    if problem := too_large(*exact, config, machine_memory()):
+        raise ValueError(problem)
+
+
+def on_a_cluster() -> bool:
+    """Whether Ray has other machines than this one."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def _memory(
+    recipe: Recipe, config: Any, updates: Updates, prompt_tokens: int, shape: ModelShape
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes by part, of each learner and of each env runner."""
+    longest = prompt_tokens + recipe.rollout.max_completion_tokens
     settings = config.model_config
     minibatch_tokens = updates.minibatch_sequences * longest
     learner = learner_memory(
@@ -147,7 +183,16 @@ def _memory_table(
         on_gpu=config.num_gpus_per_learner > 0,
     )
     rows = min(recipe.rollout.max_batch_size, updates.episodes)
-    runner = runner_memory(shape, rows=rows, tokens=longest)
+    return learner, runner_memory(shape, rows=rows, tokens=longest)
+
+
+def _memory_table(
+    recipe: Recipe,
+    config: Any,
+    shape: ModelShape,
+    learner: Mapping[str, int],
+    runner: Mapping[str, int],
+) -> Table:
     title = f"Memory: {recipe.run.model}, {shape.parameters:,} parameters"
     table = Table(title=title, title_justify="left")
     table.add_column("part")
@@ -177,12 +222,3 @@ def _add_parts(table: Table, title: str, parts: Mapping[str, int]) -> None:
     for name, n_bytes in parts.items():
         table.add_row(f"  {name}", size(n_bytes))
     table.add_section()
-
-
-def size(n_bytes: float) -> str:
-    """Formats bytes with a binary unit."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if n_bytes < 1024:
-            return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
-        n_bytes /= 1024
-    return f"{n_bytes:.1f} TiB"

@@ -16,6 +16,7 @@ from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.disk import check_room, naming_a_full_disk
 from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
+from rllib_distrl.cli.explain import check_memory
 from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
@@ -133,6 +134,7 @@ def _check(
         if storage is not None and not overwrite:
             storage.check_free()
     config = recipe.build_config()
+    check_memory(recipe, config)
     check_room(recipe, config, RunFolder(path))
     check_address()
     connect_trackers(recipe.run.trackers)

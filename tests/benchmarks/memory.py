@@ -19,8 +19,7 @@ import torch
 import transformers
 
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.cli.estimates import learner_memory, model_shape
-from rllib_distrl.cli.explain import size
+from rllib_distrl.cli.estimates import learner_memory, model_shape, size
 from rllib_distrl.comparison.outputs import renew_table
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.modules.lora import count_adapter_parameters

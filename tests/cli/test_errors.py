@@ -24,6 +24,7 @@ env = "distrl_envs:distrl/Countdown-v0"
 BAD = {
     "unknown table": (["trainng.lr=1"], "The nearest one is [training]"),
     "unknown key": (["training.n_quantile=4"], "The nearest one is 'n_quantiles'"),
+    "another trainer's key": (["training.learning_rate=1"], "The nearest one is 'lr'"),
     "wrong type": (["training.lr=true"], "training.lr: wanted a number"),
     "batch arithmetic": (["training.minibatch_size=100"], "minibatch_size=100"),
     "no such model": (["run.model=./no/such/model"], "no/such/model"),
@@ -50,6 +51,20 @@ def test_train_refuses(name: str, recipe: Path, tmp_path: Path) -> None:
     assert words in result.stderr
     assert "Traceback" not in result.output + result.stderr
     assert not out.exists()
+
+
+def test_a_run_beyond_the_machines_memory(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rllib_distrl.cli.explain.machine_memory", lambda: 2**24)
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "this machine has 16.0 MiB" in " ".join(result.stderr.split())
+    assert not out.exists()
+    explained = CliRunner().invoke(app, ["explain", str(recipe)])
+    assert explained.exit_code == 0
+    assert "this machine has 16.0 MiB" in " ".join(explained.output.split())
 
 
 @pytest.mark.parametrize(

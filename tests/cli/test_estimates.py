@@ -9,8 +9,15 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from rllib_distrl.algorithms.registry import algorithm_config
-from rllib_distrl.cli.estimates import count_updates, learner_memory, model_shape, runner_memory
-from rllib_distrl.cli.explain import size
+from rllib_distrl.cli.estimates import (
+    count_updates,
+    learner_memory,
+    machine_memory,
+    model_shape,
+    runner_memory,
+    size,
+    too_large,
+)
 from rllib_distrl.settings import RolloutSettings
 
 QWEN = Qwen2Config(
@@ -136,3 +143,40 @@ def test_kv_cache() -> None:
 )
 def test_size(n_bytes: int, text: str) -> None:
     assert size(n_bytes) == text
+
+
+QWEN_7B = Qwen2Config(
+    vocab_size=152_064, hidden_size=3_584, intermediate_size=18_944, num_hidden_layers=28,
+    num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "gib", "remedy"),
+    [
+        # 7.6 billion parameters, and a critic of 7.1 without head: 16 bytes of each are 219 GiB.
+        ({"critic": "separate", "micro_batch_tokens": 1_024}, 200, "smaller model, lora"),
+        ({"critic": "none", "micro_batch_tokens": 1_024}, 100, "smaller model, lora"),
+        ({"critic": "none", "micro_batch_tokens": 65_536}, 250, "lower micro_batch_tokens"),
+        ({"critic": "none", "micro_batch_tokens": 1_024}, 181, "max_batch_size, or num_env"),
+        ({"critic": "none", "micro_batch_tokens": 1_024}, 400, None),
+    ],
+)
+def test_a_model_of_seven_billion_is_refused_where_it_cannot_fit(settings, gib, remedy) -> None:
+    shape = model_shape(QWEN_7B)
+    assert shape.parameters == 7_615_616_512
+    learner = learner_memory(shape, critic_outputs=16, **settings)
+    runner = runner_memory(shape, rows=64, tokens=2_048)
+    config = algorithm_config("DistRL")
+    found = too_large(learner, runner, config, gib * 2**30)
+    if remedy is None:
+        assert found is None
+    else:
+        assert found is not None and remedy in found
+        assert f"this machine has {gib}.0 GiB" in found
+
+
+def test_the_machines_memory_is_positive_and_no_more_than_there_is() -> None:
+    import psutil
+
+    assert 2**28 < machine_memory() <= psutil.virtual_memory().total
