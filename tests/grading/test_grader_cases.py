@@ -63,6 +63,8 @@ DEGENERATE = {
     "thoughts": ("", "<think>", "42"),
     "letters": (r"\boxed{", "ab ", "}"),
     "units": (r"\boxed{5 ", r"\text{ m}", "}"),
+    "texts in texts": (r"\boxed{\text{a", r"\text{and}", "}"),
+    "fonts in fonts": (r"\boxed{", r"\mathrm{m\text{", "}"),
     "quotes": (r"\boxed{", "['1',", "}"),
 }
 

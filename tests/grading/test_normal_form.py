@@ -37,6 +37,9 @@ FORMS = {
     r"1 \text{ hour } 30": r"1\text{hour}30",
     r"5 \text{ million}": r"5\text{million}",
     "1 x 10^3": "1*10^3",
+    # Text in text, closed or not.
+    r"\text{east\text{and}": r"{east\land",
+    r"\mathrm{m\,s^{-2}}": r"\text{m}\text{s}^{-2}",
 }
 
 

@@ -258,7 +258,21 @@ class _Writer:
         inside = self.tokens[start : self.at]
         return "".join(inside[1:-1] if inside[0] == "{" and inside[-1] == "}" else inside)
 
+    def _holds_fonts(self) -> bool:
+        """Whether the group that follows has a font in it; looks no further than to the first."""
+        depth = 0
+        for index in range(self.at, len(self.tokens)):
+            token = self.tokens[index]
+            depth += (token == "{") - (token == "}")
+            if token[1:].rstrip("*") in FONTS and token[0] == "\\":
+                return True
+            if depth <= 0 and not token.isspace():
+                return False
+        return False
+
     def _text(self) -> None:
+        if self._holds_fonts():
+            return  # Text in text: what is inside is read as it comes.
         content = self._group()
         plain = " ".join(content.replace("~", " ").split())
         connective = CONNECTIVES.get(plain.strip(" ,").lower())

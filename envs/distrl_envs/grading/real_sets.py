@@ -76,6 +76,8 @@ def _of_relation(node: Relation) -> list[Interval] | None:
     if not re.fullmatch(r"\|?[A-Za-z]\|?", name):
         return None
     ends = [_end(read(side)) for side in sides if side != name]
+    if len(ends) < len(signs):
+        return None  # The name is its own end.
     if len(sides) == 3:
         if not {*signs} <= {"<", "\\le"}:
             return None

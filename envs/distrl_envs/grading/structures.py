@@ -12,6 +12,8 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
+from mpmath import mp
+
 from distrl_envs.grading import units
 from distrl_envs.grading.expressions import Tree, Unsupported, number_tree, read_expression
 from distrl_envs.grading.kinds import (
@@ -337,13 +339,15 @@ def _equation(text: str, depth: int) -> Any:
 
 def _approximations_hold(text: str) -> bool:
     """Whether every number after an "approximately" is about the one before it."""
-    from distrl_envs.grading.values import number
+    from distrl_envs.grading.values import evaluate, has_names
 
     sides = [part for piece in split(text, ("\\approx",)) for part in split(piece, ("=",))]
     values = []
     for side in sides:
         try:
-            values.append(number(read_expression(side)))
+            tree = read_expression(side)
+            if not has_names(tree):
+                values.append(mp.re(evaluate(tree)))
         except Unsupported:
             continue
     return all(abs(a - b) <= abs(a) / 50 for a, b in pairwise(values))
