@@ -25,7 +25,9 @@ from distrl_envs.task import (
 )
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import (
+    check_chat_template_kwargs,
     decode_completion,
+    ends_with_stop,
     is_small,
     load_tokenizer,
     mark_special,
@@ -58,10 +60,11 @@ class Verdict(NamedTuple):
 class TokenEnv(gymnasium.Env[Observation, int]):
     """An action is the next token; the reward is the grader's verdict at the end.
 
-    An episode ends when an EOS token is chosen (`info["finish_reason"] == "stop"`) or when the
-    completion holds `max_completion_tokens` tokens (`"length"`). The limit is part of the task:
-    both are `terminated`, both are graded as they stand, and `truncated` is always False. Before
-    the end the reward is 0 unless the task has step rewards.
+    An episode ends when an EOS token is chosen or a stop string is complete
+    (`info["finish_reason"] == "stop"`) or when the completion holds `max_completion_tokens` tokens
+    (`"length"`). The limit is part of the task: both are `terminated`, both are graded as they
+    stand, and `truncated` is always False. Before the end the reward is 0 unless the task has
+    step rewards.
 
     `reset` returns `info` with `prompt_ids`, `row` and `problem`; the last step returns `info` with
     `finish_reason`, `grade` and `completion` (the decoded text).
@@ -94,6 +97,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         eos_token_ids: Collection[int] | None = None,
         window: int | None = None,
         on_long_prompt: str = "error",
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        stop: Sequence[str] = (),
     ):
         """Builds the environment of a task.
 
@@ -120,6 +125,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             on_long_prompt: What is done, before anything is sampled, where prompts of a task with
                 a fixed set of rows are too long: "error", or "skip" to leave them out and print
                 how many.
+            chat_template_kwargs: Further variables of the chat template, such as Qwen3's
+                `enable_thinking`.
+            stop: Texts that end a completion too, with the token that completes one; the text stays
+                part of what is graded. Engines sample on, and what follows is dropped.
 
         Raises:
             ValueError: On any argument out of bounds, a task without problems, and if the
@@ -140,6 +149,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self.obs_mode = obs_mode
         self.system_prompt = _system_prompt(self.task, system_prompt)
         self.prompt_template = prompt_template
+        check_chat_template_kwargs(self.tokenizer, chat_template_kwargs)
+        self.chat_template_kwargs = chat_template_kwargs
+        self.stop = _stop(stop)
         self.compact = is_small(self.tokenizer)
         self.max_prompt_tokens = self._limit("max_prompt_tokens", max_prompt_tokens)
         self.max_completion_tokens = self._limit("max_completion_tokens", max_completion_tokens)
@@ -201,7 +213,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         completion.append(token)
         observation = token if self.obs_mode == "token" else self._observe([token])
         reward = self._step_reward(completion) if self._dense else 0.0
-        stopped = token in self.eos_token_ids
+        stopped = self._ended(completion)
         if stopped or len(completion) >= self.max_completion_tokens:
             score, info = self._finish(stopped)
             return observation, reward + score, True, False, info
@@ -229,7 +241,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         if any(message["role"] == "system" for message in context):
             system_prompt = None  # The row's own says what it asks for.
         try:
-            return render_prompt(self.tokenizer, text, system_prompt, self.prompt_template, context)
+            return self._rendered_text(text, system_prompt, context)
         except ValueError as error:
             raise ValueError(f"Row {problem.row}: {error}") from error
 
@@ -271,7 +283,19 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     @cached_property
     def _frame_tokens(self) -> int:
         """Tokens around the text of a prompt."""
-        return len(render_prompt(self.tokenizer, "0", self.system_prompt, self.prompt_template))
+        return len(self._rendered_text("0", self.system_prompt))
+
+    def _rendered_text(
+        self, text: str, system_prompt: str | None, context: Sequence[Mapping[str, str]] = ()
+    ) -> list[int]:
+        return render_prompt(
+            self.tokenizer,
+            text,
+            system_prompt,
+            self.prompt_template,
+            context,
+            self.chat_template_kwargs,
+        )
 
     def _too_long(self, lengths: Mapping[int, int]) -> str:
         row, length = max(lengths.items(), key=lambda item: item[1])
@@ -312,7 +336,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         """
         problems = {row: self._served(row)[0] for row in set(rows)}
         texts = [self._text(completion) for completion in completions]
-        truncated = [completion[-1] not in self.eos_token_ids for completion in completions]
+        truncated = [not self._ended(completion) for completion in completions]
         grades = grades_of(self.task, [problems[row] for row in rows], texts, truncated)
         return [Verdict(text, grade) for text, grade in zip(texts, grades, strict=True)]
 
@@ -371,6 +395,20 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             "completion": self._verdict.text,
         }
         return self._verdict.grade.score, info
+
+    def length_until_stop(self, completion: Sequence[int]) -> int:
+        """How many tokens of a sampled completion belong to it: up to its first stop string."""
+        if not self.stop:
+            return len(completion)
+        ids = list(completion)
+        lengths = range(1, len(ids) + 1)
+        return next((n for n in lengths if self._ended(ids[:n])), len(ids))
+
+    def _ended(self, completion: Sequence[int]) -> bool:
+        """Whether the last token ends the completion, which did not end before."""
+        return completion[-1] in self.eos_token_ids or ends_with_stop(
+            self.tokenizer, completion, self.stop
+        )
 
     def _text(self, completion: Sequence[int]) -> str:
         return decode_completion(self.tokenizer, completion, self.eos_token_ids)
@@ -434,6 +472,15 @@ def _system_prompt(task: Task, given: str | None) -> str | None:
             "belongs to what it grades: set system_prompt in task_config instead."
         )
     return task.system_prompt if given is None else given
+
+
+def _stop(stop: Sequence[str]) -> tuple[str, ...]:
+    listed = isinstance(stop, (list, tuple)) and all(isinstance(x, str) and x for x in stop)
+    if not listed:
+        raise ValueError(
+            f'Got stop={stop!r}; it must be a list of texts that are not empty, as ["</answer>"].'
+        )
+    return tuple(stop)
 
 
 def _vocab_size(tokens: int, vocab_size: int | None) -> int:

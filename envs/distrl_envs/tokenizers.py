@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ def _from_pretrained(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"No tokenizer could be loaded from {name!r}: {error} Give a folder that holds "
@@ -121,13 +121,15 @@ def render_prompt(
     system_prompt: str | None = None,
     template: str | None = None,
     context: Sequence[Mapping[str, str]] = (),
+    chat_template_kwargs: Mapping[str, Any] | None = None,
 ) -> list[int]:
     r"""The prompt as token ids.
 
     Uses the tokenizer's chat template where it has one. A template that refuses a system message
     gets it at the head of the first turn of the user; one that drops it is an error. Without a
     template earlier messages stand before the text, and special tokens are those that the
-    tokenizer adds by itself (a BOS, say). What `mark_special` has marked is encoded as text.
+    tokenizer puts before it by itself (a BOS, say); what it would put behind (an EOS, a separator)
+    would end the text that is to be continued. What `mark_special` has marked is encoded as text.
 
     Args:
         tokenizer: What encodes.
@@ -136,11 +138,14 @@ def render_prompt(
         context: Messages before the text, `{"role": ..., "content": ...}` each.
         template: Text in which each `{prompt}` stands for the problem's prompt; other braces are
             left alone, so that `\boxed{}` may stand in it.
+        chat_template_kwargs: Further variables of the chat template, such as Qwen3's
+            `enable_thinking`.
 
     Raises:
-        ValueError: If the template has no `{prompt}`, the chat template refuses the messages or
-            drops one, or the prompt has no tokens.
+        ValueError: If the template has no `{prompt}`, the chat template refuses the messages, drops
+            one or does not read one of the variables, or the prompt has no tokens.
     """
+    check_chat_template_kwargs(tokenizer, chat_template_kwargs)
     if template is not None:
         if "{prompt}" not in template:
             raise ValueError(
@@ -151,7 +156,8 @@ def render_prompt(
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages = [*system, *map(dict, context), {"role": "user", "content": text}]
     if getattr(tokenizer, "chat_template", None):
-        ids = _encode_marked(tokenizer, _chat(tokenizer, messages), special=False)
+        chat = _chat(tokenizer, messages, chat_template_kwargs or {})
+        ids = _encode_marked(tokenizer, chat, special=False)
     else:
         whole = "\n\n".join(message["content"] for message in messages)
         ids = (
@@ -164,12 +170,20 @@ def render_prompt(
     return list(ids)
 
 
-def _chat(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+def _chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    variables: Mapping[str, Any],
+) -> str:
     """The messages in the tokenizer's chat template, none of them refused or dropped."""
     from jinja2.exceptions import TemplateError
 
     def rendered(some: list[dict[str, str]]) -> str:
-        return str(tokenizer.apply_chat_template(some, add_generation_prompt=True, tokenize=False))
+        return str(
+            tokenizer.apply_chat_template(
+                some, add_generation_prompt=True, tokenize=False, **variables
+            )
+        )
 
     try:
         chat = rendered(messages)
@@ -217,10 +231,10 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
 def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
     """Encodes a text; halves of a special token's text are encoded apart, and stay text.
 
-    With `special` the tokenizer adds what it adds by itself.
+    With `special` the tokenizer puts before it what it does by itself.
     """
     if MARK_START not in text:
-        return tokenizer.encode(text, add_special_tokens=special)
+        return _encode_open(tokenizer, text, special)
     specials, ids = _special_texts(tokenizer), []
     for number, piece in enumerate(MARK.split(text)):
         if number % 2:
@@ -229,7 +243,7 @@ def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bo
             for part in filter(None, (token[:half], token[half:])):
                 ids += tokenizer.encode(part, add_special_tokens=False)
         elif piece or not number:
-            ids += tokenizer.encode(piece, add_special_tokens=special and not number)
+            ids += _encode_open(tokenizer, piece, special and not number)
     return ids
 
 
@@ -249,6 +263,59 @@ def decode_completion(
     if kept and max(kept) >= known:
         return _decode_around_unknown(tokenizer, kept, known)
     return str(tokenizer.decode(kept, skip_special_tokens=False))
+
+
+def _encode_open(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:
+    """A text as tokens, with what the tokenizer puts before it and without what it puts behind."""
+    bare = tokenizer.encode(text, add_special_tokens=False)
+    if not special:
+        return bare
+    whole = tokenizer.encode(text)
+    for start in range(len(whole) - len(bare) + 1):
+        if whole[start : start + len(bare)] == bare:
+            return whole[: start + len(bare)]
+    return whole
+
+
+def check_chat_template_kwargs(
+    tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] | None
+) -> None:
+    """Raises ValueError for variables that the tokenizer's chat template does not read."""
+    if not settings:
+        return
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise ValueError(
+            f"Got chat_template_kwargs {sorted(settings)}, but the tokenizer "
+            f"{tokenizer.name_or_path!r} has no chat template. Leave them out."
+        )
+    if isinstance(template, Mapping):
+        template = tokenizer.get_chat_template()
+    for name in settings:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"Got chat_template_kwargs with {name!r}, which the chat template of "
+                f"{tokenizer.name_or_path!r} does not read. Leave it out, or choose a model whose "
+                "template does."
+            )
+
+
+def ends_with_stop(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str]
+) -> bool:
+    """Whether the last token of a completion completes one of the stop strings.
+
+    Args:
+        tokenizer: What decodes.
+        ids: The completion so far; no stop string stands in it before its last token.
+        stop: The strings.
+    """
+    if not stop or not ids:
+        return False
+    # A token has at least a byte, so that a stop string lies in as many tokens as it has bytes.
+    longest = max(len(string.encode()) for string in stop) + 1
+    text = decode_completion(tokenizer, ids[-longest:], ())
+    return any(string in text for string in stop)
 
 
 def _encode_small(text: str) -> list[int]:

@@ -32,7 +32,7 @@ from rllib_distrl.algorithms.env_runner_fleet import EnvRunnerFleet
 from rllib_distrl.algorithms.fresh_batches import FreshBatches
 from rllib_distrl.algorithms.language_model import export_policy, runner_weights
 from rllib_distrl.algorithms.learner_shards import update_learners
-from rllib_distrl.algorithms.probe_check import ProbeCheck
+from rllib_distrl.algorithms.probe_check import MismatchWarning, ProbeCheck
 from rllib_distrl.algorithms.restoring import (
     SETTINGS,
     WEIGHTS,
@@ -92,6 +92,7 @@ class DistRL(Algorithm):
         self._check_probes = ProbeCheck(
             self.learner_group, self.config.model_config, self.config.sample_timeout_s
         )
+        self._warn_of_mismatch = MismatchWarning(self.config)
         self.fleet = EnvRunnerFleet(self.env_runner_group, self.config, self._check_probes)
         self._batches = FreshBatches(self)
         # Another thread that scales waits for the end of the iteration.
@@ -167,6 +168,9 @@ class DistRL(Algorithm):
             with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
                 learner_results = self._update_learners(batch.groups)
                 self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
+            self._warn_of_mismatch(
+                self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, "logp_mismatch_p95"))
+            )
             self._refused_in_a_row = int(
                 self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, REFUSED_IN_A_ROW))
             )

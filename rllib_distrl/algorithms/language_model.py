@@ -27,9 +27,9 @@ from rllib_distrl.models.lm_parts import trunk_name
 from rllib_distrl.models.loading import (
     eos_token_ids,
     load_config,
+    load_generation_config,
     load_model,
     load_tokenizer,
-    resolve,
 )
 from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.causal_lm_module import POLICY_PREFIX, CausalLMModule
@@ -56,15 +56,8 @@ def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[st
         "tokenizer": model,
         "vocab_size": config.vocab_size,
         "window": getattr(config, "max_position_embeddings", None),
-        "eos_token_ids": eos_token_ids(_generation_config(model), load_tokenizer(model)),
+        "eos_token_ids": eos_token_ids(load_generation_config(model), load_tokenizer(model)),
     }
-
-
-def _generation_config(model: str) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(resolve(model))
-    except OSError:  # Many models come without one.
-        return GenerationConfig()
 
 
 def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> AlgorithmConfig:
@@ -316,7 +309,7 @@ def check_export(model: str) -> None:
     try:
         with TemporaryDirectory(prefix="distrl-") as folder:
             load_config(model).save_pretrained(folder)
-            generation, file = _generation_config(model), Path(folder, GENERATION_CONFIG_NAME)
+            generation, file = load_generation_config(model), Path(folder, GENERATION_CONFIG_NAME)
             generation.to_json_file(file, keys_to_pop=["compile_config"])
             load_tokenizer(model).save_pretrained(folder)
     except Exception as error:

@@ -33,11 +33,21 @@ _UNKNOWN_PROMPT = 8_192  # tokens of a prompt that is longer than most
 
 @dataclass(frozen=True)
 class PromptLengths:
-    """Tokens of the first prompts of the task, and the longest that it admits."""
+    """Tokens of the first prompts of the task, and the longest that it admits; one as it is read.
+
+    Attributes:
+        mean: Of the first prompts.
+        longest: Of them.
+        limit: Of all.
+        example: The text of one, special tokens and all.
+        ends: What ends a completion, as texts.
+    """
 
     mean: float
     longest: int
     limit: int
+    example: str
+    ends: tuple[str, ...]
 
 
 def run_explain(path: Path, overrides: Sequence[str]) -> None:
@@ -67,6 +77,10 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     memory = machine_memory()
     problem = None if on_a_cluster() else too_large(learner, runner, config, memory)
     console.print(f"[bold red]{problem}[/]" if problem else f"This machine has {size(memory)}.")
+    console.print("A prompt as the model reads it:")
+    console.print(prompts.example, style="cyan", markup=False, highlight=False, soft_wrap=True)
+    ends = f"A completion ends with {' or '.join(map(repr, prompts.ends))}."
+    console.print(ends, markup=False, highlight=False, soft_wrap=True)
     console.print("Estimates: activations and temporary copies vary with the model.", style="dim")
 
 
@@ -74,14 +88,22 @@ def _prompt_lengths(config: Any) -> PromptLengths:
     """Renders some prompts with the recipe's tokenizer."""
     import gymnasium
 
+    from distrl_envs.tokenizers import decode_completion
+
     env = gymnasium.make(config.env, disable_env_checker=True, **config.env_config)
-    lengths = []
-    for index in range(_PROMPTS_MEASURED):
-        _, info = env.reset(seed=index)
-        lengths.append(len(info["prompt_ids"]))
-    limit = int(env.get_wrapper_attr("max_prompt_tokens"))
+    prompts = [env.reset(seed=index)[1]["prompt_ids"] for index in range(_PROMPTS_MEASURED)]
+    lengths = list(map(len, prompts))
+    inner: Any = env.unwrapped
+    ends = tuple(decode_completion(inner.tokenizer, [x], ()) for x in sorted(inner.eos_token_ids))
+    example = decode_completion(inner.tokenizer, prompts[0], ())
     env.close()
-    return PromptLengths(sum(lengths) / len(lengths), max(lengths), limit)
+    return PromptLengths(
+        sum(lengths) / len(lengths),
+        max(lengths),
+        int(inner.max_prompt_tokens),
+        example,
+        (*ends, *inner.stop),
+    )
 
 
 def _iteration_table(recipe: Recipe, updates: Updates, prompts: PromptLengths) -> Table:

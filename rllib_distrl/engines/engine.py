@@ -78,6 +78,13 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     entropies: np.ndarray | None = None
 
+    def cut(self, length: int) -> "Completion":
+        """Its first tokens, as if it had stopped there; itself if it has no more."""
+        if length >= len(self.tokens):
+            return self
+        entropies = None if self.entropies is None else self.entropies[:length]
+        return Completion(self.tokens[:length], self.logps[:length], "stop", entropies)
+
 
 def check_prompts(
     prompts: Sequence[tuple[int, ...]], max_tokens: int, max_seq_len: int, vocab_size: int

@@ -366,7 +366,11 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         started = time.perf_counter()
         requests = self._requests(prompts, num_generations)
         params = self.sampling_params(explore)
-        completions = self.engine.generate(requests, params)
+        env = self.token_env.unwrapped
+        completions = [
+            completion.cut(env.length_until_stop(completion.tokens.tolist()))
+            for completion in self.engine.generate(requests, params)
+        ]
         generated = time.perf_counter()
         verdicts = self._grade(requests, completions)
         graded = time.perf_counter()

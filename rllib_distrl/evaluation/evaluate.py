@@ -121,6 +121,7 @@ class _Evaluation:
     ):
         self.settings = settings
         self.task: Task = env.task
+        self.length_until_stop: Callable[[Sequence[int]], int] = env.length_until_stop
         self.tokenizer: PreTrainedTokenizerBase = env.tokenizer
         self.max_tokens: int = settings.max_tokens or env.max_completion_tokens
         self.prompted = _prompts(env, settings.problems)
@@ -208,7 +209,12 @@ class _Evaluation:
             Request(p.prompt_ids, (self.settings.seed, p.problem.row, sample, 0))
             for p, sample in jobs
         ]
-        completions = self.engine.generate(requests, self.settings.sampling(self.max_tokens))
+        completions = [
+            completion.cut(self.length_until_stop(completion.tokens.tolist()))
+            for completion in self.engine.generate(
+                requests, self.settings.sampling(self.max_tokens)
+            )
+        ]
         texts = [
             decode_completion(self.tokenizer, c.tokens.tolist(), self.eos) for c in completions
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from distrl_envs import tokenizers
 from rllib_distrl.models.builtin import PREFIX, builtin_folder, find_spec
+from rllib_distrl.models.lm_parts import gist
 from rllib_distrl.models.warm_start import no_progress_bars
 
 if TYPE_CHECKING:
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
+_ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
+# Runes, cuneiform, and a private character.
+_STRANGE = "\u16a0\U00012000\ue000"
+_LONGEST_REASON = 300
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHOICES = (
     "Give a folder that a model was saved to, the id of a model on the Hugging Face hub, or "
@@ -42,7 +48,7 @@ def resolve(name: str) -> str:
 
     Raises:
         ValueError: If the built-in model is unknown, a path does not exist, or a folder holds no
-            model.
+            model, or an adapter for one.
     """
     if name.startswith(PREFIX):
         return str(builtin_folder(find_spec(name)))
@@ -50,6 +56,8 @@ def resolve(name: str) -> str:
         raise ValueError(f"Got the empty name {name!r} for a model. {CHOICES}")
     path = Path(name).expanduser()
     if path.is_dir():
+        if (path / _ADAPTER).is_file():
+            raise _adapter_only(path)
         if not (path / "config.json").is_file():
             raise ValueError(
                 f"The folder {name!r} holds no config.json, so no model was saved to it. {CHOICES}"
@@ -69,7 +77,8 @@ def load_config(name: str) -> PreTrainedConfig:
         name: A folder, a hub id, or `builtin:...`.
 
     Raises:
-        ValueError: As `resolve`; or if the configuration cannot be loaded.
+        ValueError: As `resolve`; or if the configuration cannot be loaded, needs code of its own,
+            or describes quantised weights.
     """
     if name.startswith(PREFIX):
         return find_spec(name).model_config()
@@ -77,9 +86,25 @@ def load_config(name: str) -> PreTrainedConfig:
 
     source = resolve(name)
     try:
-        return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:
         raise _not_loaded("configuration", name, error) from None
+    _check_quantisation(config, name)
+    return config
+
+
+def _check_quantisation(config: PreTrainedConfig, name: str) -> None:
+    """Refuses weights that gradients do not reach."""
+    for part in (config, config.get_text_config()):
+        for key in ("quantization_config", "compression_config"):
+            settings = getattr(part, key, None)
+            if settings:
+                get = settings.get if isinstance(settings, dict) else vars(settings).get
+                raise ValueError(
+                    f"The weights of {name!r} are quantised ({get('quant_method') or key}), so "
+                    "they cannot learn. Name the checkpoint that they were made from, or a copy "
+                    "that was dequantised and saved."
+                )
 
 
 def load_model(
@@ -96,19 +121,22 @@ def load_model(
         ValueError: As `resolve`; if the model cannot be loaded, is no causal LM, or its weights
             are incomplete.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
+    load_config(name)
+    load_generation_config(name)  # Transformers would go on without one that cannot be read
     source = resolve(name)
     bars = no_progress_bars() if name.startswith(PREFIX) else nullcontext()
     try:
         with bars:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, output_loading_info=True
+                source, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:
         raise _not_loaded("model", name, error) from None
     model, report = loaded
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise _adapter_only(Path(name))
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"The weights of {name!r} lack {len(missing)} tensors of {type(model).__name__}, "
@@ -164,8 +192,9 @@ def eos_token_ids(
 
     The tokenizer's EOS and those of the generation configuration: a chat model ends its turns with
     the one and its texts with the other. Left out of the latter are ids that the tokenizer does
-    not know or uses for unknown words, which are defaults of an architecture, meant for another
-    vocabulary.
+    not know, and a single one that it makes of unknown words: defaults of an architecture, meant
+    for another vocabulary. (Byte-level tokenizers name an unknown token, often the end of a text,
+    but never make one.)
 
     Args:
         model: A model or its generation configuration.
@@ -184,13 +213,79 @@ def eos_token_ids(
     named = getattr(generation, "eos_token_id", None)
     named = [named] if isinstance(named, int) else list(named or ())
     known = set(tokenizer.get_vocab().values())
-    meant = {token for token in named if token in known and token != tokenizer.unk_token_id}
+    meant = {token for token in named if token in known}
+    if meant == {getattr(tokenizer, "unk_token_id", None)} and _makes_unknown(tokenizer):
+        meant = set()
     return tuple(sorted(meant | {own}))
+
+
+def _makes_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether characters that no vocabulary holds become the unknown token."""
+    try:
+        ids = tokenizer.encode(_STRANGE, add_special_tokens=False)
+    except Exception:  # no unknown token to fall back to
+        return True
+    return tokenizer.unk_token_id in ids
+
+
+def load_generation_config(name: str) -> GenerationConfig:
+    """The generation configuration saved with a model; an empty one where there is none.
+
+    Args:
+        name: A folder, a hub id, or `builtin:...`.
+
+    Raises:
+        ValueError: As `resolve`; or if there is one that cannot be read.
+    """
+    from transformers import GenerationConfig
+    from transformers.utils.hub import cached_file
+
+    try:
+        file = cached_file(
+            resolve(name),
+            _GENERATION,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if file is None:
+            return GenerationConfig()
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+        config = GenerationConfig.from_dict(settings)
+        ends = config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        if not all(x is None or isinstance(x, int) for x in ends):
+            raise ValueError(f"eos_token_id is {config.eos_token_id!r}")
+    except Exception as error:
+        raise ValueError(
+            f"The {_GENERATION} of {name!r} cannot be read ({gist(error)}), and it says which "
+            "tokens end a text. Repair it, or delete it to go by the tokenizer alone."
+        ) from None
+    return config
+
+
+def _adapter_only(path: Path) -> ValueError:
+    try:
+        base = json.loads((path / _ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = "another model"
+    return ValueError(
+        f"The folder {str(path)!r} holds an adapter for {base!r}, not a model. Merge it once and "
+        "name the new folder: peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)"
+        ".merge_and_unload().save_pretrained(NEW), with the tokenizer saved beside it. Or name the "
+        "base model and train an adapter with [rl_module] model_config.lora."
+    )
 
 
 def _not_loaded(part: str, name: str, error: Exception) -> ValueError:
     """The error for a model that Transformers refuses, with the gist of its reason."""
     reason = " ".join(str(error).split()) or type(error).__name__
+    if "custom code" in reason:
+        return ValueError(
+            f"The {part} of {name!r} needs code that comes with it, which is never run here. "
+            f"Choose a model of an architecture that Transformers knows. {CHOICES}"
+        )
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]} ..."
     if Path(name).expanduser().is_dir():
         return ValueError(f"No {part} could be loaded from the folder {name!r}: {reason} {CHOICES}")
     return ValueError(

@@ -11,6 +11,7 @@ at the start of a run, and then compared in gradients and in what the engine sam
 import argparse
 import contextlib
 import io
+import re
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -327,16 +328,64 @@ def _map_text(logit_map: Any) -> str:
 
 def _line(error: Exception) -> str:
     text = " ".join(str(error).split())
-    return text[:300].replace("|", "/")
+    return re.sub(r"/tmp/\w+", "FOLDER", text)[:220].replace("|", "/")
+
+
+def page(findings: Sequence[Finding]) -> str:
+    """docs/models.md."""
+    right = sum(found.verdict == "yes" for found in findings)
+    refused = sum(found.verdict.startswith("refused") for found in findings)
+    return _PAGE.format(
+        right=right,
+        refused=refused,
+        untried=len(findings) - right - refused,
+        total=len(findings),
+        transformers=transformers.__version__,
+        torch=torch.__version__,
+        rows="\n".join(found.row() for found in findings),
+    )
+
+
+_PAGE = """# Models
+
+Any causal language model that Transformers loads: by folder, by hub id, or built in. None is taken
+on trust. When a learner loads a model, logps of random tokens on its own path (packed rows, prompts
+that rows share, logits in chunks) are compared with the model's own forward pass, in float32; a
+runner compares what its engine samples. What does not agree is refused by name before anything is
+sampled, with any algorithm.
+
+* **rows**: packed ones compute a prompt that they share once. Models with sliding windows or
+  recurrences, and those that turn out to mix packed rows, compute padded ones.
+* **head**: what the model does to its LM head's output; measured, and part of the learner's pass.
+* **logps**, **engine**: largest difference of the learner's logps, mean difference of the engine's,
+  from the model's own; **gradients**: largest difference, relative to the largest gradient.
+* **no cache**: the model's key-value cache cannot be shared between rows, so that every token runs
+  its whole row: right, and slow. A warning says so.
+
+Refused as well, from their files alone: quantised checkpoints, models that need code of their own,
+and folders that hold an adapter only; each message says what to do instead.
+
+`python -m tests.benchmarks.models` made this table: tiny random models of all {total} causal
+architectures of Transformers {transformers} (torch {torch}), in float32 on a CPU. {right} train as
+they compute, {refused} are refused, {untried} could not be built that small. Rows are shorter than
+any window and than the choice of a sparse attention (DeepSeek V3.2), which is not tried here.
+
+| architecture | rows | head | logps | gradients | engine | works |
+|---|---|---|---|---|---|---|
+{rows}
+"""
 
 
 def main(kinds: Sequence[str]) -> None:
-    """Examines the architectures and prints a row for each."""
-    for kind in kinds:
+    """Examines architectures and prints a row for each; all of them: writes the page."""
+    findings = []
+    for kind in kinds or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
-            found = examine(kind)
-        print(found.row(), flush=True)
+            findings.append(examine(kind))
+        print(findings[-1].row(), flush=True)
+    if not kinds:
+        PAGE.write_text(page(findings), encoding="utf-8")
 
 
 if __name__ == "__main__":
@@ -344,5 +393,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     parser = argparse.ArgumentParser()
     parser.add_argument("kinds", nargs="*")
-    chosen = parser.parse_args().kinds
-    main(chosen or list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    main(parser.parse_args().kinds)

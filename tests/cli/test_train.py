@@ -262,7 +262,9 @@ def test_explain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     result = CliRunner().invoke(app, ["explain", "tiny.toml"])
     assert result.exit_code == 0, result.stderr
-    for words in ("32 = 8 prompts x 4 completions", "2 = 1 x 2 minibatches", "KV cache", "Adam"):
+    shown = ("-> ", "A completion ends with '<eos>'.")
+    told = ("32 = 8 prompts x 4 completions", "2 = 1 x 2 minibatches", "KV cache", "Adam")
+    for words in (*told, *shown):
         assert words in result.stdout
     assert not ray.is_initialized()
     stock = CliRunner().invoke(app, ["explain", "tiny.toml", "run.algorithm=PPO"])

@@ -9,6 +9,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.tokenizers import small_tokenizer
+from rllib_distrl.engines.scheduler import Call
 from rllib_distrl.engines.weights import content_hash
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.stages.prompt_samplers import PromptRequest
@@ -241,3 +242,32 @@ def test_an_evaluation_asks_no_training_problems_unless_told():
         runner = make_runner(env, in_evaluation=True)
         keys[split] = {runner.token_env.unwrapped.task.split}
     assert keys == {None: {"validation"}, "train": {"train"}}
+
+
+def test_a_stop_string_cuts_what_the_engine_samples(runner):
+    stopping = make_runner(("distrl_envs:distrl/Countdown-v0", {"stop": ["="]}), temperature=2.0)
+    whole = runner.sample_prompts(PROMPTS, num_generations=3).episodes
+    cut = stopping.sample_prompts(PROMPTS, num_generations=3)
+    assert cut.error is None
+    equals = small_tokenizer().get_vocab()["="]
+    assert any(equals in ids for ids in tokens(whole))
+    for before, after in zip(whole, cut.episodes, strict=True):
+        ids = before.actions.data.tolist()
+        length = ids.index(equals) + 1 if equals in ids else len(ids)
+        assert after.actions.data.tolist() == ids[:length]
+        assert np.array_equal(
+            after.extra_model_outputs[Columns.ACTION_LOGP].data,
+            before.extra_model_outputs[Columns.ACTION_LOGP].data[:length],
+        )
+        if equals in ids:
+            assert after.infos[-1]["finish_reason"] == "stop"
+
+
+def test_an_engine_that_samples_another_model_is_refused(monkeypatch):
+    def other(self, logits, rows, counts):
+        return draw(self, logits * 1.5, rows, counts)
+
+    draw = Call._draw
+    monkeypatch.setattr(Call, "_draw", other)
+    with pytest.raises(ValueError, match="other probabilities than Qwen2ForCausalLM has"):
+        make_runner()

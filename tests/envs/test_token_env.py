@@ -298,3 +298,27 @@ def test_a_prompt_is_rendered_once_however_often_it_is_served(monkeypatch):
     assert first == again
     again[0].clear()  # the env's own copy stays whole
     assert env.reset(options={"row": 0})[1]["prompt_ids"] == first[0]
+
+
+def test_a_completion_ends_with_the_token_that_completes_a_stop_string():
+    tokenizer = byte_tokenizer()
+    env = TokenEnv(OneProblem(), tokenizer=tokenizer, stop=["</a>", "\N{GREEK SMALL LETTER PI}r"])
+    for text, kept in (("1 </b></a> 2", "1 </b></a>"), ("\u03c0 \u03c0r2", "\u03c0 \u03c0r")):
+        ids = tokenizer.encode(text)
+        assert env.length_until_stop(ids) == len(kept.encode())
+        env.reset(seed=0)
+        played = 0
+        for token in ids:
+            *_, terminated, _, info = env.step(token)
+            played += 1
+            if terminated:
+                break
+        assert played == len(kept.encode())
+        assert (info["finish_reason"], info["completion"]) == ("stop", kept)
+    assert env.length_until_stop(tokenizer.encode("</a")) == 3
+
+
+@pytest.mark.parametrize("stop", ["</a>", [""], [3]])
+def test_stop_strings_are_a_list_of_texts(stop):
+    with pytest.raises(ValueError, match="it must be a list of texts"):
+        TokenEnv(OneProblem(), stop=stop)

@@ -3,6 +3,7 @@ import pickle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from distrl_envs import make_task
@@ -105,6 +106,30 @@ def test_prompts_with_a_chat_template():
         [{"role": "user", "content": "2 + 2?"}], add_generation_prompt=True, return_dict=False
     )
     assert render_prompt(chat, "2 + 2?") == by_transformers
+
+
+def test_what_a_tokenizer_puts_behind_a_text_is_left_out():
+    tokenizer = byte_tokenizer(bos="<|begin|>")
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A <|end|>", special_tokens=[("<|begin|>", begin), ("<|end|>", end)]
+    )
+    assert tokenizer.encode("ab")[-1] == end
+    assert render_prompt(tokenizer, "ab") == [begin, *byte_tokenizer().encode("ab")]
+
+
+THINKING = CHAT + "{% if enable_thinking is defined and not enable_thinking %}<none>{% endif %}"
+
+
+def test_variables_of_a_chat_template():
+    chat = byte_tokenizer(chat_template=THINKING)
+    quiet = render_prompt(chat, "2?", chat_template_kwargs={"enable_thinking": False})
+    assert chat.decode(quiet) == "[user]2?[assistant]<none>"
+    assert chat.decode(render_prompt(chat, "2?")) == "[user]2?[assistant]"
+    with pytest.raises(ValueError, match="'thinking', which the chat template"):
+        render_prompt(chat, "2?", chat_template_kwargs={"thinking": False})
+    with pytest.raises(ValueError, match="has no chat template"):
+        render_prompt(byte_tokenizer(), "2?", chat_template_kwargs={"thinking": False})
 
 
 def test_bad_prompts_are_refused():

@@ -7,8 +7,9 @@ import re
 import huggingface_hub
 import pytest
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -28,6 +29,7 @@ from rllib_distrl.models.loading import (
     check_vocabulary,
     eos_token_ids,
     load_config,
+    load_generation_config,
     load_model,
     load_tokenizer,
     resolve,
@@ -227,3 +229,71 @@ def test_a_model_may_have_more_tokens_than_its_tokenizer():
 def test_eos_ids_are_the_tokenizers_and_those_of_the_generation_config(named, expected):
     tokenizer = words(20, eos_token="w5", unk_token="w3")
     assert eos_token_ids(GenerationConfig(eos_token_id=named), tokenizer) == expected
+
+
+def test_quantised_weights_are_refused_in_a_sentence(tmp_path):
+    saved(tmp_path, FAMILIES["llama"], small_tokenizer())
+    file = tmp_path / "config.json"
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": settings}))
+    for load in (load_config, load_model):
+        with pytest.raises(ValueError, match=r"are quantised \(gptq\), so they cannot learn"):
+            load(str(tmp_path))
+
+
+@pytest.mark.parametrize("model_type", ["of_my_own", "llama"])
+def test_code_of_its_own_is_never_run_nor_asked_about(model_type, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    (tmp_path / "modeling.py").write_text("raise SystemExit('it ran')")
+    auto_map = dict.fromkeys(("AutoConfig", "AutoModelForCausalLM"), "modeling.X")
+    saved(tmp_path, FAMILIES["llama"], small_tokenizer())
+    file = tmp_path / "config.json"
+    settings = {**json.loads(file.read_text()), "model_type": model_type, "auto_map": auto_map}
+    file.write_text(json.dumps(settings))
+    if model_type == "llama":  # Transformers knows it by itself.
+        assert load_model(str(tmp_path)).config.model_type == "llama"
+        return
+    for load in (load_config, load_model, load_tokenizer):
+        with pytest.raises(ValueError, match="needs code that comes with it, which is never run"):
+            load(str(tmp_path))
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path):
+    saved(tmp_path, FAMILIES["llama"])
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(ValueError, match=r"adapter for 'some/base', not a model.*merge_and_unload"):
+        load_config(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["{", "[1, 2]", '{"eos_token_id": "</s>"}'])
+def test_a_broken_generation_config_is_named(text, tmp_path):
+    saved(tmp_path, FAMILIES["qwen2"])
+    (tmp_path / "generation_config.json").write_text(text)
+    for load in (load_generation_config, load_model):
+        with pytest.raises(ValueError, match=r"generation_config\.json of .* cannot be read"):
+            load(str(tmp_path))
+
+
+def test_without_a_generation_config_the_tokenizer_decides(tmp_path):
+    saved(tmp_path, FAMILIES["qwen2"])
+    (tmp_path / "generation_config.json").unlink()
+    assert load_generation_config(str(tmp_path)).eos_token_id is None
+
+
+def byte_level(**special):
+    """Never makes an unknown token, whatever it calls one; as Qwen2.5 and GPT-2."""
+    bytes_ = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(ByteLevel.alphabet()))}, []))
+    bytes_.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    made = PreTrainedTokenizerFast(tokenizer_object=bytes_)
+    made.add_special_tokens(special)
+    return made
+
+
+def test_an_end_of_text_may_be_called_the_unknown_token():
+    tokenizer = byte_level(eos_token="<|im_end|>", unk_token="<|endoftext|>")
+    end, text = tokenizer.eos_token_id, tokenizer.unk_token_id
+    named = GenerationConfig(eos_token_id=[end, text])
+    assert eos_token_ids(named, tokenizer) == tuple(sorted((end, text)))
+    assert eos_token_ids(GenerationConfig(eos_token_id=text), tokenizer) == tuple(
+        sorted((end, text))
+    )
