@@ -57,7 +57,8 @@ def check_cluster(config: Any) -> None:
         return
     present = ray.cluster_resources()
     parts = {"learners": _learner_needs(config), **_runner_needs(config)}
-    for resource in {name: None for needs in parts.values() for name in needs}:
+    resources = {name for needs in parts.values() for name in needs}
+    for resource in sorted(resources, key=lambda name: (name != "GPU", name)):  # The scarcest.
         needs = {who: part[resource] for who, part in parts.items() if part.get(resource)}
         total = sum(needs.values())
         if total > present.get(resource, 0):

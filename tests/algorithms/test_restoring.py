@@ -15,7 +15,12 @@ import torch
 
 from rllib_distrl.algorithms.distrl import DistRL
 from rllib_distrl.algorithms.language_model import policy_state
-from rllib_distrl.algorithms.restoring import SETTINGS, check_settings, module_settings
+from rllib_distrl.algorithms.restoring import (
+    SETTINGS,
+    check_settings,
+    module_settings,
+    saved_settings,
+)
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -145,11 +150,12 @@ def test_a_checkpoint_of_other_adapters_or_ensembles_is_refused(now, difference,
     for config in (then, now):
         config.validate()
     (tmp_path / "state.pkl").write_bytes(pickle.dumps({SETTINGS: module_settings(then)}))
+    saved = saved_settings(tmp_path, pyarrow.fs.LocalFileSystem(), "state")
     if difference is None:
-        check_settings(now, tmp_path, pyarrow.fs.LocalFileSystem(), "state")
+        check_settings(now, saved, "The checkpoint")
         return
     with pytest.raises(ValueError, match=difference):
-        check_settings(now, tmp_path, pyarrow.fs.LocalFileSystem(), "state")
+        check_settings(now, saved, "The checkpoint")
 
 
 def test_a_learner_that_was_not_restored_is_an_error(algo, tmp_path):
