@@ -60,7 +60,7 @@ def pass_k_curve(
     table = SampleTable(result.frame)
     points = tuple(ks) if ks is not None else default_ks(table.n)
     values = np.stack([pass_at_k(table.n, table.correct, k) for k in points], axis=1)
-    low, high = bootstrap_interval(values, level=level)
+    low, high = bootstrap_interval(values, level=level, shares=True)
     return Curve(label, points, values.mean(axis=0), low, high)
 
 

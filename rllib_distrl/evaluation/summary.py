@@ -22,6 +22,7 @@ from rllib_distrl.maths.pass_k import (
 CORRECT, WRONG, NO_ANSWER = "correct", "wrong", "no_answer"
 SAME = 1e-9
 TRUNCATED = "length"
+_COUNTS = ("distinct_correct", "tokens")  # columns that may be above 1
 
 
 class SampleTable:
@@ -182,7 +183,12 @@ def summarise(
         probabilities in [0, 1].
     """
     problems = per_problem(frame, ks, distinct_by=distinct_by, equivalent=equivalent)
-    low, high = bootstrap_interval(problems.to_numpy(), level=level, seed=seed)
+    intervals = {
+        name: bootstrap_interval(
+            column, level=level, seed=seed, shares=_is_share(str(name), column)
+        )
+        for name, column in problems.items()
+    }
     means = problems.to_numpy().mean(axis=0).tolist()
     result: dict[str, Any] = dict(zip(problems.columns, means, strict=True))
     result["problems"] = len(problems)
@@ -190,5 +196,12 @@ def summarise(
     scores = frame["score"].to_numpy()
     result["scores"] = [float(scores.min()), float(scores.max())]
     result["status"] = dict(Counter(frame["status"].tolist()).most_common())
-    result["intervals"] = {name: [float(low[j]), float(high[j])] for j, name in enumerate(problems)}
+    result["intervals"] = {
+        name: [float(low[0]), float(high[0])] for name, (low, high) in intervals.items()
+    }
     return result
+
+
+def _is_share(name: str, column: pd.Series) -> bool:
+    """Whether a column lies in [0, 1], and not by chance; scores may be a task's own."""
+    return name not in _COUNTS and bool(column.between(0.0, 1.0).all())

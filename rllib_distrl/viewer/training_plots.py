@@ -143,7 +143,7 @@ def plot_pass_at_k(runs: Runs) -> Chart:
 def _pass_at_k(panel: Any, table: SampleTable, name: str, when: str, colour: str) -> None:
     ks = default_ks(table.n)
     values = np.stack([pass_at_k(table.n, table.correct, k) for k in ks], axis=1)
-    low, high = bootstrap_interval(values)
+    low, high = bootstrap_interval(values, shares=True)
     style = "--" if when == "before" else "-"
     panel.plot(ks, values.mean(0), style, color=colour, linewidth=1.7, marker="o", markersize=4,
                label=f"{name}, {when}")  # fmt: skip

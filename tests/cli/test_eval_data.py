@@ -104,7 +104,7 @@ def test_file(model: Path, data: Path, tmp_path: Path) -> None:
     report = json.loads((out / "eval.json").read_text())
     assert report["avg@4"] == report["pass@1"] == report["pass@2"] == pytest.approx(2 / 3)
     assert "pass@4" not in report
-    assert report["intervals"]["pass@2"] == [0.0, 1.0]
+    assert report["intervals"]["pass@2"] == [0.2, 1.0]
     assert report["status"] == {"correct": 8, "wrong": 4}
     asked = {name: report["evaluated"][name] for name in ("max_tokens", "temperature", "top_p")}
     assert asked == {"max_tokens": 16, "temperature": 0.5, "top_p": 0.95}

@@ -122,6 +122,23 @@ def test_bootstrap_covers_the_mean_of_a_known_law():
     assert 0.90 <= covered / 300 <= 0.98
 
 
+@pytest.mark.parametrize("k", [1, 16, 64])
+@pytest.mark.parametrize("law", [(0.5, 1.5), (2, 2)])
+def test_intervals_of_pass_k_cover_also_where_nearly_all_is_solved(law, k):
+    # Problems whose chance is Beta(2, 2): pass@64 is .999 and is 1 on most sets of 60 problems.
+    rng, every = np.random.default_rng(k), np.random.default_rng(0).beta(*law, 100_000)
+    truth, covered, plain = (1 - (1 - every) ** k).mean(), 0, 0
+    for seed in range(200):
+        values = pass_at_k(64, rng.binomial(64, rng.beta(*law, 60)), k)
+        low, high = bootstrap_interval(values, resamples=500, seed=seed, shares=True)
+        covered += bool(low[0] <= truth <= high[0])
+        low, high = bootstrap_interval(values, resamples=500, seed=seed)
+        plain += bool(low[0] <= truth <= high[0])
+    assert covered / 200 >= 0.92
+    if (law, k) == ((2, 2), 64):
+        assert plain / 200 < 0.3
+
+
 def test_bootstrap_width_matches_the_normal_theory():
     values = np.random.default_rng(0).normal(size=400)
     low, high = bootstrap_interval(values, resamples=4000)
