@@ -73,8 +73,8 @@ def test_summary_counts_and_brackets():
     assert summary["pass@2"] == pytest.approx((5 / 6 + 0.5) / 2)
     assert summary["problems"] == 2 and summary["samples"] == 4
     assert summary["status"] == {"wrong": 3, "correct": 3, "no_answer": 2}
-    # Four are drawn of 1/2, 5/6, 0 and 1. Three zeros and 1/2 or less are 5 of 256 draws, those with
-    # 5/6 in place of 1/2 four more; above two ones and two 5/6 there are as few.
+    # Four are drawn of 1/2, 5/6, 0 and 1. Three zeros and 1/2 or less are 5 of 256 draws, with
+    # 5/6 in place of 1/2 it is four more; above two ones and two 5/6 there are as few.
     assert summary["intervals"]["pass@2"] == pytest.approx([5 / 24, 11 / 12])
 
 
