@@ -312,6 +312,12 @@ def _make_env(env_id: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
 def _prompts(env: Any, count: int) -> list[Prompted]:
     """The first ``count`` distinct problems, or all of a smaller data set."""
     rows = distinct_rows(env.task, count)
+    if len(rows) < min(count, len(env.task)):
+        print(
+            f"Asking {len(rows)} different problems; {len(env.task) - len(rows)} of "
+            f"{len(env.task)} rows repeat one.",
+            file=sys.stderr,
+        )
     prompted = []
     for position, row in enumerate(rows):
         _, info = env.reset(options={"row": row})

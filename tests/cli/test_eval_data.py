@@ -154,6 +154,20 @@ def test_a_prompt_of_more_than_512_tokens(model: Path, tmp_path: Path) -> None:
     assert "exceed the model's window of 512" in result.stderr
 
 
+def test_repeated_problems_are_asked_once_and_columns_can_be_named(
+    model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "twice.jsonl"
+    rows = [{"q": row["problem"], "a": row["answer"]} for row in (*PROBLEMS, PROBLEMS[0])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(model, "--data", path, "--fields", "problem=q,answer=a")
+    assert result.exit_code == 0, result.output
+    assert "3 problems, 4 samples each" in result.output
+    assert "Asking 3 different problems; 1 of 4 rows repeat one." in result.stderr
+    refused = evaluate(model, "--data", path)
+    assert "field 'problem' is missing (the row has q, a)" in refused.stderr
+
+
 BAD = {
     "unknown preset": (["MODEL", "--data", "gsm8", "--n", "4"], "Did you mean 'gsm8k'?"),
     "no such file": (["MODEL", "--data", "missing.jsonl"], "there is no file missing.jsonl"),
@@ -165,6 +179,10 @@ BAD = {
     "beyond the window": (["MODEL", "--data", "DATA", "--max-tokens", "999"], "window of 512"),
     "plot of nothing": (["MODEL", "--data", "DATA", "--compare", "."], "give both"),
     "a recipe's setting": (["MODEL", "eval.n=4", "--data", "DATA"], "use options such as --n"),
+    "no temperature": (["MODEL", "--data", "DATA", "--temperature", "0"], "--greedy --n 1"),
+    "fields without paths": (["MODEL", "--data", "DATA", "--fields", "q"], "--fields is 'q'"),
+    "another form": (["MODEL", "--data", "DATA", "--format", "alpaca"], "nearest is 'trl'"),
+    "rows without data": (["MODEL", "--format", "trl"], "--format needs --data"),
     "a model alone": (["MODEL"], "say on what: --data"),
     "a model's name alone": (["builtin:countdown-tiny"], "say on what: --data"),
     "an option without data": (["MODEL", "--top-p", "0.5"], "--top-p needs --data"),
