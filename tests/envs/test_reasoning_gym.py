@@ -21,8 +21,8 @@ NO_ANSWER = {"boxnet", "rush_hour"}
 CONFIGS = {
     "composite": {"datasets": [{"name": "lcm", "weight": 1.0}, {"name": "gcd", "weight": 1}]}
 }
-OTHER = {"game_of_life_halting": {"True": "False", "False": "True"}}
-"""Its verifier takes any text but the right word for the other word."""
+BROKEN = {"game_of_life_halting"}
+"""Generators that are refused: their verifiers take anything for right."""
 
 
 def gym(name, **options):
@@ -38,8 +38,7 @@ def check(name):
     own = [task.grade(problem, f"I think so. {task.solution(problem)}") for problem in problems]
     assert [(grade.score, grade.status) for grade in own] == [(1.0, "correct")] * 2
     for problem in problems:
-        other = OTHER.get(name, {}).get(problem.data["answer"], "surely not this")
-        grade = task.grade(problem, f"<answer>{other}</answer>")
+        grade = task.grade(problem, "<answer>surely not this</answer>")
         assert 0.0 <= grade.score < 1.0 and grade.status == "wrong"
 
 
@@ -49,7 +48,7 @@ def test_its_own_answer_is_right_and_another_is_less(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(set(DATASETS) - set(QUICK)))
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - set(QUICK) - BROKEN))
 def test_all_generators(name):
     check(name)
 
@@ -102,7 +101,8 @@ def test_the_last_tags_hold_the_answer():
         ("leg_counting", {"config": {"seed": 3}}, "set the task's seed"),
         ("leg_counting", {"level": {"legs": 1}}, r"the curriculum has \['num_animals'"),
         ("leg_counting", {"level": {"num_animals": 99}}, "must be in 0..35"),
-        ("composite", {}, "at least one dataset"),
+        ("composite", {}, "datasets"),
+        ("game_of_life_halting", {}, "cannot be trained on"),
         ("leg_counting", {"instruction": "{problem}"}, "between <answer> and"),
         ("leg_counting", {"levels": 1}, "does not take"),
     ],
