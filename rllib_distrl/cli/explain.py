@@ -82,6 +82,8 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     ends = f"A completion ends with {' or '.join(map(repr, prompts.ends))}."
     console.print(ends, markup=False, highlight=False, soft_wrap=True)
     console.print("Estimates: activations and temporary copies vary with the model.", style="dim")
+    for line in said_of_weights(recipe, config):
+        console.print(line, style="dim", highlight=False)
 
 
 def _prompt_lengths(config: Any) -> PromptLengths:
@@ -222,6 +224,20 @@ def _memory_table(
     _add_parts(table, f"each of {max(config.num_learners, 1)} learner(s)", learner)
     _add_parts(table, f"each of {max(config.num_env_runners, 1)} env runner(s)", runner)
     return table
+
+
+def said_of_weights(recipe: Recipe, config: Any) -> list[str]:
+    """What a user may not expect of the weights that learn and are exported."""
+    from rllib_distrl.models.loading import load_config
+    from rllib_distrl.modules.lora import without_adapter
+
+    model_config, lines = load_config(recipe.run.model), []
+    dtype = str(getattr(model_config, "dtype", None) or "").removeprefix("torch.")
+    if dtype not in ("", "float32"):
+        lines.append(f"The model was saved in {dtype}; it learns and is exported in float32.")
+    if lora := config.model_config.get("lora"):
+        lines.append(without_adapter(lora, model_config))
+    return [line for line in lines if line]
 
 
 def _adapter_parameters(recipe: Recipe, settings: Mapping[str, Any]) -> int | None:

@@ -16,7 +16,7 @@ from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.disk import check_room, naming_a_full_disk
 from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
-from rllib_distrl.cli.explain import check_memory
+from rllib_distrl.cli.explain import check_memory, said_of_weights
 from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
@@ -139,7 +139,7 @@ def _check(
     check_address()
     connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
-    return recipe, path, check_problems(recipe, config)
+    return recipe, path, [*check_problems(recipe, config), *said_of_weights(recipe, config)]
 
 
 def _locate(

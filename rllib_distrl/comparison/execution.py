@@ -72,11 +72,12 @@ class Execution:
             report: Called with every record when it is written.
 
         Raises:
-            KeyboardInterrupt: After Ctrl-C or SIGTERM, once the runs in progress have checkpointed.
+            KeyboardInterrupt: After a signal, once the runs in progress have checkpointed.
         """
         waiting = [job for job in self.plan.jobs() if not self._done(*job)]
         running: list[_Process] = []
-        previous = signal.signal(signal.SIGTERM, _raise_interrupt)
+        asked = (signal.SIGTERM, signal.SIGHUP)
+        previous = {n: signal.signal(n, _raise_interrupt) for n in asked if _is_heard(n)}
         try:
             while waiting or running:
                 while waiting and len(running) < jobs:
@@ -89,7 +90,8 @@ class Execution:
             _stop(running)
             raise
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
 
     def _done(self, contender: Contender, seed: int) -> bool:
         file = self.record_file(contender, seed)
@@ -157,6 +159,11 @@ def _stop(running: list[_Process]) -> None:
             process.process.terminate()  # what runs in the background may ignore SIGINT
     for process in running:
         process.process.join()
+
+
+def _is_heard(signum: int) -> bool:
+    """Whether a signal is not ignored, as `nohup` does with SIGHUP."""
+    return signal.getsignal(signum) != signal.SIG_IGN
 
 
 def _raise_interrupt(signum: int, frame: object) -> None:

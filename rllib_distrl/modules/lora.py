@@ -84,6 +84,28 @@ def count_adapter_parameters(lora: Mapping[str, Any], model_config: PreTrainedCo
     return sum(settings["r"] * sum(part.weight.shape) for part in chosen)
 
 
+def without_adapter(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> str:
+    """Says which large weights "all-linear" leaves frozen: experts, which are no linear layers.
+
+    Transformers 5 keeps a layer's experts in one three-dimensional parameter.
+
+    Returns:
+        A sentence; "" where nothing is left out, or the layers are named one by one.
+    """
+    if {**DEFAULTS, **lora}["targets"] != ALL_LINEAR:
+        return ""
+    with torch.device("meta"):
+        trunk = AutoModelForCausalLM.from_config(model_config).base_model
+    experts = [p for name, p in trunk.named_parameters() if p.dim() == 3 and "expert" in name]
+    share = sum(p.numel() for p in experts) / sum(p.numel() for p in trunk.parameters())
+    if not experts:
+        return ""
+    return (
+        f"LoRA {ALL_LINEAR!r} gives the experts no adapter: {share:.0%} of the trunk's weights "
+        "stay as they are."
+    )
+
+
 def trunk_beside(policy: Any) -> nn.Module:
     """A second trunk on the policy's own frozen weights, for adapters of its own."""
     trunk = trunk_of(policy)

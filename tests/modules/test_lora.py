@@ -1,6 +1,6 @@
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from rllib_distrl.learners import single_step
 from rllib_distrl.learners.before_update import model_columns
@@ -200,3 +200,16 @@ def test_env_runners_get_merged_weights(episodes):
     other.set_state(full)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, module.state_dict()[name])
+
+
+def test_experts_that_get_no_adapter_are_named():
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_experts": 4}
+    config = AutoConfig.for_model("qwen3_moe", moe_intermediate_size=32, **sizes)
+    # Of the trunk's 2 layers: experts 4 x 3 x 32 x 32, attention 4 x 32 x 32 and 2 norms of 8,
+    # router 4 x 32, 2 norms of 32; beside them 100 x 32 embeddings and a norm.
+    experts, rest = 2 * 12288, 2 * (4096 + 16 + 128 + 64) + 3200 + 32
+    assert f"{experts / (experts + rest):.0%} of the trunk" in lora.without_adapter({}, config)
+    assert lora.without_adapter({"targets": ["q_proj"]}, config) == ""
+    dense = AutoConfig.for_model("qwen2", num_hidden_layers=1)
+    assert lora.without_adapter({"r": 4}, dense) == ""
