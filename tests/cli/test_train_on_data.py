@@ -52,7 +52,7 @@ data = "{data}"
 score = "letter_scores:wanted_letters"
 fields = {{ problem = "question" }}
 on_bad_row = "skip"
-holdout = 0.4
+holdout = 0.6
 
 [training]
 lr = 1e-3
