@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from distrl_envs.tokenizers import decode_completion, render_prompt
 from rllib_distrl.algorithms.sampling import SamplingError
 from tests.helpers import distrl_config
 
@@ -81,6 +84,19 @@ def test_a_callback_may_restore_when_the_algorithm_begins(donor, build, componen
     assert held(algo) == held(donor)
     assert algo.iteration == (1 if component is None else 0)
     assert algo.train()["training_iteration"] == algo.iteration
+
+
+def test_the_exported_policy_writes_what_the_runner_writes(donor, tmp_path):
+    """The snippet of docs/python.md, greedy."""
+    donor.export_model(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    task = donor.env_runner.token_env.unwrapped.task
+    for episode in donor.env_runner.sample(num_episodes=3, explore=False):
+        ids = render_prompt(tokenizer, task.problem(episode.infos[0]["row"]).prompt)
+        out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
+        text = decode_completion(tokenizer, out.tolist(), {tokenizer.eos_token_id})
+        assert text == episode.infos[-1]["completion"]
 
 
 def test_more_actors_than_cpus_are_refused():
