@@ -267,5 +267,7 @@ def test_explain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in (*told, *shown):
         assert words in result.stdout
     assert not ray.is_initialized()
-    stock = CliRunner().invoke(app, ["explain", "tiny.toml", "run.algorithm=PPO"])
+    stock = CliRunner().invoke(
+        app, ["explain", "tiny.toml", "run.algorithm=PPO", "training.minibatch_size=64"]
+    )
     assert "timesteps (RLlib's unit)" in stock.stdout, stock.stderr
