@@ -22,7 +22,7 @@ _PROBE_KEY = (-1, -1, -1, -1)
 _CHECKED_PROMPTS = (3, 3, 2)
 # Mean |logp difference| that still counts as agreement, by the engine's type. Measured on tiny
 # models of 25 architectures: rounding to bfloat16 gives 0.002 where logits have a standard
-# deviation of 0.3, 0.006 to 0.06 at 0.9, 0.08 at 4.5; a logit scale left out 0.3 and more.
+# deviation of 0.3, 0.006 to 0.06 at 0.9, 0.08 at 4.5.
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 # Every so many tokens one ends a completion while an engine is compared with its model.
 _ENDING = 6

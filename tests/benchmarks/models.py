@@ -239,7 +239,7 @@ def examine(kind: str) -> Finding:
             found.engine = engine_error(module.policy, folder)
             found.verdict = "yes" if float(found.gradients) < 1e-3 else "WRONG GRADIENTS"
         except Exception as error:
-            found.verdict = f"refused: {_line(error)}"
+            found.verdict = f"FAILS after the start's check: {_line(error)}"
     return found
 
 
