@@ -197,6 +197,8 @@ def _check_attributes(config: DistRLConfig) -> None:
     known = vars(type(config)())
     # RLlib leaves `class` behind when it copies a configuration (Ray 2.60).
     for name in vars(config).keys() - known.keys() - {"class"}:
+        if name.startswith("__"):  # Tune's own, such as `__stderr_file__`.
+            continue
         if name in RolloutSettings.model_fields:
             hint = f"Use rollout({name}=...)."
         else:

@@ -119,6 +119,13 @@ def test_a_foreign_environment_of_tunes_registry_is_named():
         CompletionEnvRunner(config=config, worker_index=0)
 
 
+def test_what_tune_adds_to_a_trials_configuration_is_no_setting():
+    variant = {**distrl_config().to_dict(), "__stderr_file__": None, "__trial_info__": None}
+    config = type(distrl_config())().update_from_dict(variant)
+    config.validate()
+    assert config.rollout_settings.num_generations == 2
+
+
 def test_limits_may_be_changed_between_validations():
     config = distrl_config()
     config.validate()
