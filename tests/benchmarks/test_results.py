@@ -27,7 +27,10 @@ def test_every_ratio_has_median_spread_machine_and_commit():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_pages_show_the_committed_results(page):
-    assert table_of(page) == PAGES[page](json.loads(RESULTS.read_text()))
+    results = json.loads(RESULTS.read_text())
+    assert table_of(page) == PAGES[page](results)
+    commits = {found["commit"] for found in results["ratios"].values()}
+    assert all(commit in page.read_text() for commit in commits)
 
 
 def test_a_ratio_is_the_median_of_neighbouring_runs():
@@ -45,6 +48,7 @@ def test_a_ratio_is_the_median_of_neighbouring_runs():
 def test_the_page_on_memory_shows_the_committed_results():
     results = json.loads(memory.RESULTS.read_text())
     assert table_of(memory.PAGE) == memory.tables(results)
+    assert results["commit"] in memory.PAGE.read_text()
     assert list(results["configurations"]) == list(memory.CONFIGURATIONS)
     assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
 
