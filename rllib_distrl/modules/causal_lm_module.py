@@ -12,6 +12,8 @@ from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.numpy import convert_to_numpy
 from torch import nn
 
+from rllib_distrl.engines.engine import SamplingParams
+from rllib_distrl.engines.sampling import sample
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.micro_batches import split_by_token_budget, split_packed
 from rllib_distrl.maths.packing import first_of_prompt
@@ -28,6 +30,7 @@ from rllib_distrl.modules.sequences import (
     Sequences,
     from_columns,
     from_incremental_obs,
+    from_prompts,
 )
 
 DEFAULT_MICRO_BATCH_TOKENS = 16_384
@@ -47,7 +50,9 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     separate critic from), and ``max_seq_len`` for RLlib's own connectors.
 
     Serves both worlds: sequence batches of `SequencesFromEpisodes`, and the (B, T, ...)
-    batches of RLlib's own learners with ``obs_mode="incremental"``.
+    batches of RLlib's own learners with ``obs_mode="incremental"``. Prompts without actions
+    (`from_prompts`) are answered by `forward_inference` and `forward_exploration` with the next
+    token of each.
     """
 
     def setup(self) -> None:
@@ -133,6 +138,35 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         if self.has_critic:
             outputs[Columns.EMBEDDINGS] = self._critic_states(sequences, states)
         return outputs
+
+    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Of prompts alone the most probable next tokens and the model's own logps of them."""
+        if Columns.ACTIONS in batch:
+            return super()._forward_inference(batch, **kwargs)
+        return self._next_tokens(batch, greedy=True)
+
+    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Of prompts alone next tokens drawn as the rollout draws them, and their logps."""
+        if Columns.ACTIONS in batch:
+            return super()._forward_exploration(batch, **kwargs)
+        return self._next_tokens(batch, greedy=False)
+
+    @torch.no_grad()
+    def _next_tokens(self, batch: dict[str, Any], greedy: bool) -> dict[str, Any]:
+        """``actions`` (B,) int64 and ``action_logp`` (B,) float32 after B prompts."""
+        prompts = from_prompts(batch, self.policy.get_input_embeddings().weight)
+        rollout = self.model_config.get("rollout", {})
+        filters = {name: rollout[name] for name in ("top_p", "top_k") if name in rollout}
+        params = SamplingParams(1, self.temperature, greedy=greedy, **filters)
+        head = self.policy.get_output_embeddings()
+        tokens = torch.zeros_like(prompts.prompt_lens)
+        logps = torch.zeros_like(tokens, dtype=torch.float32)
+        for index in self.micro_batches(prompts):
+            states = self._states(self.policy, prompts.rows(index))[:, 0]
+            logits = self.logit_map(head(states.to(head.weight.dtype)).float())
+            uniforms = torch.rand(len(index), dtype=torch.float64, device=tokens.device)
+            tokens[index], logps[index], _ = sample(logits, uniforms, params)
+        return {Columns.ACTIONS: tokens, Columns.ACTION_LOGP: logps}
 
     @staticmethod
     def sequences(batch: dict[str, Any]) -> Sequences:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from operator import index
 from typing import Any
 
 import torch
@@ -112,3 +113,56 @@ def from_incremental_obs(batch: dict[str, Any]) -> Sequences:
     input_ids[in_prompt] = prompts[in_prompt[:, : prompts.shape[1]]]
     input_ids[in_completion] = actions.flatten()
     return Sequences(input_ids, prompt_lens, actions, torch.ones_like(actions, dtype=torch.bool))
+
+
+def from_prompts(batch: dict[str, Any], embeddings: torch.Tensor) -> Sequences:
+    """Reads prompts whose next tokens are asked for.
+
+    Args:
+        batch: ``obs``, B lists of token ids of any lengths; or right-padded (B, S) integers with
+            ``seq_lens`` (B,), RLlib's column for that.
+        embeddings: (V, H), the model's; the sequences will be on its device.
+
+    Returns:
+        Sequences with completions of one step, of which none is there.
+
+    Raises:
+        ValueError: for anything else, among them the observations of an env, whose first number
+            is a count; and for tokens that the model does not know.
+    """
+    prompts = _token_rows(batch.get(Columns.OBS), batch.get(Columns.SEQ_LENS))
+    size = len(embeddings)
+    for number, prompt in enumerate(prompts):
+        if not prompt or not all(0 <= token < size for token in prompt):
+            raise ValueError(
+                f"Prompt {number} is empty, or holds tokens outside of the model's 0..{size - 1}: "
+                f"{prompt[:8]}. Encode it with the model's own tokenizer."
+            )
+    prompt_lens = torch.tensor([len(prompt) for prompt in prompts])
+    input_ids = torch.zeros(len(prompts), int(prompt_lens.max()), dtype=torch.long)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[: len(prompt)] = torch.tensor(prompt)
+    steps = torch.zeros(len(prompts), 1, dtype=torch.long)
+    parts = (input_ids, prompt_lens, steps, steps.bool())
+    return Sequences(*(part.to(embeddings.device) for part in parts))
+
+
+def _token_rows(rows: Any, lens: Any) -> list[list[int]]:
+    try:
+        if lens is not None:
+            ends = torch.as_tensor(lens).tolist()
+            rows = torch.as_tensor(rows).tolist()
+            rows = [
+                row[:end] if 0 <= end <= len(row) else None
+                for row, end in zip(rows, ends, strict=True)
+            ]
+        if not rows or not all(isinstance(row, list | tuple) for row in (rows, *rows)):
+            raise TypeError
+        return [[index(token) for token in row] for row in rows]
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(
+            "Without actions, forward_inference and forward_exploration take the token ids of "
+            "prompts: {'obs': [[4, 8, 15], [16, 23]]}, or integers (B, S), padded on the right, "
+            "with their lengths (B,) as 'seq_lens'. Of an episode of an environment these are the "
+            "prompt_ids in the info of reset, and the actions since."
+        ) from None

@@ -86,8 +86,8 @@ def test_a_callback_may_restore_when_the_algorithm_begins(donor, build, componen
     assert algo.train()["training_iteration"] == algo.iteration
 
 
-def test_the_exported_policy_writes_what_the_runner_writes(donor, tmp_path):
-    """The snippet of docs/python.md, greedy."""
+def test_policy_and_module_write_what_the_runner_writes(donor, tmp_path):
+    """The snippets of docs/python.md, greedy."""
     donor.export_model(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
@@ -97,6 +97,11 @@ def test_the_exported_policy_writes_what_the_runner_writes(donor, tmp_path):
         out = model.generate(torch.tensor([ids]), max_new_tokens=24, do_sample=False)[0, len(ids) :]
         text = decode_completion(tokenizer, out.tolist(), {tokenizer.eos_token_id})
         assert text == episode.infos[-1]["completion"]
+        module, written = donor.get_module(), []
+        while len(written) < 24 and tokenizer.eos_token_id not in written:
+            answer = module.forward_inference({"obs": [ids + written]})
+            written.append(int(answer["actions"][0]))
+        assert decode_completion(tokenizer, written, {tokenizer.eos_token_id}) == text
 
 
 def test_more_actors_than_cpus_are_refused():
