@@ -405,6 +405,9 @@ class Draws:
         return pool[:count]
 
 
+_DECIDES = (".py", ".toml")  # the graders, and the table of units
+
+
 @lru_cache(maxsize=32)
 def _version(kind: type) -> str:
     """A hash of the sources that a task's grades depend on."""
@@ -413,7 +416,7 @@ def _version(kind: type) -> str:
         module = sys.modules.get(parent.__module__)
         if issubclass(parent, Task) and getattr(module, "__file__", None):
             files.add(Path(module.__file__))  # type: ignore[union-attr, arg-type]
-    files |= set((Path(__file__).parent / "grading").glob("*.py"))
+    files |= {f for f in (Path(__file__).parent / "grading").iterdir() if f.suffix in _DECIDES}
     digest = blake2b(version("math-verify").encode(), digest_size=8)
     for file in sorted(files):
         digest.update(file.read_bytes())

@@ -67,7 +67,7 @@ def check_settings(config: Any, saved: Mapping[str, Any], what: str) -> None:
     lines = [
         f"  {name}: {saved[name]!r} in the checkpoint, {present[name]!r} now"
         for name in _SHAPING
-        if name in saved and name in present and saved[name] != present[name]
+        if name in saved and name in present and not _same(saved[name], present[name])
     ]
     if lines:
         raise ValueError(
@@ -75,6 +75,16 @@ def check_settings(config: Any, saved: Mapping[str, Any], what: str) -> None:
             + "\n".join(lines)
             + "\nRestore it with the settings that it was made with."
         )
+
+
+def _same(saved: Any, present: Any) -> bool:
+    """Whether two settings agree; a folder may be named from here or from the root."""
+    if saved == present:
+        return True
+    if not (isinstance(saved, str) and isinstance(present, str)):
+        return False
+    there = Path(saved).exists() and Path(present).exists()
+    return there and Path(saved).samefile(present)
 
 
 def check_restored(path: Any, saved: tuple[int, str] | None, present: tuple[int, str]) -> None:

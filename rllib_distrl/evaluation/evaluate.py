@@ -167,7 +167,8 @@ class _Evaluation:
             for record in records
             if self.is_stale(record["problem"], record["grading"])
         ]
-        grades = self.task.grade_many(
+        grades = grades_of(
+            self.task,
             [problem for _, problem in stale],
             [record["completion"] for record, _ in stale],
             [record["finish_reason"] == "length" for record, _ in stale],

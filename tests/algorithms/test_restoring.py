@@ -158,6 +158,18 @@ def test_a_checkpoint_of_other_adapters_or_ensembles_is_refused(now, difference,
         check_settings(now, saved, "The checkpoint")
 
 
+def test_a_models_folder_may_be_named_from_elsewhere(tmp_path, monkeypatch):
+    """Recipes name it absolute, which those of earlier runs did not."""
+    for name in ("mine", "another"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    now = distrl_config(model=str(tmp_path / "mine"))
+    check_settings(now, {"model": "./mine"}, "The checkpoint")
+    for other in ("./another", "./gone"):
+        with pytest.raises(ValueError, match=f"model: '{other}' in the checkpoint"):
+            check_settings(now, {"model": other}, "The checkpoint")
+
+
 def test_a_learner_that_was_not_restored_is_an_error(algo, tmp_path):
     path = algo.save_to_path(str(tmp_path / "c"))
     algo.train()
