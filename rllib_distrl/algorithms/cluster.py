@@ -56,7 +56,11 @@ def check_cluster(config: Any) -> None:
     if config.model_config["rollout"]["max_env_runners"]:
         return
     present = ray.cluster_resources()
-    parts = {"learners": _learner_needs(config), **_runner_needs(config)}
+    parts = {
+        "learners": _learner_needs(config),
+        "aggregators": {"CPU": num_aggregators(config)},
+        **_runner_needs(config),
+    }
     resources = {name for needs in parts.values() for name in needs}
     for resource in sorted(resources, key=lambda name: (name != "GPU", name)):  # The scarcest.
         needs = {who: part[resource] for who, part in parts.items() if part.get(resource)}
@@ -71,6 +75,12 @@ def check_cluster(config: Any) -> None:
                 "allowed), or the number of actors. Where an autoscaler adds nodes, set "
                 "[rollout] max_env_runners."
             )
+
+
+def num_aggregators(config: Any) -> int:
+    """Actors of APPO and IMPALA beside the learners; each takes a CPU (Ray 2.60, algorithm.py)."""
+    per_learner = getattr(config, "num_aggregator_actors_per_learner", 0) or 0
+    return (config.num_learners or 1) * per_learner
 
 
 def _learner_needs(config: Any) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 import threading
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +64,20 @@ WEIGHTS_VERSION_LAG = "weights_version_lag"
 WEIGHTS_PROBE_ERROR = "weights_probe_error"
 
 
+@contextmanager
+def _exits_are_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as error:
+        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        if str(frame.f_globals.get("__name__")).startswith("ray."):
+            raise  # Ray ends this process.
+        raise RuntimeError(
+            f"sys.exit({error.code!r}) was called while {doing}, by {frame.f_code.co_name}() "
+            f"in {frame.f_code.co_filename}:{frame.f_lineno}."
+        ) from error
+
+
 class DistRL(Algorithm):
     """One iteration: serve prompts, sample whole groups, update, sync weights, verify."""
 
@@ -76,7 +92,15 @@ class DistRL(Algorithm):
         return DistRLConfig()
 
     def setup(self, config: Any) -> None:
-        """Builds runners and learners, and the prompt sampler that the driver owns."""
+        """Builds runners and learners, and the prompt sampler that the driver owns.
+
+        Raises:
+            RuntimeError: no env runner starts, or code of the user's called ``sys.exit``.
+        """
+        with _exits_are_errors("building the algorithm"):
+            self._build(config)
+
+    def _build(self, config: Any) -> None:
         resolve(self.config.model_config["model"])
         check_cluster(self.config)
         n_rows = self._check_task()
@@ -124,16 +148,8 @@ class DistRL(Algorithm):
             RuntimeError: code of the user's called ``sys.exit``, which would end the job in
                 silence.
         """
-        try:
+        with _exits_are_errors("training"):
             return super().train()
-        except SystemExit as error:
-            frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-            if str(frame.f_globals.get("__name__")).startswith("ray."):
-                raise  # Ray ends this process.
-            raise RuntimeError(
-                f"sys.exit({error.code!r}) was called while training, by {frame.f_code.co_name}() "
-                f"in {frame.f_code.co_filename}:{frame.f_lineno}."
-            ) from error
 
     def training_step(self) -> None:
         """Samples, learns and syncs once; the first time the critic may learn beforehand.
@@ -345,16 +361,17 @@ class DistRL(Algorithm):
         """Continues from ``state``, of this algorithm or another one of the same model.
 
         Raises:
-            ValueError: for a state of another model or critic, with the difference.
+            ValueError: for a state of another model or critic, with the difference, or of other
+                prompts.
         """
         check_settings(self.config, state.get(SETTINGS, {}), "The state")
         self._drop_batch()
+        if PROMPT_SAMPLER in state:  # First: it may refuse.
+            self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
         super().set_state(state)
         self._refused_in_a_row = 0
         self._restored_weights = state.get(WEIGHTS)
         self._critic_pretrained = state.get(CRITIC_PRETRAINED, self._critic_pretrained)
-        if PROMPT_SAMPLER in state:
-            self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
         if COMPONENT_LEARNER_GROUP in state:
             self._sync_weights()
 

@@ -18,13 +18,14 @@ _ANSWER_SECONDS = 10.0
 
 def cpus_needed(config: Any) -> int:
     """Returns how many CPUs the actors of an `AlgorithmConfig` reserve, at most."""
+    from rllib_distrl.algorithms.cluster import num_aggregators
+
     most = max(config.num_env_runners, config.model_config["rollout"]["max_env_runners"])
     runners = most * config.num_cpus_per_env_runner
     evaluation = (config.evaluation_num_env_runners or 0) * config.num_cpus_per_env_runner
     per_learner = config.num_cpus_per_learner
     per_learner = 1 if isinstance(per_learner, str) else per_learner
-    aggregators = getattr(config, "num_aggregator_actors_per_learner", 0) or 0
-    learners = config.num_learners * (per_learner + aggregators)
+    learners = config.num_learners * per_learner + num_aggregators(config)
     return math.ceil(runners + evaluation + learners)
 
 

@@ -40,9 +40,12 @@ def train_and_export(
         False if there was nothing left to do.
 
     Raises:
-        ValueError: If what is to be trained cannot be exported.
+        ValueError: If what is to be trained cannot be exported, or the cluster lacks what was
+            asked for.
         Interrupted: After a signal; the last whole iteration is in a checkpoint.
     """
+    from rllib_distrl.algorithms.cluster import check_cluster
+
     recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
     start = checkpoint_iteration(checkpoint) if checkpoint else 0
     if start and Goal.of(recipe.run).reached(_row(run, start)) and run.model.is_dir():
@@ -55,6 +58,7 @@ def train_and_export(
     config = recipe.build_config()
     interrupts.check()
     with ray_session(config, interrupts):
+        check_cluster(config)  # RLlib's own algorithms would wait
         algo = config.build_algo()
         try:
             interrupts.check()

@@ -93,7 +93,8 @@ class _Serving:
         return {"cursor": self.cursor}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken."""
+        """Continues where `state` was taken; raises ValueError for another sampler's."""
+        _check_same_sampler(self, state)
         self.cursor = int(state["cursor"])
 
 
@@ -213,7 +214,29 @@ class VarianceMix:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken."""
+        """Continues where `state` was taken.
+
+        Raises:
+            ValueError: If it counts other rows, or is another sampler's.
+        """
+        _check_same_sampler(self, state)
+        counted, rows = len(state["seen"]), len(self._seen)
+        if counted != rows:
+            raise ValueError(
+                f"The state of variance_mix has counts of {counted} rows and the task now serves "
+                f"{rows}, so they would be taken for other problems. Go on with the data, pool, "
+                "max_prompt_tokens and on_long_prompt that it was saved with, or start anew."
+            )
         self._served = int(state["served"])
         self._even.set_state(state["even"])
         self._correct, self._seen = np.array(state["correct"]), np.array(state["seen"])
+
+
+def _check_same_sampler(sampler: PromptSampler, state: dict[str, Any]) -> None:
+    present = sampler.get_state()
+    if state.keys() != present.keys():
+        raise ValueError(
+            f"The state holds {', '.join(state)}, and {type(sampler).__name__} has "
+            f"{', '.join(present)}: it is another prompt_sampler's. Go on with the one that it was "
+            "saved with."
+        )

@@ -1,11 +1,15 @@
 """Every supported family trains a step, with its own tokenizer file, loaded by path."""
 
+import json
+
 import pytest
 import torch
 import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.algorithms.language_model import policy_state
+from rllib_distrl.algorithms.language_model import check_export, policy_state
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -59,3 +63,25 @@ def test_a_family_trains_a_step(family, critic, tmp_path):
         assert any(not torch.equal(before[name], after[name]) for name in before)
     finally:
         algo.stop()
+
+
+def test_a_generation_config_that_transformers_would_not_save_is_exported_as_it_came(tmp_path):
+    """A temperature without do_sample, as older chat models have it."""
+    make_model("Llama", tmp_path)
+    came = {"eos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "do_sample": False}
+    (tmp_path / GENERATION_CONFIG_NAME).write_text(json.dumps(came))
+    with pytest.raises(ValueError, match="temperature"):
+        GenerationConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "refused")
+    algo = distrl_config(model=str(tmp_path)).build_algo()
+    try:
+        algo.export_model(tmp_path / "exported")
+        weights = policy_state(algo)
+    finally:
+        algo.stop()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    written = exported.generation_config.to_dict()
+    assert {name: written[name] for name in came} == came
+    for name, tensor in exported.state_dict().items():
+        assert torch.equal(tensor, weights[name]), name
+    # What was exported trains and is exported again.
+    check_export(str(tmp_path / "exported"))

@@ -6,8 +6,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from distrl_envs.tokenizers import decode_completion, render_prompt
+from rllib_distrl import RolloutSettings, wire_language_model
+from rllib_distrl.algorithms.cluster import check_cluster
+from rllib_distrl.algorithms.registry import algorithm_config
 from rllib_distrl.algorithms.sampling import SamplingError
-from tests.helpers import distrl_config
+from rllib_distrl.cli.ray_session import cpus_needed
+from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 MODULE = "learner_group/learner/rl_module/default_policy"
@@ -50,6 +54,18 @@ def test_a_state_goes_on_where_it_was_taken(donor, build):
     assert_same_weights(restored, taken)
     with pytest.raises(ValueError, match=r"n_quantiles: 16 in the checkpoint, 4 now"):
         build(distrl_config(n_quantiles=4)).set_state(donor.get_state())
+
+
+def test_a_state_of_other_prompts_changes_nothing(donor, build):
+    algo = build(
+        distrl_config(prompt_sampler={"name": "variance_mix", "pool": 6}).debugging(seed=7)
+    )
+    before = weights(algo)
+    with pytest.raises(ValueError, match="it is another prompt_sampler's"):
+        algo.set_state(donor.get_state())
+    for name, value in weights(algo).items():
+        np.testing.assert_array_equal(value, before[name])
+    assert algo.iteration == 0
 
 
 @pytest.mark.parametrize("way", ["set_weights", "learner_group", "module", "component"])
@@ -114,6 +130,20 @@ def test_more_actors_than_cpus_are_refused():
         mixed.build_algo()
 
 
+def test_so_are_those_of_a_stock_algorithm():
+    """As `distrl train` asks before it builds one."""
+    stock = algorithm_config("IMPALA").environment(COUNTDOWN)
+    stock.env_runners(num_env_runners=1).training(train_batch_size_per_learner=64)
+    wire_language_model(stock, TINY, RolloutSettings(max_completion_tokens=24))
+    stock.learners(num_learners=1, num_aggregator_actors_per_learner=1)
+    assert cpus_needed(stock) == 3
+    with pytest.raises(ValueError, match="1 for learners and 1 for aggregators and 1 for env runn"):
+        check_cluster(stock)
+    stock.learners(num_learners=0)  # An aggregator remains.
+    assert cpus_needed(stock) == 2
+    check_cluster(stock)
+
+
 @pytest.mark.slow
 def test_a_runner_that_cannot_start_shows_its_own_error():
     def fail(*, env_context, **kwargs):
@@ -127,6 +157,14 @@ def test_a_runner_that_cannot_start_shows_its_own_error():
 
 def exits(**kwargs):
     raise SystemExit(3)
+
+
+def test_an_exit_while_the_algorithm_begins_is_an_error(build):
+    words = (
+        rf"sys.exit\(3\) was called while building the algorithm, by exits\(\) in {__file__}:\d+"
+    )
+    with pytest.raises(RuntimeError, match=words):
+        build(distrl_config().callbacks(on_algorithm_init=exits))
 
 
 def test_an_exit_in_a_callback_is_an_error(build):

@@ -53,6 +53,20 @@ def test_train_refuses(name: str, recipe: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.slow
+def test_gpus_that_are_not_there_are_not_waited_for(recipe: Path, tmp_path: Path) -> None:
+    """By an algorithm of RLlib's own, which asks for them itself."""
+    out = tmp_path / "out"
+    settings = [
+        "run.algorithm=PPO", "eval.before=false", "env_runners.num_env_runners=1",
+        "env_runners.num_gpus_per_env_runner=100", "training.train_batch_size_per_learner=256",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, ["train", str(recipe), *settings, "--out", str(out)])
+    assert result.exit_code == 2
+    assert "100 for env runners: that many GPUs were asked for" in result.stderr
+    assert not out.exists()
+
+
 def test_a_run_beyond_the_machines_memory(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

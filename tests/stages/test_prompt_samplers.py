@@ -97,6 +97,35 @@ def test_state_continues_in_the_middle(name):
     assert one.next(9) != other.next(8)
 
 
+@pytest.mark.parametrize(("before", "now"), [(7, 6), (6, 7)])
+def test_counts_of_other_rows_are_refused(before, now):
+    """As when max_prompt_tokens leaves out more rows than before."""
+    old, new = make("variance_mix", before), make("variance_mix", now)
+    old.update([result(before - 1, correct=1, of=4)])
+    with pytest.raises(ValueError, match=f"counts of {before} rows and the task now serves {now}"):
+        new.set_state(old.get_state())
+    assert rows(new.next(4)) == rows(make("variance_mix", now).next(4))
+
+
+@pytest.mark.parametrize("name", ["uniform", "without_replacement"])
+@pytest.mark.parametrize("now", [4, 9])
+def test_a_cursor_goes_on_over_other_rows(name, now):
+    old, new = make(name, 7), make(name, now)
+    old.next(10)
+    new.set_state(old.get_state())
+    served = new.next(3 * now)
+    assert set(rows(served)) <= set(range(now))
+    assert len(set(served)) == 3 * now
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("uniform", "variance_mix"), ("variance_mix", "uniform")]
+)
+def test_the_state_of_another_sampler_is_refused(before, now):
+    with pytest.raises(ValueError, match="it is another prompt_sampler's"):
+        make(now, 7).set_state(make(before, 7).get_state())
+
+
 @pytest.mark.parametrize("name", names("prompt_sampler"))
 def test_seeds_differ(name):
     orders = {tuple(rows(make(name, 20, seed).next(20))) for seed in range(3)}
