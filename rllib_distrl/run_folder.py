@@ -237,7 +237,7 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
         ValueError: If there is no run, or if the recipe differs (the message shows where).
     """
     run = open_run(path)
-    check_same_recipe(run.recipe(), recipe)
+    check_same_recipe(run, recipe)
     hashes = content_hashes(recipe.tables)
     meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
     check_same_data(meta.get("data", {}), hashes, recipe)
@@ -249,19 +249,26 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
     return run
 
 
-def check_same_recipe(old: Recipe, new: Recipe) -> None:
+def check_same_recipe(run: RunFolder, new: Recipe) -> None:
     """Checks that a run may be continued with `new`.
 
     Raises:
-        ValueError: If anything but raised iterations or a raised budget of tokens differs.
+        ValueError: If anything but raised iterations, a raised budget of tokens or the place of the
+            same data differs.
     """
-    before, after = _dotted(old.to_dict()), _dotted(new.to_dict())
+    before, after = _dotted(run.recipe().to_dict()), _dotted(new.to_dict())
     missing = "(not set)"
     grown = {key for key in _MAY_GROW if before.get(key) and after.get(key)}
+    differ = {
+        key
+        for key in before.keys() | after.keys()
+        if key not in (*grown, *_MAY_CHANGE) and before.get(key, missing) != after.get(key, missing)
+    }
+    if differ:
+        differ -= _moved_data(run, new)
     lines = [
         f"  {key}: {before.get(key, missing)!r} in the run, {after.get(key, missing)!r} now"
-        for key in sorted(before.keys() | after.keys())
-        if key not in (*grown, *_MAY_CHANGE) and before.get(key, missing) != after.get(key, missing)
+        for key in sorted(differ)
     ]
     if lines:
         raise ValueError(
@@ -274,6 +281,13 @@ def check_same_recipe(old: Recipe, new: Recipe) -> None:
             raise ValueError(
                 f"{key} can only be raised on resume: {before[key]} in the run, {after[key]} now."
             )
+
+
+def _moved_data(run: RunFolder, new: Recipe) -> set[str]:
+    """Settings whose data are those that the run began with, wherever they lie now."""
+    began = json.loads(run.meta_file.read_text(encoding="utf-8")).get("data", {})
+    now = content_hashes(new.tables)
+    return {key for key, digest in began.items() if now.get(key) == digest}
 
 
 def check_same_data(old: Mapping[str, str], new: Mapping[str, str], recipe: Recipe) -> None:

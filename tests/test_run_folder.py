@@ -163,13 +163,18 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path: Path) -> None:
         pass
 
 
+def recipe_of_data(file: Path, data: Path) -> Recipe:
+    """A recipe that names its data beside it."""
+    task = f'\n[environment.env_config.task_config]\ndata = "{data.name}"\n[training]'
+    text = RECIPE.replace("Countdown-v0", "Math-v0").replace("\n[training]", task)
+    file.write_text(text)
+    return load_recipe(file)
+
+
 def test_a_run_goes_on_only_with_the_data_that_it_began_with(tmp_path: Path) -> None:
     data, file = tmp_path / "rows.jsonl", tmp_path / "own.toml"
     data.write_text('{"problem": "1 + 1 =", "answer": "2"}\n')
-    task = '\n[environment.env_config.task_config]\ndata = "rows.jsonl"\n[training]'
-    text = RECIPE.replace("Countdown-v0", "Math-v0").replace("\n[training]", task)
-    file.write_text(text)
-    recipe = load_recipe(file)
+    recipe = recipe_of_data(file, data)
     run = create_run(tmp_path / "run", recipe, [])
     assert resume_run(run.path, recipe, []).path == run.path
     data.write_text('{"problem": "1 + 1 =", "answer": "3"}\n')
@@ -183,6 +188,21 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(tmp_path: Path) -> 
     del meta["data"]  # a run of an earlier version
     run.meta_file.write_text(json.dumps(meta))
     assert resume_run(run.path, recipe, []).path == run.path
+
+
+def test_the_same_data_may_lie_elsewhere_on_resume(tmp_path: Path) -> None:
+    """As they do on another machine, which has fetched the run's copy."""
+    data, file = tmp_path / "rows.jsonl", tmp_path / "own.toml"
+    data.write_text('{"problem": "1 + 1 =", "answer": "2"}\n')
+    run = create_run(tmp_path / "run", recipe_of_data(file, data), [])
+    (tmp_path / "other").mkdir()
+    moved = data.rename(tmp_path / "other" / data.name)
+    elsewhere = recipe_of_data(tmp_path / "other" / file.name, moved)
+    assert resume_run(run.path, elsewhere, []).recipe() == elsewhere
+    again = create_run(tmp_path / "again", elsewhere, [])
+    data.write_text('{"problem": "1 + 1 =", "answer": "3"}\n')
+    with pytest.raises(ValueError, match=rf"data: '{moved}' in the run, '{data}' now"):
+        resume_run(again.path, load_recipe(file), [])
 
 
 def test_the_way_past_a_long_prompt_is_open_on_resume(tmp_path: Path, file: Path) -> None:

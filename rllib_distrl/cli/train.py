@@ -128,7 +128,7 @@ def _check(
     recipe, path = _locate(source, overrides, out, resume)
     storage = storage_of(recipe, path)
     if resume:
-        check_same_recipe(_run_to_resume(recipe, path, storage, console).recipe(), recipe)
+        check_same_recipe(_run_to_resume(recipe, path, storage, console), recipe)
     else:
         check_free(path, overwrite=overwrite)
         if storage is not None and not overwrite:
