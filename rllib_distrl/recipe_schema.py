@@ -208,6 +208,8 @@ def check_environment(table: Mapping[str, Any]) -> None:
     """
     import gymnasium
 
+    from distrl_envs.user_code import search_working_directory
+
     env = table.get("env")
     if not isinstance(env, str) or not env:
         raise ValueError(
@@ -217,6 +219,7 @@ def check_environment(table: Mapping[str, Any]) -> None:
     module, _, env_id = env.rpartition(":")
     try:
         if module:
+            search_working_directory()
             importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise ValueError(

@@ -12,11 +12,18 @@ from types import FrameType
 from typing import Any
 
 
+def search_working_directory() -> str:
+    """Lets imports look into the working directory, last, and returns it.
+
+    A console script does not have it on its path; Ray's workers have their driver's.
+    """
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    return here
+
+
 def load_attribute(location: str) -> Any:
     """What `module:attribute` names; the working directory is searched last.
-
-    A console script does not have the working directory on its path, and Ray workers have their
-    driver's.
 
     Args:
         location: `module:attribute`; the attribute may be dotted.
@@ -31,8 +38,7 @@ def load_attribute(location: str) -> Any:
             f"Got {location!r}; it must be module:name, where the module is what Python imports: "
             "my_module:name for a file my_module.py in the working directory."
         )
-    if (here := os.getcwd()) not in sys.path:
-        sys.path.append(here)
+    here = search_working_directory()
     try:
         found = import_module(module)
         for name in attribute.split("."):

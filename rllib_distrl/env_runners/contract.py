@@ -9,6 +9,7 @@ from gymnasium.envs.registration import load_env_creator
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from distrl_envs.token_env import TokenEnv
+from distrl_envs.user_code import search_working_directory
 
 _TOKEN_ENVS = (
     "Use one of distrl_envs, such as 'distrl_envs:distrl/Countdown-v0', with a task of your own if "
@@ -97,6 +98,7 @@ def _check_env_id(env: Any) -> None:
     module, _, env_id = env.rpartition(":")
     try:
         if module:
+            search_working_directory()
             import_module(module)
         creator = gymnasium.spec(env_id).entry_point
         if isinstance(creator, str):

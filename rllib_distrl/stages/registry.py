@@ -244,16 +244,14 @@ def _named(kind: str, name: str) -> Method:
 
 def _imported(kind: str, name: str) -> Method:
     """A method of the user's own."""
+    from distrl_envs.user_code import load_attribute
+
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"{kind} {name!r} cannot be imported: {error}. The module must lie in the folder that "
-            "you start from, or be installed, on every machine that trains."
-        ) from error
+        function = load_attribute(name)
+    except ValueError as error:
+        raise ValueError(f"{kind}: {error}") from error
     declared = [m for m in _METHODS.values() if m.kind == kind and m.function is function]
     return declared[0] if declared else Method(kind, name, function)
 

@@ -1,5 +1,7 @@
 """RLlib's settings are honoured or refused in one sentence, from Python."""
 
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from ray.tune import register_env
 from rllib_distrl import RolloutSettings, SequencesFromEpisodes, wire_language_model
 from rllib_distrl.algorithms.registry import algorithm_config
 from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.recipe_schema import check_environment
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 
@@ -178,3 +181,27 @@ def test_learner_connectors_run_before_the_batch_is_made_or_after_it(connector):
     assert batch["rewards"].shape == (1, len(episode))
     assert not batch["rewards"].any()
     assert batch["loss_mask"].all()
+
+
+def test_modules_of_the_working_directory_are_found(tmp_path, monkeypatch):
+    """A console script does not have it on Python's path."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path])
+    (tmp_path / "own_envs.py").write_text(
+        "import gymnasium\n"
+        'gymnasium.register("own/E-v0", entry_point="distrl_envs.token_env:TokenEnv")\n'
+    )
+    (tmp_path / "own_stages.py").write_text("def same(batch, advantages):\n    return advantages\n")
+    (tmp_path / "own_exit.py").write_text("import sys\nsys.exit(3)\n")
+    shapers = [{"name": "own_stages:same"}]
+    for own in (lambda: check_environment({"env": "own_envs:own/E-v0"}),
+                distrl_config().environment("own_envs:own/E-v0").validate,
+                distrl_config(shapers=shapers).validate):  # fmt: skip
+        sys.path[:] = [path for path in sys.path if path != str(tmp_path)]
+        for name in ("own_envs", "own_stages"):
+            sys.modules.pop(name, None)
+        gymnasium.registry.pop("own/E-v0", None)
+        own()
+    shapers[0]["name"] = "own_exit:same"
+    with pytest.raises(ValueError, match=r"shaper: 'own_exit:same' could .*SystemExit: 3.*py:2"):
+        distrl_config(shapers=shapers).validate()

@@ -77,8 +77,14 @@ def test_a_method_with_state_is_a_class():
         ({"name": "maxk"}, "needs the setting k"),
         ({"name": "maxk", "k": "8"}, "advantage.maxk.k is '8'; it must be an integer."),
         ({"name": "grpo", "std_epsilon": None}, "std_epsilon is None; it must be a number."),
-        ({"name": "nowhere_at_all:mine"}, "cannot be imported: No module named"),
-        ({"name": "math:mine"}, "cannot be imported: module 'math' has no attribute 'mine'"),
+        (
+            {"name": "nowhere_at_all:mine"},
+            r"advantage: 'nowhere_at_all:mine' could not be imported: .*No module named",
+        ),
+        (
+            {"name": "math:mine"},
+            "could not be imported: AttributeError: module 'math' has no attribute",
+        ),
     ],
 )
 def test_refusals(spec, words):
