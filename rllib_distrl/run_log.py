@@ -14,6 +14,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+# The pools of each problem of a validation: in the log alone, they are no metric.
+VALIDATED_PROBLEMS = "evaluation/problems"
 _NOT_METRICS = frozenset({"config", "hist_stats"})
 # Numbered metrics that TensorBoard gets as one histogram: equally likely points of the quantiles
 # of all tokens, and shares of returns in equal bins of [0, 1].
@@ -54,9 +56,12 @@ class RunLog:
         self._writer = SummaryWriter(str(tensorboard), purge_step=purge)
 
     def write(self, iteration: int, result: Mapping[str, Any]) -> dict[str, Any]:
-        """Records one iteration and returns the line as a dict."""
+        """Records one iteration and returns its metrics."""
         row = {"iteration": iteration, **flatten_result(result)}
-        self._stream.write(json.dumps(row, allow_nan=False) + "\n")
+        table, _, name = VALIDATED_PROBLEMS.partition("/")
+        problems = result.get(table, {}).get(name)
+        kept = {**row, VALIDATED_PROBLEMS: problems} if problems else row
+        self._stream.write(json.dumps(kept, allow_nan=False) + "\n")
         self._stream.flush()
         histograms: dict[str, dict[int, float]] = defaultdict(dict)
         for key, value in row.items():

@@ -13,7 +13,7 @@ import pandas as pd
 
 from rllib_distrl.recipe import Recipe, read_toml, recipe_from_tables
 from rllib_distrl.run_folder import RunFolder, open_run
-from rllib_distrl.run_log import read_progress
+from rllib_distrl.run_log import VALIDATED_PROBLEMS, read_progress
 from rllib_distrl.token_table import TokenTable, read_token_table
 
 # What `distrl train` measures: before and after training.
@@ -57,12 +57,13 @@ class Run:
         """One row per iteration, with RLlib's result keys joined by '/'.
 
         The index is the iteration. What an iteration did not report is NaN. Empty for a run that
-        has not finished its first one.
+        has not finished its first one. The problems of validations are in `progress.jsonl` alone.
         """
         rows = read_progress(self.folder.progress_file)
         if not rows:
             return pd.DataFrame(index=pd.Index([], name="iteration", dtype="int64"))
-        return pd.DataFrame(rows).set_index("iteration")
+        frame = pd.DataFrame(rows).set_index("iteration")
+        return frame.drop(columns=VALIDATED_PROBLEMS, errors="ignore")
 
     @cached_property
     def evaluations(self) -> dict[str, dict[str, float]]:

@@ -43,6 +43,14 @@ def test_a_line_per_iteration_is_on_disk_at_once(tmp_path: Path) -> None:
     assert [row["a/b"] for row in read_progress(progress)] == [0.25, None]
 
 
+def test_the_problems_of_a_validation_are_in_the_log_alone(tmp_path: Path) -> None:
+    progress, problems = tmp_path / "progress.jsonl", [[0, 1, [[0.0, 3], [1.0, 1]]]]
+    with RunLog(progress, tmp_path / "tensorboard") as log:
+        row = log.write(1, {"evaluation": {"seconds": 2.0, "problems": problems}})
+    assert row == {"iteration": 1, "evaluation/seconds": 2.0}
+    assert read_progress(progress) == [{**row, "evaluation/problems": problems}]
+
+
 def test_resuming_records_each_iteration_once(tmp_path: Path) -> None:
     progress, tensorboard = tmp_path / "progress.jsonl", tmp_path / "tensorboard"
     with RunLog(progress, tensorboard) as log:

@@ -1,4 +1,4 @@
-"""How long RLlib's evaluation took, and in which iterations there was one.
+"""How long RLlib's evaluation took, in which iterations there was one, and of which problems.
 
 Ray 2.60 repeats an evaluation's metrics in the result of the next iteration and fills them with
 NaN from then on; only a result with `evaluation/seconds` has an evaluation of its own.
@@ -10,11 +10,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from rllib_distrl.env_runners.pools import PROBLEMS, join_pools
+
 EVALUATION, SECONDS = "evaluation", "seconds"
 
 
 def time_validations(config: Any) -> None:
-    """Makes a configuration report `evaluation/seconds`, without the transfer of weights.
+    """Makes a configuration report `evaluation/seconds` and `evaluation/problems`.
+
+    The seconds are without the transfer of weights; the problems are as `join_pools` has them, in
+    place of the single pools under `evaluation/env_runners`.
 
     Args:
         config: Any `AlgorithmConfig`.
@@ -35,3 +40,6 @@ def _start(algorithm: Any, **kwargs: Any) -> None:
 
 def _end(algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
     evaluation_metrics[SECONDS] = time.perf_counter() - algorithm.validation_started
+    pools = evaluation_metrics.get("env_runners", {}).pop(PROBLEMS, None)
+    if isinstance(pools, list):  # NaN where there are none
+        evaluation_metrics[PROBLEMS] = join_pools(pools)

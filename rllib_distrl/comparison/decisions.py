@@ -62,8 +62,8 @@ def decide(results: Results) -> Decisions:
             found[_AFTER, row.name, metric] = differences, problems
         if over := levels(results):
             for metric in front_metrics(results):
-                differences = matched_mean(results, row, metric, over).by_seed
-                found[_EQUAL, row.name, metric] = differences, None
+                equal = matched_mean(results, row, metric, over)
+                found[_EQUAL, row.name, metric] = equal.by_seed, equal.problems
     found = {key: one for key, one in found.items() if len(one[0]) > 1}
     seeds = sorted({seed for differences, _ in found.values() for seed in differences})
     if not found:

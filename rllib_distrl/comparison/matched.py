@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rllib_distrl.comparison.results import Results, Row
-from rllib_distrl.comparison.statistics import Estimate, estimate
+from rllib_distrl.comparison.statistics import Estimate, FloatArray, estimate
 
 _MOST_LEVELS = 8
 _STEPS = (0.01, 0.02, 0.025, 0.05, 0.1, 0.2)  # between levels: the first that gives few enough
@@ -31,11 +31,13 @@ class Matched:
             itself zeros.
         seeds: Seeds that both have.
         value: The recipe's own value over those seeds; None without any.
+        problems: (pairs, P) the differences problem by problem, where all runs keep these.
     """
 
     by_seed: dict[int, float]
     seeds: int
     value: Estimate | None
+    problems: FloatArray | None = None
 
     @property
     def pairs(self) -> int:
@@ -45,7 +47,7 @@ class Matched:
     @property
     def difference(self) -> Estimate | None:
         """To the baseline, paired; None under 2 pairs."""
-        return estimate(list(self.by_seed.values())) if self.pairs > 1 else None
+        return estimate(list(self.by_seed.values()), self.problems) if self.pairs > 1 else None
 
 
 def front_metrics(results: Results) -> list[str]:
@@ -94,13 +96,22 @@ def matched_mean(results: Results, row: Row, metric: str, over: Sequence[float])
     baseline = {record.seed: record for record in results.baseline.records}
     ours: dict[int, float] = {}
     theirs: dict[int, float] = {}
+    problems: list[FloatArray] = []  # of each seed (2, P)
     shared = [record for record in row.records if record.seed in baseline]
     for record in shared:
-        pair = (one.at_levels(over, metric) for one in (record, baseline[record.seed]))
-        values = np.stack(list(pair))
-        values = values[:, ~np.isnan(values).any(0)]
-        if values.size:
-            ours[record.seed], theirs[record.seed] = values.mean(1).tolist()
+        pair = (record, baseline[record.seed])
+        values = np.stack([one.at_levels(over, metric) for one in pair])
+        reached = ~np.isnan(values).any(0)
+        if reached.any():
+            ours[record.seed], theirs[record.seed] = values[:, reached].mean(1).tolist()
+            if results.problems_validated:
+                both = np.asarray(over)[reached].tolist()
+                tables = [one.problems_at_levels(both, metric).mean(0) for one in pair]
+                problems.append(np.stack(tables))
     differences = {seed: ours[seed] - theirs[seed] for seed in ours}
-    value = estimate(list(ours.values())) if ours else None
-    return Matched(differences, len(shared), value)
+    if not ours:
+        return Matched(differences, len(shared), None)
+    table = np.stack(problems, axis=1) if problems else None
+    value = estimate(list(ours.values()), None if table is None else table[0])
+    apart = None if table is None else table[0] - table[1]
+    return Matched(differences, len(shared), value, apart)

@@ -109,6 +109,18 @@ def _intervals(results: Results) -> str:
     )
 
 
+def _intervals_there(results: Results) -> str:
+    """What the intervals at an equal average are over."""
+    if results.problems_validated:
+        return "Intervals are over seeds and validation problems, both drawn anew."
+    kept = any(r.validation_problems for row in results.rows for r in row.records)
+    without = "not all records keep the same ones" if kept else "the records keep their means alone"
+    return (
+        f"Intervals are Student's over the seeds, for these validation problems: {without}, so "
+        "other problems cannot be drawn, and the intervals do not hold what they would change."
+    )
+
+
 def _at_equal_average(results: Results, decisions: Decisions) -> list[Section]:
     table, baseline = matched_table(results, decisions), results.baseline.name
     if table is None:
@@ -121,9 +133,7 @@ def _at_equal_average(results: Results, decisions: Decisions) -> list[Section]:
             "made to rise); nothing is extrapolated. Drawn is the difference to "
             f"{baseline} there, on the same seeds, as the mean over the levels that both reach. "
             f"{_COLOURS} In the table: {_CELLS} for that mean, and how many seeds reach the level "
-            f"with both; the line of {baseline} has its values. Intervals are Student's over the "
-            "seeds, for these validation problems: the records keep their means alone, so other "
-            "problems cannot be drawn, and the intervals do not hold what they would change.",
+            f"with both; the line of {baseline} has its values. {_intervals_there(results)}",
             table,
             figures.plot_matched(results, decisions),
             "matched",

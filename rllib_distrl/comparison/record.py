@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS
@@ -19,7 +20,12 @@ from rllib_distrl.comparison.statistics import FloatArray, ValidationFit
 from rllib_distrl.evaluation.summary import SampleTable, default_ks, per_problem
 from rllib_distrl.maths import pass_k
 from rllib_distrl.run_folder import open_run
-from rllib_distrl.run_log import read_progress, tokens_generated, write_atomic
+from rllib_distrl.run_log import (
+    VALIDATED_PROBLEMS,
+    read_progress,
+    tokens_generated,
+    write_atomic,
+)
 
 FINISHED, FAILED = "finished", "failed"
 DISTINCT, ENTROPY = "distinct_correct", "entropy"
@@ -64,6 +70,9 @@ class Record:
         wall_seconds: Of the whole process.
         curve: {metric: [[tokens, mean over the iterations since the point before], …]}.
         validation: {"tokens": …, "avg@n": …, "pass@k": …} of each validation while training.
+        validation_problems: Of each of them the problems, [[row, how many samples are correct,
+            [[score, how many samples], …]], …], ascending by row; empty where only the means of
+            `validation` were kept.
     """
 
     name: str
@@ -87,6 +96,7 @@ class Record:
     wall_seconds: float = 0.0
     curve: dict[str, list[list[float]]] = field(default_factory=dict)
     validation: list[dict[str, float]] = field(default_factory=list)
+    validation_problems: list[list[list[Any]]] = field(default_factory=list)
 
     @property
     def finished(self) -> bool:
@@ -104,51 +114,72 @@ class Record:
 
     def front(self, metric: str) -> list[list[float]]:
         """[[average score, value], …] along training, of the validations."""
-        return [[average, value] for _, average, value in self._validated_with_average(metric)]
+        return [[average, value] for _, average, value in self._with_average(metric).values()]
 
     def span(self) -> tuple[float, float] | None:
         """Between which average scores the fit through the validations runs."""
-        return self._fit(self._validated_with_average("pass@1")).span
+        return self._fit(self._with_average("pass@1").values()).span
 
     def at_levels(self, levels: Sequence[float], metric: str) -> FloatArray:
         """(L,) a validation metric where the average score is at a level; NaN where it is not."""
-        points = self._validated_with_average(metric)
+        points = self._with_average(metric).values()
         return self._fit(points).read(levels, [value for *_, value in points])
+
+    @cached_property
+    def validated_rows(self) -> tuple[int, ...] | None:
+        """The rows of the validations' problems; None where they are not kept, or not the same.
+
+        Several problems, the same ones with as many samples each time, are what can be drawn again.
+        """
+        validations = self.validation_problems
+        found = {tuple(row for row, *_ in problems) for problems in validations}
+        pools = (scores for problems in validations for *_, scores in problems)
+        samples = {sum(int(count) for _, count in scores) for scores in pools}
+        if len(validations) != len(self.validation) or len(found) != 1 or len(samples) != 1:
+            return None
+        (rows,) = found
+        return rows if len(rows) > 1 else None
+
+    def problems_at_levels(self, levels: Sequence[float], metric: str) -> FloatArray:
+        """(L, P) `at_levels` problem by problem, of a run with `validated_rows`."""
+        points = self._with_average(metric)
+        values, averages = (
+            np.stack([self._validated_values(number, name) for number in points])
+            for name in (metric, AVERAGE)
+        )
+        return self._fit(points.values()).read_problems(levels, values, averages)
+
+    def _validated_values(self, validation: int, metric: str) -> FloatArray:
+        """(P,) a metric of one validation, problem by problem."""
+        problems = self.validation_problems[validation]
+        right = np.asarray([correct for _, correct, _ in problems])
+        return _by_problem(_spread_out(scores for *_, scores in problems), right, metric)
 
     @cached_property
     def _pools(self) -> FloatArray:
         """(P, n) scores of the samples of each problem, ascending."""
-        counted = (np.asarray(one).T for one in self.scores)
-        return np.stack([np.repeat(score, count.astype(int)) for score, count in counted])
+        return _spread_out(self.scores)
 
     @staticmethod
-    def _fit(points: Sequence[Sequence[float]]) -> ValidationFit:
+    def _fit(points: Collection[Sequence[float]]) -> ValidationFit:
         return ValidationFit(tuple(t for t, *_ in points), tuple(a for _, a, _ in points))
 
-    def _validated_with_average(self, metric: str) -> list[list[float]]:
-        found = []
-        for one in self.validation:
+    def _with_average(self, metric: str) -> dict[int, list[float]]:
+        """{number: [tokens, average score, value]} of the validations that have both."""
+        found = {}
+        for number, one in enumerate(self.validation):
             average = next((v for name, v in one.items() if name.startswith(AVERAGE)), None)
             if average is not None and metric in one:
-                found.append([one["tokens"], average, one[metric]])
+                found[number] = [one["tokens"], average, one[metric]]
         return found
 
     def problem_values(self, metric: str) -> FloatArray | None:
         """(P,) a metric of the final evaluation, problem by problem; None where it is not kept."""
-        kind, _, k = metric.partition("@")
         if metric == DISTINCT and self.distinct:
             return np.asarray(self.distinct, dtype=np.float64)
-        if not self.scores:
+        if not self.scores or "@" not in metric:
             return None
-        scores = self._pools
-        match kind:
-            case "avg":
-                return pass_k.average(scores)
-            case "pass":
-                return pass_k.pass_at_k(scores.shape[1], pass_k.passes(scores).sum(1), int(k))
-            case "best":
-                return pass_k.best_at_k(scores, int(k))
-        return None
+        return _by_problem(self._pools, pass_k.passes(self._pools).sum(1), metric)
 
     def write(self, path: Path) -> None:
         """Writes the file, whole or not at all."""
@@ -158,6 +189,26 @@ class Record:
             for name, value in asdict(self).items()
         )
         write_atomic(path, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def _spread_out(counts: Iterable[Sequence[Sequence[float]]]) -> FloatArray:
+    """(P, n) scores of the samples of each problem, ascending, from [[score, how many], …]."""
+    counted = (np.asarray(one).T for one in counts)
+    return np.stack([np.repeat(score, count.astype(int)) for score, count in counted])
+
+
+def _by_problem(scores: FloatArray, right: npt.ArrayLike, metric: str) -> FloatArray:
+    """(P,) avg@n, pass@k or best@k of each problem.
+
+    Args:
+        scores: (P, n) of the samples.
+        right: (P,) how many of them are correct.
+        metric: One of the three, by its name.
+    """
+    kind, _, k = metric.partition("@")
+    if kind == "pass":
+        return pass_k.pass_at_k(scores.shape[1], right, int(k))
+    return pass_k.best_at_k(scores, int(k)) if kind == "best" else pass_k.average(scores)
 
 
 def read_record(path: Path) -> Record:
@@ -196,6 +247,8 @@ def finished_record(
     samples = pd.read_parquet(run.samples / "after.parquet")
     validating = sum(row.get(_VALIDATION_SECONDS) or 0.0 for row in rows)
     beside = recipe.get("evaluation", {}).get("evaluation_parallel_to_training", False)
+    validations = [row for row in rows if row.get(_VALIDATION_SECONDS) is not None]
+    problems = [row.get(VALIDATED_PROBLEMS) for row in validations]
     return Record(
         name=contender.name,
         part=contender.part,
@@ -217,7 +270,8 @@ def finished_record(
         validation_seconds=validating,
         wall_seconds=wall_seconds,
         curve={name: thinned(rows, key) for name, key in CURVES.items()},
-        validation=[_validation(row) for row in rows if row.get(_VALIDATION_SECONDS) is not None],
+        validation=[_validation(row) for row in validations],
+        validation_problems=[one for one in problems if one] if all(problems) else [],
     )
 
 
@@ -278,11 +332,7 @@ def measure_samples(frame: pd.DataFrame) -> dict[str, float]:
 
 def score_counts(frame: pd.DataFrame) -> list[list[list[float]]]:
     """The scores of each problem, [[score, how many samples], …], ascending by score."""
-    counted = (np.unique(row, return_counts=True) for row in SampleTable(frame).scores)
-    return [
-        [[float(f"{score:.6g}"), int(count)] for score, count in zip(*one, strict=True)]
-        for one in counted
-    ]
+    return [pass_k.count_scores(row) for row in SampleTable(frame).scores]
 
 
 def thinned(rows: Sequence[Mapping[str, Any]], key: str) -> list[list[float]]:

@@ -113,6 +113,12 @@ class Results:
         )
         return [name for name in names if graded or not name.startswith("best@")]
 
+    @cached_property
+    def problems_validated(self) -> bool:
+        """Whether all runs keep every problem of their validations, the same ones."""
+        rows = {r.validated_rows for row in self.rows for r in row.records if r.validation}
+        return len(rows) == 1 and None not in rows
+
     def differences(self, row: Row, metric: str) -> dict[int, float]:
         """{seed: recipe − baseline} after training, of the seeds that both have."""
         ours, theirs = row.values(metric), self.baseline.values(metric)

@@ -237,16 +237,57 @@ class ValidationFit:
         Returns:
             (L,) of the fit; NaN where it does not reach the level.
         """
-        wanted, span = np.asarray(levels, dtype=np.float64), self.span
-        if span is None:
-            return np.full(len(wanted), np.nan)
-        fitted = _smoother(self.tokens) @ np.asarray(values, dtype=np.float64)
-        rising = self._rising()
+        if self.span is None:
+            return np.full(len(levels), np.nan)
+        return self._reader(levels) @ np.asarray(values, dtype=np.float64)
+
+    def read_problems(
+        self, levels: Sequence[float], values: npt.ArrayLike, averages: npt.ArrayLike
+    ) -> FloatArray:
+        """What `read` finds, as a mean over problems that may be drawn again.
+
+        Other problems have another value at the same time, and reach the level at another time. To
+        first order a problem p adds to what is read at the level a
+
+            y_p = v_p(t) − (dv / da) (a_p(t) − a),    t where the fitted average is at a,
+
+        with v_p and a_p the fits of its value and its average score. The slope is a difference
+        over as much as other problems move the average, one standard error to both sides within
+        the span, so that a stretch where the average hardly rises does not make it large (the
+        delta method; the width of the difference is our choice).
+
+        Args:
+            levels: (L,) of the average score.
+            values: (V, P) of the metric at the validations, problem by problem.
+            averages: (V, P) the average scores of the same.
+
+        Returns:
+            (L, P) with the mean over P that `read` gives of the means; NaN where it has none.
+        """
+        wanted, table = np.asarray(levels, dtype=np.float64), np.asarray(values, dtype=np.float64)
+        if self.span is None:
+            return np.full((len(wanted), table.shape[1]), np.nan)
+        reader = self._reader(levels)
+        of_values, of_averages = reader @ table, reader @ np.asarray(averages, dtype=np.float64)
+        width = of_averages.std(1, ddof=1) / table.shape[1] ** 0.5
+        ends = np.stack([wanted - width, wanted + width]).clip(*self.span)
+        low, high = (self._reader(end.tolist()) @ table.mean(1) for end in ends)
+        apart = ends[1] - ends[0]
+        slope = np.divide(high - low, apart, out=np.zeros_like(apart), where=apart > _ROUNDING)
+        return of_values - slope[:, None] * (of_averages - of_averages.mean(1, keepdims=True))
+
+    def _reader(self, levels: Sequence[float]) -> FloatArray:
+        """(L, V) what takes values at the validations to what is read; NaN beyond the fit."""
+        wanted, rising = np.asarray(levels, dtype=np.float64), self._rising()
+        steps, place = np.unique(rising, return_inverse=True)
         # A stretch where the average stands still is read in its middle.
-        steps = np.unique(rising)
-        middles = [fitted[rising == step].mean() for step in steps]
-        inside = (wanted >= span[0] - _ROUNDING) & (wanted <= span[1] + _ROUNDING)
-        return np.where(inside, np.interp(wanted, steps, middles), np.nan)
+        middles = np.equal.outer(np.arange(len(steps)), place).astype(np.float64)
+        middles /= middles.sum(1, keepdims=True)
+        hats = [np.interp(wanted, steps, corner) for corner in np.eye(len(steps))]
+        low, high = self.span or (np.inf, -np.inf)
+        inside = (wanted >= low - _ROUNDING) & (wanted <= high + _ROUNDING)
+        found = np.stack(hats, axis=-1) @ middles @ _smoother(self.tokens)
+        return np.where(inside[:, None], found, np.nan)
 
     def _rising(self) -> FloatArray:
         fitted = _smoother(self.tokens) @ np.asarray(self.averages, dtype=np.float64)

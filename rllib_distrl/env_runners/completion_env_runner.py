@@ -31,7 +31,7 @@ from rllib_distrl.env_runners.contract import (
     whole_completions,
 )
 from rllib_distrl.env_runners.episodes import build_episode, play, play_watched
-from rllib_distrl.env_runners.pools import pool_metrics
+from rllib_distrl.env_runners.pools import PROBLEMS, pool_metrics, pool_record
 from rllib_distrl.stages.prompt_samplers import PromptRequest
 
 logger = logging.getLogger(__name__)
@@ -308,7 +308,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             prompts = self._draw_prompts(n_prompts)
             new = self._complete(prompts, generations, explore)
             if self.config.in_evaluation:
-                self._log_pools(new, generations)
+                self._log_pools(prompts, new, generations)
             episodes += new
             steps += sum(map(len, new))
         self._count(episodes)
@@ -324,15 +324,22 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             return self.rollout["evaluation_generations"]
         return 1 if by_episodes else self.rollout["num_generations"]
 
-    def _log_pools(self, episodes: Sequence[SingleAgentEpisode], generations: int) -> None:
-        """Metrics of each problem's pool of completions."""
+    def _log_pools(
+        self,
+        prompts: Sequence[PromptRequest],
+        episodes: Sequence[SingleAgentEpisode],
+        generations: int,
+    ) -> None:
+        """Metrics of each problem's pool of completions, and the pools themselves as counts."""
         task = self.token_env.unwrapped.task
         equivalent = task.same_answer if isinstance(task, DataTask) else None
         if any(episode.is_truncated for episode in episodes):
             return  # What a wrapper has cut has no grade.
         grades = [episode.infos[-1]["grade"] for episode in episodes]
-        for start in range(0, len(grades), generations):
-            some = grades[start : start + generations]
+        for number, prompt in enumerate(prompts):
+            some = grades[number * generations : (number + 1) * generations]
+            kept = pool_record(prompt.row, prompt.visit, some)
+            self.metrics.log_value(PROBLEMS, kept, reduce="item_series")
             pool = pool_metrics(some, equivalent, votes=task.names_answers)
             for name, value in pool.items():
                 self.metrics.log_value(name, value, reduce="mean")

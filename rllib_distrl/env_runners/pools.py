@@ -1,14 +1,40 @@
 """What a pool of completions of one problem says, while training goes on."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 
 from distrl_envs.task import Grade
 from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
-from rllib_distrl.maths.pass_k import best_at_k, distinct_correct, pass_at_k
+from rllib_distrl.maths.pass_k import best_at_k, count_scores, distinct_correct, pass_at_k
 
 CORRECT, NO_ANSWER = "correct", "no_answer"
+PROBLEMS = "problems"
+
+
+def pool_record(row: int, visit: int, grades: Sequence[Grade]) -> list:
+    """What is kept of a pool: [row, visit, how many are correct, [[score, how many], …]]."""
+    right = sum(grade.status == CORRECT for grade in grades)
+    return [row, visit, right, count_scores([grade.score for grade in grades])]
+
+
+def join_pools(pools: Sequence[Sequence]) -> list[list]:
+    """Pools of one validation, problem by problem.
+
+    Args:
+        pools: from `pool_record`, of any number of runners in any order. A pool that is there
+            twice, because a validation was held again, is the same one and counts once.
+
+    Returns:
+        [[row, how many are correct, [[score, how many], …]], …], ascending by row.
+    """
+    rights: Counter[int] = Counter()
+    scores: dict[int, Counter[float]] = {}
+    for (row, _), (right, counts) in {(p[0], p[1]): (p[2], p[3]) for p in pools}.items():
+        rights[row] += right
+        scores.setdefault(row, Counter()).update(dict(counts))
+    return [[row, rights[row], sorted(map(list, scores[row].items()))] for row in sorted(scores)]
 
 
 def pool_metrics(

@@ -29,6 +29,16 @@ def passes(scores: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     return np.asarray(scores, dtype=np.float64) >= PASSING_SCORE - 1e-9
 
 
+def count_scores(scores: npt.ArrayLike) -> list[list[float]]:
+    """The scores of one problem's samples, [[score, how many samples], …], ascending by score.
+
+    Args:
+        scores: (n,); kept to six digits.
+    """
+    found = zip(*np.unique(np.asarray(scores), return_counts=True), strict=True)
+    return [[float(f"{score:.6g}"), int(count)] for score, count in found]
+
+
 def pass_at_k(n: int, correct: npt.ArrayLike, k: int) -> FloatArray:
     """Probability that a random k-subset of n samples has at least one correct sample.
 

@@ -6,6 +6,7 @@ import torch
 from rllib_distrl import RolloutSettings, wire_language_model
 from rllib_distrl.algorithms.language_model import policy_state
 from rllib_distrl.algorithms.registry import algorithm_config
+from rllib_distrl.env_runners.pools import join_pools
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -40,6 +41,10 @@ def check(validation):
     assert validation["pass@1"] <= validation["pass@2"] <= validation[f"pass@{POOL}"] <= 1.0
     assert 0.0 <= validation["unparsable"] <= 1.0
     assert {"maj@4", "distinct_correct", "truncated_share"} <= set(validation)
+    problems = join_pools(validation["problems"])
+    assert [row for row, *_ in problems] == list(range(PROBLEMS))
+    passed = sum(right for _, right, _ in problems) / (PROBLEMS * POOL)
+    assert passed == pytest.approx(validation["pass@1"])
 
 
 @pytest.mark.parametrize("name", ["DistRL", pytest.param("PPO", marks=pytest.mark.slow)])

@@ -25,5 +25,14 @@ def test_an_evaluation_is_timed_and_reported_once(build):
     assert runners["sample"] <= second["evaluation"]["seconds"] <= second["time_this_iter_s"]
     # Ray 2.60 reports it once more.
     assert third["evaluation"]["env_runners"]["pass@1"] == runners["pass@1"]
+    # Four problems, one completion each, in place of what the runner has logged of them.
+    problems = second["evaluation"]["problems"]
+    assert [(row, right) for row, right, _ in problems] == [
+        (row, sum(n for score, n in scores if score == 1.0))
+        for row, (_, _, scores) in enumerate(problems)
+    ]
+    assert [sum(n for _, n in scores) for _, _, scores in problems] == [1] * 4
+    assert sum(right for _, right, _ in problems) / 4 == pytest.approx(runners["pass@1"])
+    assert "problems" not in runners
     assert "evaluation" not in without_repeats(third)
     assert without_repeats(third)["env_runners"] == third["env_runners"]

@@ -69,6 +69,9 @@ def check_validations(good: dict[str, Any], run: Path) -> None:
     assert good["validation"][0].keys() == {
         "tokens", "avg@2", "pass@1", "pass@2", "best@1", "best@2"
     }  # fmt: skip
+    for means, problems in zip(good["validation"], good["validation_problems"], strict=True):
+        counts = [score * n for _, _, scores in problems for score, n in scores]
+        assert sum(counts) / (2 * len(problems)) == pytest.approx(means["avg@2"])
     seconds = sum(row["time_this_iter_s"] for row in rows)
     assert 0.0 < good["validation_seconds"] < seconds
     assert good["seconds"] + good["validation_seconds"] == pytest.approx(seconds)

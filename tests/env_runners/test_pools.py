@@ -1,7 +1,7 @@
 import pytest
 
 from distrl_envs.task import Grade
-from rllib_distrl.env_runners.pools import pool_metrics
+from rllib_distrl.env_runners.pools import join_pools, pool_metrics, pool_record
 
 RIGHT, OTHER_RIGHT = Grade(1.0, "correct", "2/4"), Grade(1.0, "correct", "1/2")
 WRONG, SILENT = Grade(0.0, "wrong", "3"), Grade(0.0, "no_answer", None)
@@ -52,3 +52,17 @@ def test_correct_is_what_the_task_says_and_votes_need_answers():
     assert (metrics["pass@1"], metrics["pass@2"]) == (0.5, 1.0)
     assert metrics["best@2"] == pytest.approx(0.7)
     assert not [name for name in metrics if name.startswith("maj")]
+
+
+def test_pools_are_kept_as_counts_and_joined_by_problem():
+    half, passed = Grade(0.5, "partial", "3"), Grade(0.7, "correct")
+    one = pool_record(7, 0, [RIGHT, WRONG, half, WRONG])
+    assert one == [7, 0, 1, [[0.0, 2], [0.5, 1], [1.0, 1]]]
+    other = pool_record(2, 0, [passed, WRONG, WRONG, WRONG])
+    again = pool_record(7, 1, [RIGHT, RIGHT, RIGHT, WRONG])
+    # The first is there twice, as it is when a validation was held again.
+    assert join_pools([one, again, other, one]) == [
+        [2, 1, [[0.0, 3], [0.7, 1]]],
+        [7, 4, [[0.0, 3], [0.5, 1], [1.0, 4]]],
+    ]
+    assert join_pools([]) == []
