@@ -1,7 +1,11 @@
 """Imports point one way, and the environments need no Ray."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
@@ -60,3 +64,17 @@ def test_layers_import_downwards():
             if name.startswith("rllib_distrl."):
                 target = name.split(".")[1]
                 assert RANK.get(target, -1) <= rank, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize(
+    ("name", "absent"),
+    [
+        ("app", "matplotlib numpy pandas ray torch transformers"),
+        ("explain", "matplotlib numba pandas ray torch transformers"),
+        ("view", "matplotlib numba ray sklearn torch transformers"),
+    ],
+)
+def test_commands_start_without_what_they_do_not_need(name, absent):
+    code = f"import rllib_distrl.cli.{name}, sys; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(absent.split()) & set(done.stdout.split())

@@ -14,9 +14,9 @@ from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.calibration import (
     calibration_metrics,
     explained_variance,
-    ignorance_metrics,
     state_metrics,
 )
+from rllib_distrl.maths.rank_correlation import ignorance_metrics
 
 # Keeps the random numbers of continuations apart from those of the completions they continue.
 _SEED_OFFSET = 2_000_003

@@ -1,10 +1,12 @@
 """How an evaluation samples, and how far it has come."""
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from rllib_distrl.engines.engine import SamplingParams
 from rllib_distrl.evaluation.summary import default_ks
+
+if TYPE_CHECKING:
+    from rllib_distrl.engines.engine import SamplingParams
 
 # Tokens of one chunk's completions: some hundred megabytes with the texts and Python's overhead.
 _CHUNK_TOKENS = 1 << 22
@@ -75,8 +77,11 @@ class EvalSettings:
         """The k's, ascending."""
         return tuple(sorted(set(self.k))) or default_ks(self.n)
 
-    def sampling(self, max_tokens: int) -> SamplingParams:
+    def sampling(self, max_tokens: int) -> "SamplingParams":
         """The engine's settings for completions of at most ``max_tokens``."""
+        # Here, because reports and figures read evaluations without any engine, torch or model.
+        from rllib_distrl.engines.engine import SamplingParams
+
         return SamplingParams(
             max_tokens=max_tokens,
             temperature=self.temperature,

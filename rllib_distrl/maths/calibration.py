@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rllib_distrl.maths.quantiles import midpoints
-from rllib_distrl.maths.rank_correlation import partial_rank_correlation, rank_correlation
 
 PIT_BINS = 10
 TIE_WIDTH = 0.05
@@ -248,39 +247,3 @@ def state_metrics(values: Tensor, mean_returns: Tensor) -> dict[str, float]:
         "quantile_state_explained_variance": explained_variance(values, mean_returns, every),
     }
     return {key: value for key, value in found.items() if math.isfinite(value)}
-
-
-def ignorance_metrics(
-    spread: Tensor,
-    values: Tensor,
-    mean_returns: Tensor,
-    positions: Tensor | None = None,
-    *,
-    name: str = "quantile_spread",
-) -> dict[str, float]:
-    """Does the spread say where the value is wrong? Over states with many continuations each.
-
-    The raw correlation is mostly the Bernoulli noise of sampling, which is large where V(1 − V)
-    is, and the one given V may be no more than the position in the completion: late in it little
-    is open. The one given both is the one to read.
-
-    Args:
-        spread: (K,), spread of the quantiles, or another uncertainty, at K states.
-        values: (K,), V.
-        mean_returns: (K,), mean return of the continuations from each state.
-        positions: (K,), tokens of the completion before each state; None: not looked at.
-        name: What the metrics' names begin with.
-
-    Returns:
-        `NAME_error_correlation`, `NAME_error_partial_correlation` given V, and
-        `NAME_error_partial_correlation_given_position` given V and position, finite ones only.
-    """
-    error = (values - mean_returns).abs()
-    found = {
-        f"{name}_error_correlation": rank_correlation(spread, error),
-        f"{name}_error_partial_correlation": partial_rank_correlation(spread, error, values),
-    }
-    if positions is not None:
-        known = partial_rank_correlation(spread, error, values, positions)
-        found[f"{name}_error_partial_correlation_given_position"] = known
-    return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -35,6 +35,10 @@ Needs = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
 Ignores = Callable[[Mapping[str, Any]], Collection[str]]
 
 
+class _MethodSettings(Settings, use_attribute_docstrings=False):
+    """Made of a signature: pydantic would tokenise source files for docstrings it cannot have."""
+
+
 @dataclass(frozen=True)
 class Method:
     """A registered function (or class, for a method with state) and what it declares."""
@@ -69,7 +73,7 @@ class Method:
             for name, p in inspect.signature(self.function, eval_str=True).parameters.items()
             if name in settings
         }
-        schema = create_model(self.name, __base__=Settings, **fields)
+        schema = create_model(self.name, __base__=_MethodSettings, **fields)
         schema.table = f"{self.kind}.{self.name}"
         return schema(**settings).to_dict()
 

@@ -6,9 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import torch
 
-from rllib_distrl.maths.calibration import PIT_BINS, ignorance_metrics
+from rllib_distrl.maths.rank_correlation import ignorance_metrics
 from rllib_distrl.runs import Run
 from rllib_distrl.token_table import TokenTable
 from rllib_distrl.viewer.charts import COLOURS, GREY, INK, Chart, as_runs, chart, legend
@@ -16,6 +15,7 @@ from rllib_distrl.viewer.training_plots import plot_metrics
 
 Tables = TokenTable | Mapping[str, TokenTable]
 _LEARNER = "learners/default_policy/"
+_PIT = f"{_LEARNER}quantile_pit_"
 CALIBRATION = {
     "Coverage of the central 50 %": f"{_LEARNER}quantile_coverage_50",
     "Coverage of the central 90 %": f"{_LEARNER}quantile_coverage_90",
@@ -45,16 +45,19 @@ def plot_pit(runs: Run | Iterable[Run]) -> Chart:
     """
     figure, (panel,) = chart(["Returns within the predicted distribution (PIT)"])
     figure.set_size_inches(5.6, 3.1)
-    edges = np.linspace(0, 1, PIT_BINS + 1)
+    bins = 0
     for number, run in enumerate(as_runs(runs)):
-        keys = [f"{_LEARNER}quantile_pit_{i}" for i in range(PIT_BINS)]
-        if all(key in run.iterations for key in keys):
+        # As many as were logged: the constant of the learner would come with torch.
+        keys = [key for key in run.iterations if key.removeprefix(_PIT).isdigit()]
+        keys.sort(key=lambda key: int(key.removeprefix(_PIT)))
+        if keys:
+            bins = len(keys)
             last = run.iterations[keys].dropna().tail(max(1, len(run.iterations) // 10))
-            panel.stairs(last.mean().to_numpy(), edges, color=COLOURS[number % len(COLOURS)],
-                         linewidth=1.8, label=run.name)  # fmt: skip
-    if not panel.patches:
+            panel.stairs(last.mean().to_numpy(), np.linspace(0, 1, bins + 1), linewidth=1.8,
+                         color=COLOURS[number % len(COLOURS)], label=run.name)  # fmt: skip
+    if not bins:
         raise ValueError("no run has a quantile critic")
-    panel.axhline(1 / PIT_BINS, color=GREY, linestyle="--", linewidth=1, label="calibrated")
+    panel.axhline(1 / bins, color=GREY, linestyle="--", linewidth=1, label="calibrated")
     panel.set_xlabel("predicted probability of a lower return")
     panel.set_ylabel("share of returns")
     legend(figure, [panel])
@@ -123,7 +126,7 @@ def plot_spread_against_error(tables: Tables) -> Chart:
         spread, values, returns = shared_states(table)
         panel.scatter(spread, np.abs(values - returns), s=9, color=COLOURS[0], alpha=0.35,
                       linewidth=0)  # fmt: skip
-        found = ignorance_metrics(*(torch.from_numpy(x) for x in (spread, values, returns)))
+        found = ignorance_metrics(spread, values, returns)
         words = [
             f"{label} {found[f'quantile_spread_error_{key}']:.2f}"
             for label, key in (("rank corr.", "correlation"), ("given V", "partial_correlation"))

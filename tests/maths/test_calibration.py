@@ -11,12 +11,12 @@ from rllib_distrl.maths.calibration import (
     crps,
     explained_variance,
     explained_variance_by_position,
-    ignorance_metrics,
     pit_histogram,
     pit_ks,
 )
 from rllib_distrl.maths.quantiles import midpoints
 from rllib_distrl.maths.rank_correlation import (
+    ignorance_metrics,
     partial_rank_correlation,
     rank_correlation,
 )

@@ -1,5 +1,7 @@
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -143,6 +145,24 @@ def test_the_page_has_every_section_and_no_way_out(tmp_path):
     assert not re.search(r'(src|href)="(?!#)', page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     assert len(ids) == len(set(ids))
+
+
+def test_a_page_is_drawn_without_ray_and_torch(tmp_path):
+    run = make_run(tmp_path / "one")
+    code = """
+import sys
+from pathlib import Path
+from rllib_distrl.cli.report import run_report
+run_report([Path(sys.argv[1])], None)
+print(*sorted(sys.modules))
+"""
+    command = [sys.executable, "-c", code, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    heavy = {"numba", "ray", "sklearn", "torch", "transformers"}
+    assert not heavy & set(done.stdout.split())
+    page = (run / "report.html").read_text()
+    assert "rank corr." in page
+    assert "predicted probability of a lower return" in page
 
 
 def test_a_run_that_has_just_begun_has_a_page(tmp_path):
