@@ -154,7 +154,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     @torch.no_grad()
     def _next_tokens(self, batch: dict[str, Any], greedy: bool) -> dict[str, Any]:
         """``actions`` (B,) int64 and ``action_logp`` (B,) float32 after B prompts."""
-        prompts = from_prompts(batch, self.policy.get_input_embeddings().weight)
+        prompts = from_prompts(batch, self.policy)
         rollout = self.model_config.get("rollout", {})
         filters = {name: rollout[name] for name in ("top_p", "top_k") if name in rollout}
         params = SamplingParams(1, self.temperature, greedy=greedy, **filters)

@@ -115,28 +115,34 @@ def from_incremental_obs(batch: dict[str, Any]) -> Sequences:
     return Sequences(input_ids, prompt_lens, actions, torch.ones_like(actions, dtype=torch.bool))
 
 
-def from_prompts(batch: dict[str, Any], embeddings: torch.Tensor) -> Sequences:
+def from_prompts(batch: dict[str, Any], policy: Any) -> Sequences:
     """Reads prompts whose next tokens are asked for.
 
     Args:
         batch: ``obs``, B lists of token ids of any lengths; or right-padded (B, S) integers with
             ``seq_lens`` (B,), RLlib's column for that.
-        embeddings: (V, H), the model's; the sequences will be on its device.
+        policy: the causal LM that is asked; the sequences will be on its device.
 
     Returns:
         Sequences with completions of one step, of which none is there.
 
     Raises:
         ValueError: for anything else, among them the observations of an env, whose first number
-            is a count; and for tokens that the model does not know.
+            is a count; and for tokens that the model does not know, or more than its window.
     """
     prompts = _token_rows(batch.get(Columns.OBS), batch.get(Columns.SEQ_LENS))
-    size = len(embeddings)
+    size = policy.get_input_embeddings().weight.shape[0]
+    window = getattr(policy.config.get_text_config(), "max_position_embeddings", None)
     for number, prompt in enumerate(prompts):
         if not prompt or not all(0 <= token < size for token in prompt):
             raise ValueError(
                 f"Prompt {number} is empty, or holds tokens outside of the model's 0..{size - 1}: "
                 f"{prompt[:8]}. Encode it with the model's own tokenizer."
+            )
+        if window is not None and len(prompt) > window:
+            raise ValueError(
+                f"Prompt {number} has {len(prompt)} tokens, and the model's window is {window}. "
+                "Shorten it, or what was written after it."
             )
     prompt_lens = torch.tensor([len(prompt) for prompt in prompts])
     input_ids = torch.zeros(len(prompts), int(prompt_lens.max()), dtype=torch.long)
@@ -144,7 +150,7 @@ def from_prompts(batch: dict[str, Any], embeddings: torch.Tensor) -> Sequences:
         row[: len(prompt)] = torch.tensor(prompt)
     steps = torch.zeros(len(prompts), 1, dtype=torch.long)
     parts = (input_ids, prompt_lens, steps, steps.bool())
-    return Sequences(*(part.to(embeddings.device) for part in parts))
+    return Sequences(*(part.to(policy.device) for part in parts))
 
 
 def _token_rows(rows: Any, lens: Any) -> list[list[int]]:

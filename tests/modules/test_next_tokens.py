@@ -85,6 +85,7 @@ def test_exploration_draws_as_the_rollout_does(tmp_path):
         ({"obs": [[4], []]}, r"Prompt 1 is empty, or holds tokens outside of .* 0\.\.59: \[\]"),
         ({"obs": [[4, 60]]}, r"Prompt 0 is empty, .*\[4, 60\]"),
         ({"obs": [[4, -1]]}, r"Prompt 0 is empty"),
+        ({"obs": [[4], [4] * 65]}, "Prompt 1 has 65 tokens, and the model's window is 64"),
     ],
 )
 def test_what_is_no_prompt_is_refused(batch, words, tmp_path):
