@@ -256,6 +256,8 @@ def _imported(kind: str, name: str) -> Method:
         function = load_attribute(name)
     except ValueError as error:
         raise ValueError(f"{kind}: {error}") from error
+    if not callable(function):
+        raise ValueError(f"{kind} {name!r} is {function!r:.80}; it must be a function.")
     declared = [m for m in _METHODS.values() if m.kind == kind and m.function is function]
     return declared[0] if declared else Method(kind, name, function)
 

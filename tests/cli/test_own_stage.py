@@ -43,7 +43,8 @@ def test_a_stage_in_the_users_own_file_runs_on_two_remote_learners(tmp_path):
     log = tmp_path / "calls.txt"
     (tmp_path / "my_shaper.py").write_text(SHAPER)
     (tmp_path / "own.toml").write_text(RECIPE.replace("LOG", str(log)))
-    command = [sys.executable, "-m", "rllib_distrl.cli", "train", "own.toml", "--out", "run"]
+    # As the console script, whose path has not the working directory.
+    command = [sys.executable, "-P", "-m", "rllib_distrl.cli", "train", "own.toml", "--out", "run"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     calls = [line.split() for line in log.read_text().splitlines()]

@@ -81,6 +81,7 @@ def test_a_method_with_state_is_a_class():
             {"name": "nowhere_at_all:mine"},
             r"advantage: 'nowhere_at_all:mine' could not be imported: .*No module named",
         ),
+        ({"name": "math:pi"}, "'math:pi' is 3.14.*; it must be a function"),
         (
             {"name": "math:mine"},
             "could not be imported: AttributeError: module 'math' has no attribute",
