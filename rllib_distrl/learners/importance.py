@@ -11,7 +11,6 @@ from rllib_distrl.stages.batch import SequenceBatch
 if TYPE_CHECKING:
     from rllib_distrl.algorithms.distrl_config import DistRLConfig
 
-IMPORTANCE_CORRECTIONS = ("none", "truncated", "masked")
 _MODES = {"truncated": "truncate", "masked": "mask"}
 # Columns of the batch that this adds.
 IMPORTANCE_WEIGHTS = "importance_weights"

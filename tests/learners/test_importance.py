@@ -40,7 +40,7 @@ def test_weights_by_hand(correction, weights, mean, share):
 def update_from_shifted_logps(build, shift, **training):
     """The policy after one update on episodes whose sampler logps are off by `shift`."""
     # A large step: what is compared are differences of float32 weights.
-    settings = {"lr": 10.0, "init_value": 0.5, "whiten_advantages": False, "bonus_coeff": 0.0}
+    settings = {"lr": 1.0, "init_value": 0.5, "whiten_advantages": False, "bonus_coeff": 0.0}
     config = distrl_config(**settings, **training)
     # Without momentum's normalisation a weight would vanish from Adam's first step.
     algo = build(config.rollout(temperature=2.0))

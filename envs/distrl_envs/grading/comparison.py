@@ -253,10 +253,6 @@ def _named_and_other(named: Named, other: Any) -> Verdict:
     return same(named.node, other)
 
 
-def _other_and_named(other: Any, named: Named) -> Verdict:
-    return same(other, named.node)
-
-
 def _equations(gold: Equation, answer: Equation) -> Verdict:
     """Multiples of one another by a number."""
     one, other = (("+", side.left, ("-", side.right)) for side in (gold, answer))
