@@ -69,7 +69,6 @@ def test_layers_import_downwards():
 @pytest.mark.parametrize(
     ("name", "absent"),
     [
-        ("app", "matplotlib numpy pandas ray torch transformers"),
         ("explain", "matplotlib numba pandas ray torch transformers"),
         ("view", "matplotlib numba ray sklearn torch transformers"),
     ],

@@ -30,6 +30,7 @@ from rllib_distrl.models.loading import (
     load_generation_config,
     load_model,
     load_tokenizer,
+    resolve,
 )
 from rllib_distrl.modules.activations import PRECISIONS
 from rllib_distrl.modules.causal_lm_module import POLICY_PREFIX, CausalLMModule
@@ -84,6 +85,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     _check_minibatches(config, rollout)
     check_runner_gpus(config)
     check_export(model)
+    resolve(model)  # RLlib gives its runners no time to build a built-in model; ours does it later
     check_rate("lr", config.lr)
     filtered = rollout.top_p < 1 or rollout.top_k > 0
     if filtered and not getattr(config, "vtrace", False):

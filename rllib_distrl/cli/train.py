@@ -134,12 +134,16 @@ def _check(
         if storage is not None and not overwrite:
             storage.check_free()
     config = recipe.build_config()
+    from rllib_distrl.models.loading import resolve
+
     check_memory(recipe, config)
     check_room(recipe, config, RunFolder(path))
     check_address()
     connect_trackers(recipe.run.trackers)
     evaluation_settings(recipe).validate()
-    return recipe, path, [*check_problems(recipe, config), *said_of_weights(recipe, config)]
+    problems = [*check_problems(recipe, config), *said_of_weights(recipe, config)]
+    resolve(recipe.run.model)  # builds a built-in one, or says that its cache cannot be written to
+    return recipe, path, problems
 
 
 def _locate(

@@ -22,7 +22,7 @@ from rllib_distrl.models import warm_start
 from rllib_distrl.models.cached_folder import CachedFolder, content_key
 
 if TYPE_CHECKING:
-    from transformers import Qwen2Config
+    from transformers import GenerationConfig, Qwen2Config
 
 PREFIX = "builtin:"
 
@@ -86,6 +86,14 @@ class BuiltinSpec:
             eos_token_id=VOCABULARY[EOS],
             pad_token_id=VOCABULARY[PAD],
             architectures=["Qwen2ForCausalLM"],
+        )
+
+    def generation_config(self) -> GenerationConfig:
+        """What `warm_start.build` saves beside the model, without building anything."""
+        from transformers import GenerationConfig
+
+        return GenerationConfig(
+            do_sample=True, eos_token_id=VOCABULARY[EOS], pad_token_id=VOCABULARY[PAD]
         )
 
     def key(self) -> dict[str, Any]:

@@ -231,12 +231,16 @@ def _makes_unknown(tokenizer: PreTrainedTokenizerBase) -> bool:
 def load_generation_config(name: str) -> GenerationConfig:
     """The generation configuration saved with a model; an empty one where there is none.
 
+    That of a built-in model comes without building it.
+
     Args:
         name: A folder, a hub id, or `builtin:...`.
 
     Raises:
         ValueError: As `resolve`; or if there is one that cannot be read.
     """
+    if name.startswith(PREFIX):
+        return find_spec(name).generation_config()
     from transformers import GenerationConfig
     from transformers.utils.hub import cached_file
 

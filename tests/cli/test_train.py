@@ -256,11 +256,14 @@ def test_eval_and_export_of_run_and_checkpoint(
     assert all(weights[0][name].equal(weights[1][name]) for name in weights[0])
 
 
-def test_explain(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_explain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import ray
 
     monkeypatch.chdir(folder)
-    result = CliRunner().invoke(app, ["explain", "tiny.toml"])
+    with monkeypatch.context() as patch:
+        patch.setenv("DISTRL_CACHE", str(tmp_path))
+        result = CliRunner().invoke(app, ["explain", "tiny.toml", "run.model=builtin:countdown-6"])
+    assert not list(tmp_path.iterdir()), "explain has built a model"
     assert result.exit_code == 0, result.stderr
     shown = ("-> ", "A completion ends with '<eos>'.")
     told = ("32 = 8 prompts x 4 completions", "2 = 1 x 2 minibatches", "KV cache", "Adam")

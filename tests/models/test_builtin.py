@@ -15,7 +15,13 @@ from distrl_envs.tokenizers import EOS, VOCABULARY, small_tokenizer
 from rllib_distrl.engines.engine import Request, SamplingParams
 from rllib_distrl.engines.torch_engine import TorchEngine
 from rllib_distrl.models.builtin import SPECS, BuiltinSpec, builtin_folder, find_spec
-from rllib_distrl.models.loading import eos_token_ids, load_model, load_tokenizer, resolve
+from rllib_distrl.models.loading import (
+    eos_token_ids,
+    load_generation_config,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from rllib_distrl.models.warm_start import VALIDATION_EXAMPLES, example_batches, learning_rate
 
 SHORT = replace(SPECS["countdown-tiny"], steps=40)
@@ -91,6 +97,8 @@ def test_the_folder_is_a_plain_hugging_face_folder(short):
     assert model.config.max_position_embeddings == 128
     assert meta_of(short)["parameters"] == model.num_parameters()
     assert "model.safetensors" in meta_of(short)["files"]
+    saved = load_generation_config(str(short)).to_diff_dict()
+    assert SHORT.generation_config().to_diff_dict() == saved
 
 
 def test_building_depends_on_its_seed_alone_and_disturbs_nobody(short, tmp_path):

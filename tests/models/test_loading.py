@@ -109,11 +109,12 @@ def test_a_folder_goes_before_a_hub_id(tmp_path, monkeypatch, qwen2):
     assert load_config("gpt2").model_type == "qwen2"
 
 
-def test_configuration_and_tokenizer_of_a_builtin_need_no_build(tmp_path, monkeypatch):
+def test_all_but_the_weights_of_a_builtin_need_no_build(tmp_path, monkeypatch):
     monkeypatch.setenv("DISTRL_CACHE", str(tmp_path))
     config = load_config("builtin:countdown")
     assert (config.vocab_size, config.max_position_embeddings) == (VOCABULARY, 128)
     assert load_tokenizer("builtin:countdown").eos_token_id == config.eos_token_id == 1
+    assert load_generation_config("builtin:countdown").eos_token_id == 1
     assert not list(tmp_path.iterdir())
 
 
