@@ -3,6 +3,7 @@ import pickle
 import socket
 import time
 
+import psutil
 import pytest
 
 from distrl_envs.grading import CodeGrader
@@ -170,19 +171,27 @@ def test_pickles_as_its_settings():
 
 
 def _programs():
-    """Processes of sandboxes that are still there, their servers apart."""
+    """Processes of sandboxes that are still there: ours, their servers apart, and orphans.
+
+    Those below another test process, which grades beside this one, are not.
+    """
+    me = psutil.Process()
+    mine = {1, me.pid, *(process.pid for process in me.parents())}
     found = []
-    for name in filter(str.isdigit, os.listdir("/proc")):
+    for process in psutil.process_iter():
         try:
-            with open(f"/proc/{name}/cmdline", "rb") as file:
-                command = file.read()
-            with open(f"/proc/{name}/stat") as file:
-                parent = file.read().rpartition(")")[2].split()[1]
-        except OSError:
+            if not _is_sandbox(process) or process.ppid() == me.pid:
+                continue
+            above = [one for one in process.parents() if one.pid not in mine]
+            if all(map(_is_sandbox, above)):
+                found.append(process.pid)
+        except psutil.NoSuchProcess:
             continue
-        if b"code_sandbox.py" in command and parent != str(os.getpid()):
-            found.append(name)
     return found
+
+
+def _is_sandbox(process):
+    return any(part.endswith("code_sandbox.py") for part in process.cmdline())
 
 
 def _available_bytes():
