@@ -65,17 +65,8 @@ class Method:
         Raises:
             ValueError: For one of another type.
         """
-        fields: Any = {
-            name: (
-                Any if p.annotation is inspect.Parameter.empty else p.annotation,
-                ... if p.default is inspect.Parameter.empty else p.default,
-            )
-            for name, p in inspect.signature(self.function, eval_str=True).parameters.items()
-            if name in settings
-        }
-        schema = create_model(self.name, __base__=_MethodSettings, **fields)
-        schema.table = f"{self.kind}.{self.name}"
-        return schema(**settings).to_dict()
+        checked = _schema(self.kind, self.name, self.function)(**settings)
+        return {name: getattr(checked, name) for name in settings}
 
 
 @dataclass(frozen=True)
@@ -272,6 +263,19 @@ def methods(kind: str) -> list[Method]:
         The methods.
     """
     return [_METHODS[kind, name] for name in names(kind)]
+
+
+@functools.cache
+def _schema(kind: str, name: str, function: Callable[..., Any]) -> type[_MethodSettings]:
+    """The types of a method's settings; what must be given is checked by `resolve`."""
+    fields: Any = {
+        key: (Any if p.annotation is inspect.Parameter.empty else p.annotation, None)
+        for key, p in inspect.signature(function, eval_str=True).parameters.items()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    schema = create_model(name, __base__=_MethodSettings, **fields)
+    schema.table = f"{kind}.{name}"
+    return schema
 
 
 def _nearest(word: Any, known: Any) -> str:
