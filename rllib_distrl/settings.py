@@ -95,7 +95,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_python(cls, value: Any, info: ValidationInfo) -> Any:
-        """NumPy's scalars, paths, whole floats for integers, and lists for tuples."""
+        """NumPy's scalars, paths, whole floats for integers, lists and tuples for one another."""
         annotation = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, np.generic):
             value = value.item()
@@ -104,9 +104,9 @@ class Settings(BaseModel):
         kinds = toml_types(annotation) or frozenset()
         if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
             return int(value)
-        if isinstance(value, list) and typing.get_origin(annotation) is tuple:
-            return tuple(value)
-        return value
+        if typing.get_origin(annotation) is tuple:
+            return tuple(value) if isinstance(value, list) else value
+        return as_lists(value) if list in kinds else value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they travel in a module's ``model_config`` or stand in a recipe."""
@@ -142,6 +142,11 @@ class Settings(BaseModel):
         if indices:
             annotation = typing.get_args(annotation)[0]
         return f"{where} is {first['input']!r}; {_must_be(annotation, field, first)}"
+
+
+def as_lists(value: Any) -> Any:
+    """Lists in place of tuples, at any depth of them: RLlib takes schedules as both."""
+    return list(map(as_lists, value)) if isinstance(value, (list, tuple)) else value
 
 
 def signature_of(cls: type[Settings]) -> inspect.Signature:

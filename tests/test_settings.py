@@ -90,6 +90,18 @@ def test_the_configuration_holds_the_checked_values():
     assert repr(config.rollout_settings.max_batch_size) == "64"
 
 
+def test_tuples_are_as_good_as_lists():
+    config = distrl_config(
+        lr=((0, 1e-3), (100, 1e-4)),
+        entropy_coeff=[(0, 0.1), (100, 0.0)],
+        shapers=({"name": "entropy_shaped"},),
+    )
+    config.validate()
+    assert config.lr == [[0, 1e-3], [100, 1e-4]]
+    assert config.entropy_coeff == [[0, 0.1], [100, 0.0]]
+    assert config.shapers == [{"name": "entropy_shaped"}]
+
+
 @pytest.mark.parametrize(
     ("values", "words"),
     [

@@ -20,7 +20,7 @@ from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.env_runners.contract import check_contract
 from rllib_distrl.modules.distrl_module import DistRLModule
 from rllib_distrl.recipe_schema import builder_parameters, check_names, check_value, nearest
-from rllib_distrl.settings import RolloutSettings, TrainingSettings, signature_of
+from rllib_distrl.settings import RolloutSettings, TrainingSettings, as_lists, signature_of
 
 # Long generations take their time; RLlib's 60 s would drop them silently.
 SAMPLE_TIMEOUT_S = 1_800.0
@@ -221,8 +221,7 @@ def take_settings(config: DistRLConfig) -> None:
     annotations = builder_parameters(config, "training")
     for name in ("lr", "gamma", "grad_clip", "num_epochs", "minibatch_size"):
         value = getattr(config, name)
-        if isinstance(value, np.generic):
-            value = value.item()
-            setattr(config, name, value)
+        value = as_lists(value.item() if isinstance(value, np.generic) else value)
+        setattr(config, name, value)
         if value is not None:
             check_value(f"training.{name}", value, annotations[name])
