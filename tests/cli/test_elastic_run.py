@@ -97,8 +97,8 @@ def test_a_running_job_is_scaled_stops_without_runners_and_is_continued(tmp_path
     assert "0 of 1 env runners are left" in err.replace("\n", " ")
     assert "distrl train run --resume" in err.replace("\n", " ")
     stopped_after = len(read_progress(run / "progress.jsonl"))
-    (checkpoint,) = list_checkpoints(run / "checkpoints")
-    assert checkpoint_iteration(checkpoint) == stopped_after
+    kept = [checkpoint_iteration(each) for each in list_checkpoints(run / "checkpoints")]
+    assert kept == [stopped_after, 1]
 
     recipe = (run / "recipe.toml").read_text()
     end = stopped_after + 3

@@ -120,7 +120,9 @@ def test_a_comparison_is_stopped_and_continues(tmp_path: Path, how: signal.Signa
         assert good["recipe"]["run"]["seed"] == seed
         check_validations(good, records / f"good-seed{seed}")
         assert bad["status"] == "failed"
-        assert bad["error"].startswith("exit code 1: error: Training stopped in iteration 3")
+        # In the third, or later where it was stopped in between and counts anew.
+        assert bad["error"].startswith("exit code 1: error: Training stopped in iteration")
+        assert "3 optimiser steps in a row were refused" in bad["error"]
     page = (tmp_path / "out" / "results.md").read_text()
     assert "## Failed runs" in page
 
