@@ -1,6 +1,7 @@
 """One torch thread everywhere, and a Ray session for each module that needs one."""
 
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -9,6 +10,15 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+
+# Started in the background or by nohup, tests inherit signals that are ignored, and so would all
+# that they start: what is to be interrupted could not be.
+for _signum, _handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(_signum) == signal.SIG_IGN:
+        signal.signal(_signum, _handler)
 
 
 @pytest.fixture(scope="module")

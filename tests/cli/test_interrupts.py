@@ -18,14 +18,6 @@ from rllib_distrl.cli.interrupts import Interrupts, kept_from_ray
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@pytest.fixture(autouse=True)
-def not_started_by_nohup():
-    """Hanging up ends a process here, also where the tests were started by nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGHUP, before)
-
-
 def send(signum: int = signal.SIGINT) -> None:
     os.kill(os.getpid(), signum)
 
