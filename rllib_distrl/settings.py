@@ -36,7 +36,7 @@ Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Rate = Annotated[FiniteFloat, Field(gt=0, le=1)]
 """A learning rate. Adam moves a weight by about as much in a step: beyond 1 all of them diverge."""
 Count = Annotated[int, Field(ge=1)]
-CountOrNone = Annotated[int, Field(ge=0)]
+NotNegativeInt = Annotated[int, Field(ge=0)]
 Schedule = list[list[float]]
 """RLlib's: [[env step, value], ...], linear between them."""
 
@@ -232,7 +232,7 @@ class RolloutSettings(Settings):
     ``explore = false`` in [env_runners]."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     """Nucleus mass kept, 1 keeps all."""
-    top_k: CountOrNone = 0
+    top_k: NotNegativeInt = 0
     """Tokens kept, 0 keeps all."""
     max_batch_size: Count = 256
     """Rows that the engine decodes at once."""
@@ -243,7 +243,7 @@ class RolloutSettings(Settings):
     on-policy; with 1 the runners sample the next batch while the learner learns."""
     torch_threads: Count = 1
     """Torch threads of each process that samples or learns."""
-    max_env_runners: CountOrNone = 0
+    max_env_runners: NotNegativeInt = 0
     """Most env runners that scaling may ask Ray for; 0: as many as fit into the nodes that the
     cluster has at that time."""
 
@@ -284,13 +284,13 @@ class RunSettings(Settings):
     """Names the default output folder; the recipe's file name without ending if empty."""
     iterations: Count = 200
     """Training iterations, where there is no budget of tokens."""
-    budget_tokens: CountOrNone = 0
+    budget_tokens: NotNegativeInt = 0
     """Training ends with the first iteration by which so many completion tokens have been
     generated, those that were dropped or only trained the critic included and evaluations not; 0
     means that `iterations` ends it."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 0
     """Seeds sampling, initialisation and shuffling."""
-    checkpoint_interval: CountOrNone = 50
+    checkpoint_interval: NotNegativeInt = 50
     """Iterations between checkpoints; 0 means only at the end."""
     keep_checkpoints: Count = 2
     """How many of the newest checkpoints stay on disk."""
@@ -340,17 +340,17 @@ class EvalSettings(Settings):
     """Sampling temperature of evaluation."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     """Nucleus of evaluation."""
-    interval: CountOrNone = 0
+    interval: NotNegativeInt = 0
     """Iterations between validations while training (RLlib's evaluation); 0 means none."""
     validation_problems: Count = 100
     """Problems of one validation, the same every time, each completed
     `rollout.evaluation_generations` times."""
-    critic_prefixes: CountOrNone = 200
+    critic_prefixes: NotNegativeInt = 200
     """Completions of other problems than those of training that are cut at a random token, to see
     whether the critic is right there, after training and in `distrl eval`; 0 means none."""
     critic_continuations: Count = 32
     """Completions from each such prefix."""
-    token_problems: CountOrNone = 64
+    token_problems: NotNegativeInt = 64
     """Validation problems whose completions, one group each, are stored with what the critic
     thought at every token once training ends (`distrl view`); 0 means none."""
 
@@ -376,7 +376,7 @@ class PretrainingSettings(Settings):
 
     table = "critic_pretraining"
 
-    rollouts: CountOrNone = 0
+    rollouts: NotNegativeInt = 0
     """Completions that the initial policy is asked for; or"""
     samples: str | None = None
     """a Parquet file of completions of `distrl train` or `distrl eval`, of problems of the split
@@ -446,7 +446,7 @@ class SweepSettings(Settings):
     lets all end."""
     trials: Count = 8
     """How many are drawn; a grid has as many as it has combinations."""
-    seed: CountOrNone = 0
+    seed: NotNegativeInt = 0
     """Of the drawing."""
     grace_iterations: Count = 10
     """No trial is stopped by "asha" before."""
@@ -500,7 +500,7 @@ class TrainingSettings(Settings):
     """Whether the backward pass runs each block once more instead of keeping its activations."""
     lr_schedule: Annotated[str, _named_in("lr_schedule", "LR_SCHEDULES")] = "constant"
     """``constant`` or ``cosine``, of both learning rates."""
-    lr_warmup_iterations: CountOrNone = 0
+    lr_warmup_iterations: NotNegativeInt = 0
     """Iterations over which they rise linearly; 0: none."""
     lr_decay_iterations: Count | None = None
     """Iteration at which ``cosine`` ends."""
@@ -517,7 +517,7 @@ class TrainingSettings(Settings):
     the policy's trunk."""
     critic_lr: Rate | None = None
     """Learning rate of the critic's own parameters; None: ``lr``."""
-    critic_warmup_iterations: CountOrNone = 0
+    critic_warmup_iterations: NotNegativeInt = 0
     """Iterations in which only the critic learns."""
     critic_pretraining: PretrainingSettings | None = None
     """Teaches the critic before the policy moves, such as ``{rollouts = 8192}``; its tokens count

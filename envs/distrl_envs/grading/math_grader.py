@@ -149,16 +149,6 @@ class MathGrader:
             completion = without_unfinished_thinking(completion)
         return extract_answer(completion, self.pattern)
 
-    def grade_answer(self, answer: str, gold: str) -> Grade:
-        """Grades a bare answer, without looking for a box in it.
-
-        Raises:
-            ValueError: If the gold is empty.
-            RuntimeError: If no worker can be started.
-        """
-        grade, pair = self._quick_grade(gold_form(gold), answer)
-        return grade or self._compare(pair)
-
     def same_answer(self, one: str, other: str) -> bool:
         """Whether two answers in normal form are the same; what cannot be decided is not.
 
