@@ -7,19 +7,21 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rllib_distrl import moved
+
 if TYPE_CHECKING:
-    from rllib_distrl.algorithms.distrl import DistRL
-    from rllib_distrl.algorithms.distrl_config import DistRLConfig
-    from rllib_distrl.algorithms.inspection import inspect_policy
-    from rllib_distrl.algorithms.language_model import export_policy, wire_language_model
-    from rllib_distrl.connectors.sequences_from_episodes import SequencesFromEpisodes
-    from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
-    from rllib_distrl.learners.distrl_learner import DistRLLearner
-    from rllib_distrl.modules.causal_lm_module import CausalLMModule
-    from rllib_distrl.modules.distrl_module import DistRLModule
-    from rllib_distrl.runs import load_run
+    from rllib_distrl.algorithm.distrl import DistRL
+    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+    from rllib_distrl.algorithm.inspection import inspect_policy
+    from rllib_distrl.algorithm.wiring import export_policy, wire_language_model
+    from rllib_distrl.learner.connector import SequencesFromEpisodes
+    from rllib_distrl.learner.distrl_learner import DistRLLearner
+    from rllib_distrl.method.token_table import TokenTable
+    from rllib_distrl.model.causal_lm_module import CausalLMModule
+    from rllib_distrl.model.distrl_module import DistRLModule
+    from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+    from rllib_distrl.runs.reading import load_run
     from rllib_distrl.settings import RolloutSettings
-    from rllib_distrl.token_table import TokenTable
 
 __all__ = [
     "CausalLMModule",
@@ -39,34 +41,37 @@ __all__ = [
 
 # Imported when first used: `distrl --help` should not wait for Ray and torch.
 _MODULES = {
-    "CausalLMModule": "modules.causal_lm_module",
-    "CompletionEnvRunner": "env_runners.completion_env_runner",
-    "DistRL": "algorithms.distrl",
-    "DistRLConfig": "algorithms.distrl_config",
-    "DistRLLearner": "learners.distrl_learner",
-    "DistRLModule": "modules.distrl_module",
+    "CausalLMModule": "model.causal_lm_module",
+    "CompletionEnvRunner": "rollout.completion_env_runner",
+    "DistRL": "algorithm.distrl",
+    "DistRLConfig": "algorithm.distrl_config",
+    "DistRLLearner": "learner.distrl_learner",
+    "DistRLModule": "model.distrl_module",
     "RolloutSettings": "settings",
-    "SequencesFromEpisodes": "connectors.sequences_from_episodes",
-    "TokenTable": "token_table",
-    "export_policy": "algorithms.language_model",
-    "inspect_policy": "algorithms.inspection",
-    "load_run": "runs",
-    "wire_language_model": "algorithms.language_model",
+    "SequencesFromEpisodes": "learner.connector",
+    "TokenTable": "method.token_table",
+    "export_policy": "algorithm.wiring",
+    "inspect_policy": "algorithm.inspection",
+    "load_run": "runs.reading",
+    "wire_language_model": "algorithm.wiring",
 }
+
+
+moved.install()
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     found = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    if _MODULES[name].startswith("algorithms."):
+    if _MODULES[name].startswith("algorithm."):
         _register_with_tune()
     return found
 
 
 def _register_with_tune() -> None:
     """Makes `tune.Tuner("DistRL", ...)` work."""
-    import_module(f"{__name__}.algorithms.registry").register_with_tune()
+    import_module(f"{__name__}.algorithm.registry").register_with_tune()
 
 
 # Who has imported Tune pays nothing for the algorithms; others get their names with the first of

@@ -24,8 +24,8 @@ from rllib_distrl.recipe_schema import (
     is_none,
     nearest,
 )
+from rllib_distrl.runs.trackers import check_trackers
 from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
-from rllib_distrl.trackers import check_trackers
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -68,10 +68,10 @@ class Recipe:
             ValueError: Where RLlib or the algorithm refuses the combination of settings, where
                 there is no such model, its tokenizer has no EOS or its window is too short.
         """
-        from rllib_distrl.algorithms.language_model import check_window, wire_language_model
-        from rllib_distrl.algorithms.registry import algorithm_config
-        from rllib_distrl.algorithms.validation_clock import time_validations
-        from rllib_distrl.models.loading import load_tokenizer
+        from rllib_distrl.algorithm.registry import algorithm_config
+        from rllib_distrl.algorithm.validation_clock import time_validations
+        from rllib_distrl.algorithm.wiring import check_window, wire_language_model
+        from rllib_distrl.model.loading import load_tokenizer
 
         load_tokenizer(self.run.model)
         check_window(self.run.model, self.rollout.max_completion_tokens)
@@ -155,7 +155,7 @@ def recipe_from_tables(tables: Mapping[str, Any], name: str) -> Recipe:
     Raises:
         ValueError: See `load_recipe`.
     """
-    from rllib_distrl.algorithms.registry import algorithm_config
+    from rllib_distrl.algorithm.registry import algorithm_config
 
     for table, values in tables.items():
         _check_table(table, values)

@@ -1,6 +1,6 @@
 """What several test modules build."""
 
-from rllib_distrl.algorithms.distrl_config import DistRLConfig
+from rllib_distrl.algorithm.distrl_config import DistRLConfig
 
 COUNTDOWN = "distrl_envs:distrl/Countdown-v0"
 TINY = "builtin:countdown-tiny"

@@ -1,27 +1,26 @@
 """Imports point one way, and the environments need no Ray."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rllib_distrl import moved
+
 ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
 LAYERS = [
-    {"maths", "recipe_schema", "token_table", "trackers"},
+    {"maths", "recipe_schema", "moved"},
     {"settings"},
-    {"stages"},
-    {"engines", "models"},
-    {"modules"},
-    {"connectors", "env_runners", "learners"},
-    {"algorithms"},
-    {"recipe", "evaluation"},
-    {"checkpoints", "run_folder", "run_log", "run_meta", "run_requests", "run_storage"},
-    {"runs"},
+    {"method"},
+    {"engine", "model"},
+    {"learner", "rollout", "algorithm"},
+    {"recipe", "evaluation", "runs"},
     {"viewer"},
-    {"comparison", "sweeps"},
+    {"experiments"},
     {"cli"},
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -48,7 +47,7 @@ def test_the_environments_import_neither_ray_nor_the_plugin():
 
 
 def test_pure_maths_imports_only_torch_and_itself():
-    for folder in ("maths", "stages"):
+    for folder in ("maths", "method"):
         for path in (ROOT / "rllib_distrl" / folder).rglob("*.py"):
             roots = {name.split(".")[0] for name in runtime_imports(path)}
             assert not roots & {"ray", "transformers", "gymnasium"}, path
@@ -77,3 +76,17 @@ def test_commands_start_without_what_they_do_not_need(name, absent):
     code = f"import rllib_distrl.cli.{name}, sys; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not set(absent.split()) & set(done.stdout.split())
+
+
+def test_modules_are_found_under_their_former_names():
+    with pytest.warns(DeprecationWarning, match=r"rllib_distrl\.algorithm\.distrl now"):
+        old = importlib.import_module("rllib_distrl.algorithms.distrl")
+    assert old is importlib.import_module("rllib_distrl.algorithm.distrl")
+    assert old.__spec__.name == "rllib_distrl.algorithm.distrl"
+    with pytest.raises(ModuleNotFoundError):
+        importlib.import_module("rllib_distrl.algorithms.no_such_module")
+
+
+@pytest.mark.parametrize("old", sorted(moved.MODULES))
+def test_every_former_name_leads_somewhere(old):
+    assert importlib.util.find_spec(f"rllib_distrl.{moved.MODULES[old]}") is not None

@@ -20,10 +20,10 @@ import typer
 from rllib_distrl.cli.errors import exit_code_of
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.ray_session import check_address, cpus_needed
-from rllib_distrl.comparison.execution import Execution
-from rllib_distrl.comparison.outputs import About, write_outputs
-from rllib_distrl.comparison.plan import Plan, make_plan
-from rllib_distrl.comparison.record import Record
+from rllib_distrl.experiments.execution import Execution
+from rllib_distrl.experiments.outputs import About, write_outputs
+from rllib_distrl.experiments.plan import Plan, make_plan
+from rllib_distrl.experiments.record import Record
 
 
 def main(

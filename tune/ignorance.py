@@ -19,9 +19,9 @@ from typing import Any
 import ray
 
 from rllib_distrl import DistRLConfig
-from rllib_distrl.algorithms.critic_probe import probe_critic
-from rllib_distrl.run_log import write_atomic
-from rllib_distrl.run_meta import commit
+from rllib_distrl.algorithm.critic_probe import probe_critic
+from rllib_distrl.runs.log import write_atomic
+from rllib_distrl.runs.meta import commit
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ensemble, prior 0.3": {"bonus_stat": "ensemble", "ensemble": {"prior_scale": 0.3}},

@@ -12,7 +12,7 @@ from rich.table import Table
 from rllib_distrl.cli.export import restored
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.recipe import Recipe
-from rllib_distrl.run_folder import RunFolder
+from rllib_distrl.runs.folder import RunFolder
 
 _ROWS = {
     "quantile_explained_variance": "explained variance of returns",
@@ -39,7 +39,7 @@ def probe(algo: Any, recipe: Recipe) -> dict[str, float]:
     Returns:
         What `algorithms.critic_probe.probe_critic` returns; {} without a critic.
     """
-    from rllib_distrl.algorithms.critic_probe import probe_critic
+    from rllib_distrl.algorithm.critic_probe import probe_critic
 
     if not recipe.eval.critic_prefixes:
         return {}

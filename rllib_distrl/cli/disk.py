@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.cli.estimates import size
 from rllib_distrl.recipe import Recipe
-from rllib_distrl.run_folder import RunFolder
+from rllib_distrl.runs.checkpoints import list_checkpoints
+from rllib_distrl.runs.folder import RunFolder
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How libraries that are not Python's own say it.
@@ -54,8 +54,8 @@ def _parameters(model: str, settings: dict[str, Any]) -> tuple[int, int]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rllib_distrl.models.loading import load_config
-    from rllib_distrl.modules.lora import count_adapter_parameters
+    from rllib_distrl.model.loading import load_config
+    from rllib_distrl.model.lora import count_adapter_parameters
 
     model_config = load_config(model)
     with torch.device("meta"):

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rllib_distrl.cli.goal import Goal
-from rllib_distrl.run_log import tokens_generated
+from rllib_distrl.runs.log import tokens_generated
 
 # Where RLlib and our learners report what a person wants to see; the first key found counts.
 _RETURN = ("env_runners/episode_return_mean",)

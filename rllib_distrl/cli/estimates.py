@@ -113,7 +113,7 @@ def model_shape(config: Any) -> ModelShape:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from rllib_distrl.models.lm_parts import trunk_of
+    from rllib_distrl.model.lm_parts import trunk_of
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.critic import print_critic, probe_checkpoint
 from rllib_distrl.cli.eval_data import DataOptions, run_data_eval
 from rllib_distrl.cli.export import export_checkpoint, find_checkpoint, find_policy
@@ -20,8 +19,9 @@ from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.results import print_summary, problems_of
 from rllib_distrl.recipe import Recipe, load_recipe
-from rllib_distrl.run_folder import RunFolder
-from rllib_distrl.run_log import write_atomic
+from rllib_distrl.runs.checkpoints import list_checkpoints
+from rllib_distrl.runs.folder import RunFolder
+from rllib_distrl.runs.log import write_atomic
 
 _STOPPING = "Stopping with this chunk of problems. Ctrl-C again stops at once."
 _CONTINUE = "The same command continues."

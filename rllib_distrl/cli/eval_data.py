@@ -20,7 +20,7 @@ from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.cli.results import shown, unit_of
 from rllib_distrl.recipe import load_recipe
-from rllib_distrl.run_folder import is_run_folder
+from rllib_distrl.runs.folder import is_run_folder
 
 if TYPE_CHECKING:
     from rllib_distrl.evaluation.result import EvalResult
@@ -249,8 +249,8 @@ def _model_of(
     target: Path, model: str | None, console: Console, interrupts: Interrupts
 ) -> Iterator[str]:
     """The name of the model to load, a checkpoint's exported for as long as it is needed."""
-    from rllib_distrl.models.builtin import PREFIX, find_spec
-    from rllib_distrl.models.loading import resolve
+    from rllib_distrl.model.builtin import PREFIX, find_spec
+    from rllib_distrl.model.loading import resolve
 
     if model is None and target.is_file():
         model = load_recipe(target, []).run.model

@@ -63,7 +63,7 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     silence_libraries()
     recipe = load_recipe(path, overrides)
     config = recipe.build_config()
-    from rllib_distrl.models.loading import load_config
+    from rllib_distrl.model.loading import load_config
 
     updates = count_updates(config, recipe.rollout)
     prompts = _prompt_lengths(config)
@@ -166,7 +166,7 @@ def check_memory(recipe: Recipe, config: Any) -> None:
     Raises:
         ValueError: With what is needed, what there is, and what to do.
     """
-    from rllib_distrl.models.loading import load_config
+    from rllib_distrl.model.loading import load_config
 
     if on_a_cluster():
         return
@@ -228,8 +228,8 @@ def _memory_table(
 
 def said_of_weights(recipe: Recipe, config: Any) -> list[str]:
     """What a user may not expect of the weights that learn and are exported."""
-    from rllib_distrl.models.loading import load_config
-    from rllib_distrl.modules.lora import without_adapter
+    from rllib_distrl.model.loading import load_config
+    from rllib_distrl.model.lora import without_adapter
 
     model_config, lines = load_config(recipe.run.model), []
     dtype = str(getattr(model_config, "dtype", None) or "").removeprefix("torch.")
@@ -241,8 +241,8 @@ def said_of_weights(recipe: Recipe, config: Any) -> list[str]:
 
 
 def _adapter_parameters(recipe: Recipe, settings: Mapping[str, Any]) -> int | None:
-    from rllib_distrl.models.loading import load_config
-    from rllib_distrl.modules.lora import count_adapter_parameters
+    from rllib_distrl.model.loading import load_config
+    from rllib_distrl.model.lora import count_adapter_parameters
 
     lora = settings.get("lora")
     return count_adapter_parameters(lora, load_config(recipe.run.model)) if lora else None
@@ -250,7 +250,7 @@ def _adapter_parameters(recipe: Recipe, settings: Mapping[str, Any]) -> int | No
 
 def _keeps_reference(config: Any) -> bool:
     """Whether a stage of ours reads a reference policy; stock algorithms have none."""
-    from rllib_distrl.learners.method import Method
+    from rllib_distrl.method.pipeline import Method
 
     return hasattr(config, "rollout_settings") and "ref_logp" in Method.from_config(config).needs
 

@@ -10,15 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import (
+from rllib_distrl.cli.interrupts import Interrupts
+from rllib_distrl.cli.quiet import hide_loading_bars, silence_libraries
+from rllib_distrl.runs.checkpoints import (
     hold_checkpoint,
     hold_latest,
     replaced_folder,
     verify_checkpoint,
 )
-from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.quiet import hide_loading_bars, silence_libraries
-from rllib_distrl.run_folder import RunFolder, is_run_folder
+from rllib_distrl.runs.folder import RunFolder, is_run_folder
 
 
 def run_export(source: Path, out: Path, *, critic: bool = False) -> None:
@@ -96,7 +96,7 @@ def export_checkpoint(
     critic: bool = False,
 ) -> None:
     """Restores a checkpoint into the run's algorithm and writes its policy or its critic."""
-    from rllib_distrl.algorithms.language_model import export_critic, export_policy
+    from rllib_distrl.algorithm.wiring import export_critic, export_policy
 
     with restored(run, checkpoint, interrupts) as algo:
         (export_critic if critic else export_policy)(algo, out)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rllib_distrl.run_log import tokens_generated
+from rllib_distrl.runs.log import tokens_generated
 
 if TYPE_CHECKING:
     from rllib_distrl.settings import RunSettings

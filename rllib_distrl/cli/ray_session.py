@@ -18,7 +18,7 @@ _ANSWER_SECONDS = 10.0
 
 def cpus_needed(config: Any) -> int:
     """Returns how many CPUs the actors of an `AlgorithmConfig` reserve, at most."""
-    from rllib_distrl.algorithms.cluster import num_aggregators
+    from rllib_distrl.algorithm.cluster import num_aggregators
 
     most = max(config.num_env_runners, config.model_config["rollout"]["max_env_runners"])
     runners = most * config.num_cpus_per_env_runner

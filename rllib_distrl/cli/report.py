@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rllib_distrl.runs import load_run
+from rllib_distrl.runs.reading import load_run
 from rllib_distrl.viewer.report import write_report
 
 

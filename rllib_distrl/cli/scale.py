@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.console import Console
 
-from rllib_distrl.run_folder import RunFolder, is_locked, open_run
-from rllib_distrl.run_requests import ScaleRequest, answer_request, ask_to_scale, read_request
+from rllib_distrl.runs.folder import RunFolder, is_locked, open_run
+from rllib_distrl.runs.requests import ScaleRequest, answer_request, ask_to_scale, read_request
 
 _POLL_S = 0.2
 
@@ -64,7 +64,7 @@ def take_scale_request(run: RunFolder, algo: Any) -> str:
     Returns:
         What happened, for the console; "" if there was no request.
     """
-    from rllib_distrl.algorithms.scaling import scale_env_runners
+    from rllib_distrl.rollout.scaling import scale_env_runners
 
     try:
         request = read_request(run)

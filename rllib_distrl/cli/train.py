@@ -12,7 +12,6 @@ from typing import Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import list_checkpoints
 from rllib_distrl.cli.disk import check_room, naming_a_full_disk
 from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
@@ -27,7 +26,8 @@ from rllib_distrl.cli.results import in_one_line, print_before_after
 from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints, storage_of
 from rllib_distrl.cli.training_loop import train_and_export
 from rllib_distrl.recipe import Recipe, load_recipe
-from rllib_distrl.run_folder import (
+from rllib_distrl.runs.checkpoints import list_checkpoints
+from rllib_distrl.runs.folder import (
     RunFolder,
     check_free,
     check_same_recipe,
@@ -38,9 +38,9 @@ from rllib_distrl.run_folder import (
     open_run,
     resume_run,
 )
-from rllib_distrl.run_log import read_progress
-from rllib_distrl.run_storage import RunStorage
-from rllib_distrl.trackers import connect_trackers
+from rllib_distrl.runs.log import read_progress
+from rllib_distrl.runs.storage import RunStorage
+from rllib_distrl.runs.trackers import connect_trackers
 
 _FINISHING = (
     "Finishing what cannot be left (in training: this iteration), then a checkpoint. "
@@ -134,7 +134,7 @@ def _check(
         if storage is not None and not overwrite:
             storage.check_free()
     config = recipe.build_config()
-    from rllib_distrl.models.loading import resolve
+    from rllib_distrl.model.loading import resolve
 
     check_memory(recipe, config)
     check_room(recipe, config, RunFolder(path))

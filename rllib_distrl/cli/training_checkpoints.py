@@ -8,7 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.checkpoints import (
+from rllib_distrl.cli.display import warn
+from rllib_distrl.cli.errors import TrainingStopped
+from rllib_distrl.recipe import Recipe
+from rllib_distrl.recipe_schema import nearest
+from rllib_distrl.runs.checkpoints import (
     best_iteration,
     checkpoint_iteration,
     checkpoint_name,
@@ -17,13 +21,9 @@ from rllib_distrl.checkpoints import (
     list_checkpoints,
     save_checkpoint,
 )
-from rllib_distrl.cli.display import warn
-from rllib_distrl.cli.errors import TrainingStopped
-from rllib_distrl.recipe import Recipe
-from rllib_distrl.recipe_schema import nearest
-from rllib_distrl.run_folder import RunFolder
-from rllib_distrl.run_log import RunLog
-from rllib_distrl.run_storage import RunStorage
+from rllib_distrl.runs.folder import RunFolder
+from rllib_distrl.runs.log import RunLog
+from rllib_distrl.runs.storage import RunStorage
 
 _RETRY_AFTER = (1.0, 4.0)  # seconds
 
@@ -80,7 +80,7 @@ class TrainingCheckpoints:
         self._copy_or_warn()
 
     def _check_weights(self, algo: Any, iteration: int) -> None:
-        from rllib_distrl.algorithms.language_model import nonfinite_weights
+        from rllib_distrl.algorithm.wiring import nonfinite_weights
 
         if not (bad := nonfinite_weights(algo)):
             return

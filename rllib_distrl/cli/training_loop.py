@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from rllib_distrl.checkpoints import checkpoint_iteration, replaced_folder
 from rllib_distrl.cli.display import Progress, make_display, warn
 from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.cli.goal import Goal
@@ -21,9 +20,10 @@ from rllib_distrl.cli.ray_session import ray_session
 from rllib_distrl.cli.scale import take_scale_request
 from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints
 from rllib_distrl.recipe import Recipe
-from rllib_distrl.run_folder import RunFolder
-from rllib_distrl.run_log import RunLog, read_progress
-from rllib_distrl.trackers import Trackers, tracked_run
+from rllib_distrl.runs.checkpoints import checkpoint_iteration, replaced_folder
+from rllib_distrl.runs.folder import RunFolder
+from rllib_distrl.runs.log import RunLog, read_progress
+from rllib_distrl.runs.trackers import Trackers, tracked_run
 
 _REFUSED_STEPS = "learners/default_policy/nonfinite_steps"
 
@@ -44,7 +44,7 @@ def train_and_export(
             asked for.
         Interrupted: After a signal; the last whole iteration is in a checkpoint.
     """
-    from rllib_distrl.algorithms.cluster import check_cluster
+    from rllib_distrl.algorithm.cluster import check_cluster
 
     recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
     start = checkpoint_iteration(checkpoint) if checkpoint else 0
@@ -135,10 +135,10 @@ def _trackers(recipe: Recipe, run: RunFolder, console: Console) -> Iterator[Trac
 
 def _train(algo: Algorithm, run: RunFolder, iteration: int) -> dict[str, Any]:
     """Trains one iteration."""
-    from rllib_distrl.algorithms.optimizer_steps import OPTIMIZER_STEPS, optimizer_steps
-    from rllib_distrl.algorithms.sampling import RunnersLostError, SamplingError
-    from rllib_distrl.algorithms.validation_clock import without_repeats
-    from rllib_distrl.learners.refusals import NonFiniteError
+    from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS, optimizer_steps
+    from rllib_distrl.algorithm.sampling import RunnersLostError, SamplingError
+    from rllib_distrl.algorithm.validation_clock import without_repeats
+    from rllib_distrl.learner.refusals import NonFiniteError
 
     try:
         result = without_repeats(algo.train())
@@ -172,7 +172,7 @@ def _warn_of_refused_steps(console: Console, row: dict[str, Any]) -> None:
 
 def _write_tokens(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -> None:
     """Stores the token table; a run that cannot be looked at is still a finished run."""
-    from rllib_distrl.algorithms.inspection import inspect_policy
+    from rllib_distrl.algorithm.inspection import inspect_policy
 
     if not recipe.eval.token_problems:
         return
@@ -204,7 +204,7 @@ def _try_export(algo: Any, run: RunFolder) -> None:
     Raises:
         ValueError: With the reason why it does not.
     """
-    from rllib_distrl.algorithms.language_model import export_policy
+    from rllib_distrl.algorithm.wiring import export_policy
 
     with TemporaryDirectory(prefix=".tmp-export-", dir=run.path) as folder:
         try:
@@ -218,7 +218,7 @@ def _try_export(algo: Any, run: RunFolder) -> None:
 
 def _write_model(algo: Any, recipe: Recipe, run: RunFolder, console: Console) -> None:
     """Writes the Hugging Face folder, whole or not at all."""
-    from rllib_distrl.algorithms.language_model import export_policy
+    from rllib_distrl.algorithm.wiring import export_policy
 
     with replaced_folder(run.model) as folder:
         export_policy(algo, folder)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rllib_distrl.run_folder import is_run_folder
-from rllib_distrl.runs import Run, load_run
-from rllib_distrl.token_table import TokenTable
+from rllib_distrl.method.token_table import TokenTable
+from rllib_distrl.runs.folder import is_run_folder
+from rllib_distrl.runs.reading import Run, load_run
 from rllib_distrl.viewer.page import table_of_samples, write_viewer
 
 

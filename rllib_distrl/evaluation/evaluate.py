@@ -17,14 +17,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distrl_envs.task import Grade, Problem, Task, distinct_rows, grades_of
 from distrl_envs.tasks.data_task import DataTask
 from distrl_envs.tokenizers import decode_completion
-from rllib_distrl.engines.engine import Completion, Request, RolloutEngine
-from rllib_distrl.engines.handshake import check_engine
-from rllib_distrl.engines.torch_engine import TorchEngine
+from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine
+from rllib_distrl.engine.torch_engine import TorchEngine
+from rllib_distrl.engine.weight_proof import check_engine
 from rllib_distrl.evaluation.result import EvalResult
 from rllib_distrl.evaluation.settings import EvalSettings, Progress
 from rllib_distrl.evaluation.store import SCHEMA, SampleStore
 from rllib_distrl.evaluation.summary import Equivalence
-from rllib_distrl.models.loading import eos_token_ids, load_config, load_model
+from rllib_distrl.model.loading import eos_token_ids, load_config, load_model
 
 BUILTIN_PREFIX = "builtin:"
 ENGINES = ("torch",)

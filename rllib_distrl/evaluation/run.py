@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from rllib_distrl.engines.engine import RolloutEngine
+from rllib_distrl.engine.protocol import RolloutEngine
 from rllib_distrl.evaluation.evaluate import ProgressCallback, evaluate_model
 from rllib_distrl.evaluation.plots import plot_pass_k
 from rllib_distrl.evaluation.presets import resolve_data, with_overrides

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rllib_distrl.evaluation.summary import default_ks
 
 if TYPE_CHECKING:
-    from rllib_distrl.engines.engine import SamplingParams
+    from rllib_distrl.engine.protocol import SamplingParams
 
 # Tokens of one chunk's completions: some hundred megabytes with the texts and Python's overhead.
 _CHUNK_TOKENS = 1 << 22
@@ -80,7 +80,7 @@ class EvalSettings:
     def sampling(self, max_tokens: int) -> "SamplingParams":
         """The engine's settings for completions of at most ``max_tokens``."""
         # Here, because reports and figures read evaluations without any engine, torch or model.
-        from rllib_distrl.engines.engine import SamplingParams
+        from rllib_distrl.engine.protocol import SamplingParams
 
         return SamplingParams(
             max_tokens=max_tokens,

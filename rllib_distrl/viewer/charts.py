@@ -13,7 +13,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from rllib_distrl.evaluation.plots import COLOURS, GREY, GRID, INK, MARKERS
-from rllib_distrl.runs import Run
+from rllib_distrl.runs.reading import Run
 
 __all__ = ["COLOURS", "GREY", "GRID", "INK", "MARKERS", "Chart", "as_runs", "chart", "smooth"]
 

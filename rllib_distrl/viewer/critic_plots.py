@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from rllib_distrl.maths.rank_correlation import ignorance_metrics
-from rllib_distrl.runs import Run
-from rllib_distrl.token_table import TokenTable
+from rllib_distrl.method.token_table import TokenTable
+from rllib_distrl.runs.reading import Run
 from rllib_distrl.viewer.charts import COLOURS, GREY, INK, Chart, as_runs, chart, legend
 from rllib_distrl.viewer.training_plots import plot_metrics
 

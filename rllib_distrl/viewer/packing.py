@@ -10,7 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from rllib_distrl.token_table import QUANTILES, TOKEN_NUMBERS, TOP_LOGPS, TOP_TEXTS, TokenTable
+from rllib_distrl.method.token_table import (
+    QUANTILES,
+    TOKEN_NUMBERS,
+    TOP_LOGPS,
+    TOP_TEXTS,
+    TokenTable,
+)
 
 # A block is what is decoded at once: at most so many completions, tokens and letters.
 _MOST_COMPLETIONS = 64

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from rllib_distrl.token_table import TokenTable, read_token_table
+from rllib_distrl.method.token_table import TokenTable, read_token_table
 from rllib_distrl.viewer.packing import blocks, index
 
 # One script in three files: the page's state and data, its drawings, and what people do.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.runs import EVALUATIONS, Run
+from rllib_distrl.runs.reading import EVALUATIONS, Run
 from rllib_distrl.viewer import critic_plots, training_plots
 from rllib_distrl.viewer.charts import Chart, as_runs
 from rllib_distrl.viewer.page import fill_template, policy, read_asset

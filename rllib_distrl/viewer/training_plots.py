@@ -9,7 +9,7 @@ import numpy as np
 
 from rllib_distrl.evaluation.summary import SampleTable, default_ks
 from rllib_distrl.maths.pass_k import bootstrap_interval, pass_at_k
-from rllib_distrl.runs import EVALUATIONS, Run
+from rllib_distrl.runs.reading import EVALUATIONS, Run
 from rllib_distrl.viewer.charts import COLOURS, GREY, Chart, as_runs, chart, legend, smooth
 
 Runs = Run | Iterable[Run]

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from rllib_distrl.checkpoints import checkpoint_iteration, list_checkpoints
-from rllib_distrl.run_log import read_progress
+from rllib_distrl.runs.checkpoints import checkpoint_iteration, list_checkpoints
+from rllib_distrl.runs.log import read_progress
 from tests.cli.test_train import RECIPE, start
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from rllib_distrl.algorithms.registry import algorithm_config
+from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.cli.estimates import (
     count_updates,
     learner_memory,

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from rllib_distrl.cli.app import app
 from rllib_distrl.recipe import load_recipe
-from rllib_distrl.run_folder import create_run
+from rllib_distrl.runs.folder import create_run
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "envs"))
 from byte_tokenizer import byte_tokenizer  # pyright: ignore[reportMissingImports]

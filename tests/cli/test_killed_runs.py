@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from rllib_distrl.checkpoints import checkpoint_iteration, latest_checkpoint, list_checkpoints
-from rllib_distrl.run_log import read_progress
+from rllib_distrl.runs.checkpoints import checkpoint_iteration, latest_checkpoint, list_checkpoints
+from rllib_distrl.runs.log import read_progress
 from tests.cli import forked
 from tests.cli.test_train_on_data import save_model
 
@@ -70,7 +70,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rllib_distrl.models.loading import resolve
+    from rllib_distrl.model.loading import resolve
 
     resolve("builtin:countdown-tiny")
     folder = tmp_path_factory.mktemp("killed")

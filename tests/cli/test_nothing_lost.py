@@ -18,20 +18,20 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from rllib_distrl.checkpoints import (
+from rllib_distrl.cli import disk
+from rllib_distrl.cli.app import app
+from rllib_distrl.cli.errors import TrainingStopped
+from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints
+from rllib_distrl.experiments.processes import start_distrl
+from rllib_distrl.recipe import load_recipe
+from rllib_distrl.runs.checkpoints import (
     checkpoint_iteration,
     hold_latest,
     list_checkpoints,
     save_checkpoint,
 )
-from rllib_distrl.cli import disk
-from rllib_distrl.cli.app import app
-from rllib_distrl.cli.errors import TrainingStopped
-from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints
-from rllib_distrl.comparison.processes import start_distrl
-from rllib_distrl.recipe import load_recipe
-from rllib_distrl.run_folder import RunFolder, create_run
-from rllib_distrl.run_log import RunLog, read_progress
+from rllib_distrl.runs.folder import RunFolder, create_run
+from rllib_distrl.runs.log import RunLog, read_progress
 from tests.cli import forked
 from tests.helpers import distrl_config
 
@@ -140,7 +140,7 @@ def test_readers_beside_a_run_that_prunes_always_get_a_whole_checkpoint(tmp_path
     writer = """
 import sys
 from pathlib import Path
-from rllib_distrl.checkpoints import save_checkpoint
+from rllib_distrl.runs.checkpoints import save_checkpoint
 def write(folder):
     for number in range(4):
         Path(folder, str(number)).write_text("x" * 1000)

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from rllib_distrl.cli.app import app
 from rllib_distrl.cli.scale import take_scale_request
-from rllib_distrl.run_folder import RunFolder, locked
+from rllib_distrl.runs.folder import RunFolder, locked
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 
-from rllib_distrl.run_log import read_progress
+from rllib_distrl.runs.log import read_progress
 from tests.cli.test_train import start
 
 ITERATIONS = 360
@@ -58,7 +58,7 @@ class Usage(NamedTuple):
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_long_run_does_not_grow(tmp_path: Path) -> None:
-    from rllib_distrl.models.loading import resolve
+    from rllib_distrl.model.loading import resolve
 
     resolve("builtin:countdown-tiny")
     (tmp_path / "soak.toml").write_text(RECIPE)

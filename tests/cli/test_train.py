@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from rllib_distrl.checkpoints import checkpoint_iteration, list_checkpoints
 from rllib_distrl.cli.app import app
-from rllib_distrl.run_log import read_progress
+from rllib_distrl.runs.checkpoints import checkpoint_iteration, list_checkpoints
+from rllib_distrl.runs.log import read_progress
 
 RECIPE = """
 [run]
@@ -66,7 +66,7 @@ def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from rllib_distrl.models.loading import resolve
+    from rllib_distrl.model.loading import resolve
 
     resolve("builtin:countdown-tiny")  # so that no run here reports its warm start
     folder = tmp_path_factory.mktemp("train")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from rllib_distrl.run_log import read_progress
+from rllib_distrl.runs.log import read_progress
 from tests.envs.byte_tokenizer import byte_tokenizer
 
 SCORES = """

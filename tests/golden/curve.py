@@ -18,8 +18,8 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from distrl_envs.task import Grade
 from distrl_envs.tasks.arithmetic import ArithmeticTask
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
-from rllib_distrl.stages.prompt_samplers import PromptRequest
+from rllib_distrl.method.prompt_samplers import PromptRequest
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.helpers import distrl_config
 
 ITERATIONS, PROMPTS, GENERATIONS = 20, 4, 4

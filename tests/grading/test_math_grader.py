@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.graders import expressions_per_second, integers_per_second
 from distrl_envs.grading import MathGrader
-from tests.benchmarks.graders import expressions_per_second, integers_per_second
 
 HANGS = r"\boxed{\sum_{n=1}^{10^{9}} \frac{1}{n}}"
 SYMBOLIC = r"\boxed{\sin^2 x+\cos^2 x}"

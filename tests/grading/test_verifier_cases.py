@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from tests.benchmarks.graders import REQUIRED_MODES, agrees, case_outcomes
+from benchmarks.graders import REQUIRED_MODES, agrees, case_outcomes
 
 KEPT = {
     "vc-0034": "prose inside the box: 'Answer $$ 9 $$' is not the number 9",

@@ -26,7 +26,7 @@ def gain_of(recipe: str, out: Path, seed: int) -> float:
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
 def test_the_main_job_gains_fifteen_points_and_nothing_without_advantages(tmp_path: Path) -> None:
-    from rllib_distrl.models.loading import resolve
+    from rllib_distrl.model.loading import resolve
 
     resolve("builtin:countdown")  # made once, before two ask for it
     jobs = [("distrl.toml", 0), ("distrl.toml", 1), ("distrl.toml", 2), ("zero_advantage.toml", 0)]

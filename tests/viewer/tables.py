@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from rllib_distrl.token_table import TokenTable
+from rllib_distrl.method.token_table import TokenTable
 
 HOSTILE = [
     "<script>window.hacked = 1</script>",

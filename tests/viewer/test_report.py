@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from rllib_distrl import load_run
 from rllib_distrl.cli.app import app
+from rllib_distrl.method.token_table import TokenTable
 from rllib_distrl.recipe import recipe_from_tables
-from rllib_distrl.run_folder import create_run
-from rllib_distrl.token_table import TokenTable
+from rllib_distrl.runs.folder import create_run
 from rllib_distrl.viewer import critic_plots, training_plots
 from rllib_distrl.viewer.critic_plots import reliability, shared_states
 from rllib_distrl.viewer.report import write_report

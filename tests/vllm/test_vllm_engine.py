@@ -6,9 +6,9 @@ import torch
 from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from rllib_distrl.engines import Request, RolloutEngine, SamplingParams, TorchEngine, content_hash
-from rllib_distrl.engines.handshake import PROBE_TOLERANCE
-from tests.engines.engine_models import EOS, VOCAB, make_requests, reference_logps
+from rllib_distrl.engine import Request, RolloutEngine, SamplingParams, TorchEngine, content_hash
+from rllib_distrl.engine.weight_proof import PROBE_TOLERANCE
+from tests.engine.engine_models import EOS, VOCAB, make_requests, reference_logps
 
 pytestmark = pytest.mark.vllm
 WINDOW = 96
@@ -47,7 +47,7 @@ def name(request):
 
 @pytest.fixture(scope="module")
 def engine(name):
-    from rllib_distrl.engines.vllm_engine import VllmEngine
+    from rllib_distrl.engine.vllm_engine import VllmEngine
 
     return VllmEngine(CONFIGS[name], [EOS])
 
@@ -177,7 +177,7 @@ def test_every_tensor_is_part_of_the_hash_and_of_what_is_computed(engine, model)
 
 
 def test_bfloat16_updates_arrive_and_agree_with_a_float32_learner():
-    from rllib_distrl.engines.vllm_engine import VllmEngine
+    from rllib_distrl.engine.vllm_engine import VllmEngine
 
     name, requests = "llama-gqa", make_requests(prompts=6, samples=3)
     engine = VllmEngine(CONFIGS[name], [EOS], dtype=torch.bfloat16)
@@ -228,7 +228,7 @@ def test_the_process_keeps_its_threads_and_randomness(engine):
 
 
 def test_sleep_needs_a_gpu():
-    from rllib_distrl.engines.vllm_engine import VllmEngine
+    from rllib_distrl.engine.vllm_engine import VllmEngine
 
     with pytest.raises(ValueError, match="sleep gives a GPU's memory back"):
         VllmEngine(CONFIGS["qwen2-tied"], [EOS], sleep=True)

@@ -6,10 +6,10 @@ import sys
 import pytest
 import torch
 
-from rllib_distrl.algorithms.language_model import policy_state
-from rllib_distrl.engines.weights import content_hash
-from rllib_distrl.env_runners.completion_env_runner import CompletionEnvRunner
-from tests.algorithms.test_stock_algorithms import stock
+from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from tests.algorithm.test_stock_algorithms import stock
 from tests.helpers import distrl_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("ray_session")]

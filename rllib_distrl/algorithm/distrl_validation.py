@@ -1,0 +1,305 @@
+"""What `DistRLConfig.validate()` refuses."""
+
+from typing import TYPE_CHECKING
+
+from ray.rllib.utils.schedules.scheduler import Scheduler
+
+from rllib_distrl.algorithm.cluster import check_runner_gpus
+from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
+from rllib_distrl.algorithm.wiring import check_export, check_rate, check_window
+from rllib_distrl.learner.optimizers import lr_schedule_settings
+from rllib_distrl.maths.lr_schedule import lr_factor
+from rllib_distrl.maths.optimism import BONUS_STATS
+from rllib_distrl.maths.read_outs import check_read_out
+from rllib_distrl.method.pipeline import OPTIMISM
+from rllib_distrl.method.registry import Stage, resolve
+from rllib_distrl.model.critic_folder import check_critic
+from rllib_distrl.model.loading import load_config
+from rllib_distrl.model.lora import check_lora
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings, PretrainingSettings
+
+if TYPE_CHECKING:
+    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+
+
+def validate_distrl(config: "DistRLConfig") -> None:
+    """Checks the settings of the method, of sampling and of batches.
+
+    Raises:
+        ValueError: for the first setting that is out of bounds or fits no other.
+    """
+    config.rollout_settings.check_machine()
+    _check_model(config)
+    _check_overlap(config)
+    if not 0 <= config.gamma <= 1:
+        raise ValueError(f"gamma is {config.gamma}; it must lie in [0, 1].")
+    if config.grad_clip is not None and config.grad_clip <= 0:
+        raise ValueError(f"grad_clip is {config.grad_clip}; it must be above 0, or left out.")
+    Scheduler.validate(
+        fixed_value_or_schedule=config.entropy_coeff,
+        setting_name="entropy_coeff",
+        description="entropy coefficient",
+    )
+    if config.num_epochs < 1:
+        raise ValueError(f"num_epochs is {config.num_epochs}; it must be >= 1.")
+    _check_critic_checkpoint(config)
+    _check_learning_rates(config)
+    _check_pretraining(config)
+    _check_method(config)
+    _check_batches(config)
+    _check_runners(config)
+    _check_dynamic_sampling(config)
+    _check_stages(config)
+    check_all_settings_are_read(config)
+
+
+def _check_model(config: "DistRLConfig") -> None:
+    settings = config._model_config if isinstance(config._model_config, dict) else {}
+    model = settings.get("model")
+    if not model:
+        raise ValueError(
+            "No model is named. Use rl_module(model_config={'model': 'builtin:countdown'}) or "
+            "the path or id of a Hugging Face causal language model ([run] model in a recipe)."
+        )
+    if taken := sorted(set(settings) & set(config._model_config_auto_includes)):
+        raise ValueError(
+            f"rl_module(model_config=...) has {', '.join(taken)}, which would contradict what the "
+            "rest of the configuration says. Use training(), rollout() or debugging() for it "
+            "([training], [rollout] or [debugging] in a recipe)."
+        )
+    check_window(model, config.rollout_settings.max_completion_tokens)
+    check_export(model)
+    if lora := settings.get("lora"):
+        check_lora(lora, load_config(model))
+        if config.critic_checkpoint is not None:
+            raise ValueError(
+                "critic_checkpoint holds a whole trunk, but with lora the critic is adapters on "
+                "the policy's frozen weights. Leave out one of them."
+            )
+    rollout = config.rollout_settings
+    kept = rollout.top_p == 1 and rollout.top_k == 0
+    if not kept and config.importance_correction == "none":
+        raise ValueError(
+            f"[rollout] top_p={rollout.top_p}, top_k={rollout.top_k} would sample from another "
+            "distribution than the one that learns. Train with top_p=1 and top_k=0, or set "
+            "importance_correction to 'truncated' or 'masked'; evaluate with any."
+        )
+
+
+def _check_overlap(config: "DistRLConfig") -> None:
+    if config.in_evaluation:  # Evaluation may run in this process, and trains nothing.
+        return
+    if config.rollout_settings.max_staleness and not config.num_env_runners:
+        raise ValueError(
+            "[rollout] max_staleness=1 lets runners sample while the learner learns, but "
+            f"num_env_runners is {config.num_env_runners}: sampling and learning share this "
+            "process. Set num_env_runners >= 1 in [env_runners], or max_staleness = 0."
+        )
+
+
+def _check_critic_checkpoint(config: "DistRLConfig") -> None:
+    if config.critic_checkpoint is None:
+        return
+    if config.critic != "separate":
+        raise ValueError(
+            f"critic_checkpoint brings a trunk of its own, but critic is {config.critic!r}. "
+            "Set critic = 'separate', or leave critic_checkpoint out."
+        )
+    check_critic(
+        config.critic_checkpoint,
+        n_quantiles=config.n_quantiles,
+        head_center=config.head_center,
+    )
+
+
+def _check_learning_rates(config: "DistRLConfig") -> None:
+    settings = lr_schedule_settings(config)
+    changes = config.lr_schedule != "constant" or config.lr_warmup_iterations > 0
+    if changes and not isinstance(config.lr, (int, float)):
+        raise ValueError(
+            f"lr is {config.lr}, which is a schedule already. Give one number with "
+            "lr_schedule and lr_warmup_iterations, or leave these out."
+        )
+    check_rate("lr", config.lr)
+    lr_factor(config.lr_warmup_iterations + 1, **settings)
+
+
+def _check_pretraining(config: "DistRLConfig") -> None:
+    if config.critic_pretraining is None:
+        return
+    settings = PretrainingSettings(**config.critic_pretraining)
+    if settings.lr is None and not isinstance(config.critic_lr or config.lr, (int, float)):
+        raise ValueError(f"lr is {config.lr}: critic_pretraining needs one number, its own lr.")
+    per_iteration = config.rollout_settings.episodes_per_iteration
+    if settings.rollouts % per_iteration:
+        raise ValueError(
+            f"critic_pretraining.rollouts is {settings.rollouts}, but {per_iteration} completions "
+            "are sampled at a time (prompts_per_iteration x num_generations). Use a multiple."
+        )
+    reads_logps = any(
+        "ref_logp" in resolve("reward", spec).needs for spec in config.reward_transforms
+    )
+    if settings.samples is not None and reads_logps:
+        raise ValueError(
+            "A reward transform reads the sampler's logps, which samples do not hold. Use "
+            "critic_pretraining.rollouts instead of samples."
+        )
+
+
+def _check_method(config: "DistRLConfig") -> None:
+    if config.critic == "none" and config.bonus_coeff > 0:
+        raise ValueError(
+            f"bonus_coeff is {config.bonus_coeff}, but there is no critic to give a bonus. "
+            "Set bonus_coeff = 0 or choose a critic."
+        )
+    if config.critic == "none" and config.critic_warmup_iterations > 0:
+        raise ValueError(
+            f"critic_warmup_iterations is {config.critic_warmup_iterations}, but there is no "
+            "critic. Set it to 0."
+        )
+    EnsembleSettings(**config.ensemble)
+    DistanceSettings(**config.distance)
+    of_quantiles = config.bonus_stat in BONUS_STATS
+    if config.n_quantiles == 1 and config.bonus_coeff > 0 and of_quantiles:
+        raise ValueError(
+            f"bonus_coeff is {config.bonus_coeff}, but one quantile has no spread. "
+            "Set bonus_coeff = 0, n_quantiles >= 2, or bonus_stat = 'ensemble' or 'distance'."
+        )
+    if config.quantile_loss == "matched" and config.target == "sample_replacement":
+        raise ValueError(
+            "quantile_loss='matched' needs a target per quantile, but sample_replacement gives "
+            "particles. Use quantile_loss='pairwise'."
+        )
+    if config.bonus_schedule == "linear" and config.bonus_horizon is None:
+        raise ValueError("bonus_schedule='linear' needs bonus_horizon, its number of iterations.")
+    check_read_out(config.read_out)
+
+
+def _check_batches(config: "DistRLConfig") -> None:
+    rollout = config.rollout_settings
+    learners = max(config.num_learners or 0, 1)
+    if rollout.prompts_per_iteration % learners:
+        raise ValueError(
+            f"prompts_per_iteration={rollout.prompts_per_iteration} does not divide among "
+            f"num_learners={config.num_learners}: every learner needs the same number of whole "
+            f"groups. Use a multiple of {learners}."
+        )
+    per_learner = rollout.episodes_per_iteration // learners
+    size = config.minibatch_size
+    if size is not None and (size < 1 or size > per_learner or per_learner % size):
+        raise ValueError(
+            f"minibatch_size={size} does not divide the {per_learner} sequences that each "
+            f"learner gets per iteration ({rollout.prompts_per_iteration} prompts x "
+            f"{rollout.num_generations} completions / {learners} learner(s)). "
+            "minibatch_size counts sequences; leave it out for one minibatch."
+        )
+    if config.micro_batch_tokens <= rollout.max_completion_tokens:
+        raise ValueError(
+            f"micro_batch_tokens={config.micro_batch_tokens} cannot hold one sequence: a "
+            f"completion alone may have {rollout.max_completion_tokens} tokens. Raise it."
+        )
+
+
+def _check_dynamic_sampling(config: "DistRLConfig") -> None:
+    if config.max_sampling_rounds == 1:
+        return
+    rollout = config.rollout_settings
+    if rollout.num_generations < 2:
+        raise ValueError(
+            f"max_sampling_rounds is {config.max_sampling_rounds}, but a group of one always has "
+            "equal returns. Set max_sampling_rounds = 1, or [rollout] num_generations >= 2."
+        )
+    if rollout.max_staleness:
+        raise ValueError(
+            f"max_sampling_rounds is {config.max_sampling_rounds}, but with [rollout] "
+            f"max_staleness = {rollout.max_staleness} a batch is sampled before it is known what "
+            "is missing. Set one of them to its default (1 and 0)."
+        )
+
+
+def _check_runners(config: "DistRLConfig") -> None:
+    check_runner_gpus(config)
+    limit = config.rollout_settings.max_env_runners
+    if limit and config.num_env_runners > limit:
+        raise ValueError(
+            f"num_env_runners={config.num_env_runners} exceeds [rollout] max_env_runners={limit}. "
+            "Raise the limit or lower the number."
+        )
+    if config.num_consecutive_env_runner_failures_tolerance < 1:
+        raise ValueError(
+            "num_consecutive_env_runner_failures_tolerance is "
+            f"{config.num_consecutive_env_runner_failures_tolerance}; it must be >= 1: the tries "
+            "in a row that may complete nothing of a batch."
+        )
+
+
+def _check_stages(config: "DistRLConfig") -> None:
+    _check_named_once(config)
+    stages = [
+        *(resolve("reward", spec) for spec in config.reward_transforms),
+        resolve("advantage", config.advantage),
+        *(resolve("shaper", spec) for spec in config.shapers),
+        resolve("policy_loss", config.policy_loss),
+        *(resolve("regulariser", spec) for spec in config.regularisers),
+    ]
+    for stage in stages:
+        _check_needs(stage, config)
+        stage.check_fits(config)
+    _check_controllers(config)
+    resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks its settings' bounds.
+
+
+def _check_named_once(config: "DistRLConfig") -> None:
+    for setting in ("reward_transforms", "shapers", "regularisers"):
+        chosen = [spec.get("name") for spec in getattr(config, setting)]
+        for name in chosen:
+            if chosen.count(name) > 1:
+                raise ValueError(
+                    f"{setting} names {name!r} {chosen.count(name)} times. Keep one of them."
+                )
+    if any(spec.get("name") == OPTIMISM["name"] for spec in config.shapers):
+        own = next(s for s in config.shapers if s.get("name") == OPTIMISM["name"])
+        if config.bonus_coeff > 0:
+            raise ValueError(
+                f"shapers names 'dltv', which bonus_coeff = {config.bonus_coeff} adds by itself: "
+                "the bonus would count twice. Leave it out of shapers, or set bonus_coeff = 0 in "
+                "[training] to give it a place and a bonus_coeff of its own there."
+            )
+        if not own.get("bonus_coeff", 0.0) > 0:
+            raise ValueError(
+                "shapers names 'dltv' with no bonus: bonus_coeff is 0. Set bonus_coeff in "
+                "[training] and leave it out of shapers, or give it a bonus_coeff above 0 there."
+            )
+
+
+def _check_needs(stage: Stage, config: "DistRLConfig") -> None:
+    what = f"{stage.method.kind} {stage.name!r}"
+    if config.critic == "none" and stage.needs & {"quantiles", "values"}:
+        raise ValueError(
+            f"{what} reads the critic, but critic is 'none'. Choose a critic, or a method that "
+            "does without, such as advantage 'grpo'."
+        )
+    if stage.method.kind == "advantage" and "groups" in stage.needs and config.gamma != 1.0:
+        raise ValueError(
+            f"{what} compares returns of whole completions, which are not discounted, but gamma "
+            f"is {config.gamma}. Set gamma = 1.0, or use advantage 'gae' or 'reinforce_pp'."
+        )
+    group = config.rollout_settings.num_generations
+    if "groups" in stage.needs and group < 2:
+        raise ValueError(
+            f"{what} compares the completions of a prompt, but num_generations is {group}. "
+            "Set [rollout] num_generations >= 2."
+        )
+
+
+def _check_controllers(config: "DistRLConfig") -> None:
+    controllers = [resolve("controller", spec)() for spec in config.controllers]
+    moved = [controller.setting for controller in controllers]
+    for setting in moved:
+        if moved.count(setting) > 1:
+            raise ValueError(f"Two controllers move {setting}. Keep one of them.")
+        if getattr(config, setting):
+            raise ValueError(
+                f"{setting} is {getattr(config, setting)}, but a controller moves it. "
+                f"Remove {setting}; the controller's own settings say where it starts."
+            )

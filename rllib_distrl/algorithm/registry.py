@@ -1,0 +1,56 @@
+"""Algorithms by name: ours first, then RLlib's own."""
+
+import difflib
+from importlib import import_module
+from typing import Any
+
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+# Name to "module:config class". RLlib's own are those that sample tokens from a stochastic
+# policy; looking them up here avoids RLlib's registry, which imports every algorithm.
+ALGORITHMS = {
+    "DistRL": "rllib_distrl.algorithm.distrl:DistRLConfig",
+    "GRPO": "rllib_distrl.algorithm.group_baselines:GRPOConfig",
+    "DrGRPO": "rllib_distrl.algorithm.group_baselines:DrGRPOConfig",
+    "RLOO": "rllib_distrl.algorithm.group_baselines:RLOOConfig",
+    "ReinforcePlusPlus": "rllib_distrl.algorithm.group_baselines:ReinforcePlusPlusConfig",
+    "DAPO": "rllib_distrl.algorithm.group_baselines:DAPOConfig",
+    "GSPO": "rllib_distrl.algorithm.group_baselines:GSPOConfig",
+    "LAD": "rllib_distrl.algorithm.group_baselines:LADConfig",
+    "PPO": "ray.rllib.algorithms.ppo:PPOConfig",
+    "APPO": "ray.rllib.algorithms.appo:APPOConfig",
+    "IMPALA": "ray.rllib.algorithms.impala:IMPALAConfig",
+}
+
+
+def register_with_tune() -> None:
+    """Lets `tune.Tuner("DistRL", ...)` and `tune.run` find our algorithms by name.
+
+    Ray keeps the names with its cluster: after `ray.shutdown` they have to be given again.
+    """
+    from ray.tune import register_trainable
+
+    for name, place in ALGORITHMS.items():
+        if place.startswith("rllib_distrl."):
+            algorithm: Any = _load(place).algo_class
+            register_trainable(name, algorithm)
+
+
+def algorithm_config(name: str) -> AlgorithmConfig:
+    """A fresh config of the algorithm called ``name``.
+
+    Raises:
+        ValueError: if there is none, with the nearest name.
+    """
+    if name not in ALGORITHMS:
+        by_lower_case = {known.lower(): known for known in ALGORITHMS}
+        near = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)
+        hint = f" Did you mean {by_lower_case[near[0]]!r}?" if near else ""
+        known = ", ".join(ALGORITHMS)
+        raise ValueError(f"Unknown algorithm {name!r}.{hint} Known: {known}.")
+    return _load(ALGORITHMS[name])
+
+
+def _load(place: str) -> AlgorithmConfig:
+    module, class_name = place.split(":")
+    return getattr(import_module(module), class_name)()

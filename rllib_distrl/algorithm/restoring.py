@@ -1,0 +1,109 @@
+"""What is checked when a checkpoint is restored. RLlib (Ray 2.60) checks nothing of it."""
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs
+
+from rllib_distrl.maths.optimism import LEARNED_STATS
+from rllib_distrl.model.lora import DEFAULTS as LORA_DEFAULTS
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings
+
+UNCERTAINTIES = {"ensemble": EnsembleSettings, "distance": DistanceSettings}
+SETTINGS = "module_settings"
+WEIGHTS = "policy_weights"
+# What decides which tensors there are and what they mean; anything else may be changed.
+_SHAPING = ("model", "critic", "n_quantiles", "head_center", "lora", "ensemble", "distance")
+
+
+def module_settings(config: Any) -> dict[str, Any]:
+    """The settings of ``config`` that a checkpoint must agree with."""
+    found = {name: config.model_config.get(name) for name in _SHAPING}
+    if lora := found["lora"]:
+        lora = {**LORA_DEFAULTS, **lora}
+        if not isinstance(lora["targets"], str):
+            lora["targets"] = sorted(lora["targets"])
+    found["lora"] = lora or None
+    for name in LEARNED_STATS:
+        if config.bonus_stat != name:  # A checkpoint without its state leaves it to start afresh.
+            del found[name]
+        else:
+            found[name] = UNCERTAINTIES[name](**getattr(config, name)).to_dict()
+    return found
+
+
+def saved_settings(path: Any, filesystem: Any, state_file: str) -> dict[str, Any]:
+    """The `module_settings` in a checkpoint; empty where it was written without them.
+
+    Args:
+        path: folder or URI of an algorithm's checkpoint.
+        filesystem: pyarrow's, for a ``path`` on it; None: found from the path.
+        state_file: name of the file with the algorithm's own state, without its ending.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+    """
+    if filesystem is None:
+        filesystem, path = pyarrow.fs.FileSystem.from_uri(str(path))
+    file = (Path(path) / state_file).with_suffix(".pkl").as_posix()
+    with filesystem.open_input_stream(file) as stream:
+        return pickle.load(stream).get(SETTINGS, {})
+
+
+def check_settings(config: Any, saved: Mapping[str, Any], what: str) -> None:
+    """Refuses the state of another model or critic before anything is loaded from it.
+
+    Args:
+        config: of the algorithm that is to be restored.
+        saved: the `module_settings` that it was made with.
+        what: how the message calls it.
+
+    Raises:
+        ValueError: with every setting that differs.
+    """
+    present = module_settings(config)
+    lines = [
+        f"  {name}: {saved[name]!r} in the checkpoint, {present[name]!r} now"
+        for name in _SHAPING
+        if name in saved and name in present and not _same(saved[name], present[name])
+    ]
+    if lines:
+        raise ValueError(
+            f"{what} is of another configuration:\n"
+            + "\n".join(lines)
+            + "\nRestore it with the settings that it was made with."
+        )
+
+
+def _same(saved: Any, present: Any) -> bool:
+    """Whether two settings agree; a folder may be named from here or from the root."""
+    if saved == present:
+        return True
+    if not (isinstance(saved, str) and isinstance(present, str)):
+        return False
+    there = Path(saved).exists() and Path(present).exists()
+    return there and Path(saved).samefile(present)
+
+
+def check_restored(path: Any, saved: tuple[int, str] | None, present: tuple[int, str]) -> None:
+    """Refuses to go on with other weights than the checkpoint's.
+
+    RLlib passes over a component whose folder is missing, and over a learner that fails to load.
+
+    Args:
+        path: of the checkpoint.
+        saved: version and content hash of the policy when it was written; None: not known.
+        present: those of the learner now.
+
+    Raises:
+        RuntimeError: when they differ.
+    """
+    if saved is not None and saved != present:
+        raise RuntimeError(
+            f"The learners did not take over the checkpoint {path}: it was written with version "
+            f"{saved[0]} of the weights (hash {saved[1][:12]}), and they have version "
+            f"{present[0]} (hash {present[1][:12]}). Is the checkpoint complete, and can every "
+            "learner read it?"
+        )

@@ -1,0 +1,275 @@
+"""Sampling whole groups, also while the learner learns; refusing what unknown weights made."""
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+
+from rllib_distrl.learner.refusals import NonFiniteError
+from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
+from rllib_distrl.rollout.completion_env_runner import RunnerReport
+from rllib_distrl.rollout.fleet import (
+    NUM_HUNG_ENV_RUNNERS,
+    NUM_LOST_PROMPTS,
+    EnvRunnerFleet,
+    first_line,
+)
+
+logger = logging.getLogger(__name__)
+
+# Errors inside of runners, in one batch, that are taken for accidents of their processes.
+MAX_ERRORS = 3
+_TICK_S = 0.5  # how soon the end of a runner is noticed while others work
+
+
+def check_finite(groups: list[list[SingleAgentEpisode]], *, iteration: int) -> None:
+    """Refuses a batch before anything is learned from it.
+
+    Raises:
+        NonFiniteError: naming the column, the episode, its row and the iteration.
+    """
+    for episode in (episode for group in groups for episode in group):
+        columns = {
+            Columns.REWARDS: episode.rewards.data,
+            Columns.ACTION_LOGP: episode.extra_model_outputs[Columns.ACTION_LOGP].data,
+        }
+        for name, column in columns.items():
+            if not np.isfinite(column).all():
+                raise NonFiniteError(
+                    f"{name} of episode {episode.id_} (row {episode.infos[0]['row']}) is not "
+                    f"finite in iteration {iteration}. Nothing was learned from this batch; "
+                    "check the task's rewards and the model."
+                )
+
+
+class RunnersLostError(RuntimeError):
+    """A batch could not be completed; the algorithm is as it was before the iteration."""
+
+
+class SamplingError(RuntimeError):
+    """Sampling failed inside of a runner; the algorithm is as it was before the iteration."""
+
+
+class SampledGroups(NamedTuple):
+    """A batch.
+
+    Attributes:
+        groups: one list of episodes per prompt, in the order of the prompts.
+        metrics: of the runners.
+        episodes_per_runner: how many episodes each runner has contributed, by its number; the
+            local one is number 0.
+        dropped: groups that were sampled and are not learned from.
+    """
+
+    groups: list[list[SingleAgentEpisode]]
+    metrics: list[Any]
+    episodes_per_runner: dict[int, int]
+    dropped: tuple[list[SingleAgentEpisode], ...] = ()
+
+    def versions(self) -> set[int]:
+        """Versions of the weights that sampled."""
+        episodes = (episode for group in self.groups for episode in group)
+        return {int(episode.extra_model_outputs[WEIGHTS_SEQ_NO].data[0]) for episode in episodes}
+
+    def n_episodes(self) -> int:
+        """Episodes of all groups."""
+        return sum(map(len, self.groups))
+
+
+def prompt_results(groups: Sequence[Sequence[SingleAgentEpisode]]) -> list[PromptResult]:
+    """What the prompt sampler is told of whole groups."""
+    return [
+        PromptResult(
+            PromptRequest(group[0].infos[0]["row"], group[0].infos[0]["visit"]),
+            tuple(float(episode.get_return()) for episode in group),
+            tuple(episode.infos[-1]["grade"].status for episode in group),
+        )
+        for group in groups
+    ]
+
+
+class GroupSampling:
+    """One batch: every prompt completed ``num_generations`` times, whole groups.
+
+    Prompts are dealt out to the serving remote runners, or go to the local one where no remote
+    ones are wanted. What a lost runner held is dealt out again; sampling is counter-based, so
+    the result is the same.
+
+    Args:
+        fleet: the remote runners, with the weights that they must sample with.
+        local_runner: samples where no remote runners are wanted.
+        prompts: rows and visits from the driver's prompt sampler.
+        num_generations: completions per prompt.
+    """
+
+    def __init__(
+        self,
+        fleet: EnvRunnerFleet,
+        local_runner: Any,
+        prompts: Sequence[PromptRequest],
+        num_generations: int,
+    ):
+        self.fleet, self.local_runner = fleet, local_runner
+        self.prompts, self.num_generations = prompts, num_generations
+        self.done: dict[PromptRequest, list[SingleAgentEpisode]] = {}
+        self.metrics: list[Any] = []
+        self.episodes_per_runner: dict[int, int] = {}
+        self.errors = 0
+        self._waiting: dict[int, list[PromptRequest]] = {}
+        self._dealt_at = 0.0
+
+    @property
+    def missing(self) -> list[PromptRequest]:
+        """Prompts that are not completed yet."""
+        return [prompt for prompt in self.prompts if prompt not in self.done]
+
+    def start(self) -> None:
+        """Sends each serving remote runner its share of what is missing; does not wait."""
+        numbers, missing = self.fleet.serving(), self.missing
+        dealt = {number: missing[i :: len(numbers)] for i, number in enumerate(numbers)}
+        self._waiting = {number: share for number, share in dealt.items() if share}
+        self._dealt_at = time.monotonic()
+        self.fleet.ask(
+            "sample_prompts",
+            {
+                number: {
+                    "prompts": share,
+                    "num_generations": self.num_generations,
+                    "weights": self.fleet.weights,
+                }
+                for number, share in self._waiting.items()
+            },
+        )
+
+    def drain(self) -> None:
+        """Takes the answers in until every runner has given one, is lost, or is too late."""
+        fleet, warned = self.fleet, False
+        while self._waiting:
+            for number, answer in fleet.answers(_TICK_S):
+                self._take(number, self._waiting.pop(number), answer)
+            elapsed = time.monotonic() - self._dealt_at
+            if self._waiting and elapsed > fleet.deadline_s / 2 and not warned:
+                warned = True
+                names = ", ".join(map(fleet.name, self._waiting))
+                logger.warning(
+                    "Waiting for %s since %.0f s; after %g s (sample_timeout_s) a runner counts "
+                    "as dead.",
+                    names,
+                    elapsed,
+                    fleet.deadline_s,
+                )
+            if elapsed > fleet.deadline_s:
+                for number, share in self._waiting.items():
+                    fleet.counts[NUM_HUNG_ENV_RUNNERS] += 1
+                    fleet.restart(number, f"has not answered in {fleet.deadline_s:g} s")
+                    self._lose(share)
+                self._waiting = {}
+
+    def finish(
+        self, latest: tuple[dict[str, Any], tuple[int, str]], *, max_failures: int, wait_s: float
+    ) -> SampledGroups:
+        """Waits until the batch is complete.
+
+        Args:
+            latest: the learner's weights, for runners that come into service because no other
+                is left.
+            max_failures: rounds in a row that may complete nothing.
+            wait_s: how long such a round waits for a runner where there is none.
+
+        Returns:
+            The batch.
+
+        Raises:
+            RunnersLostError: ``max_failures`` rounds have completed nothing, or there are no
+                runners left.
+            SamplingError: for an error inside the local runner, one in the user's code, or
+                `MAX_ERRORS` others inside of remote runners.
+            RuntimeError: for foreign weights.
+        """
+        self.drain()
+        if not self.fleet.wanted:
+            self._sample_locally(latest[1])
+        failures = 0
+        while missing := self.missing:
+            completed = len(self.done)
+            if not self.fleet.serving():
+                self.fleet.set_weights(*latest)
+            if self.fleet.wait_for(1, wait_s):
+                self.start()
+                self.drain()
+            failures = failures + 1 if len(self.done) == completed else 0
+            if failures >= max_failures or not self.fleet.present():
+                self._give_up(len(missing), failures)
+        groups = [self.done[prompt] for prompt in self.prompts]
+        return SampledGroups(groups, self.metrics, self.episodes_per_runner)
+
+    def _give_up(self, n_missing: int, failures: int) -> None:
+        fleet = self.fleet
+        raise RunnersLostError(
+            f"{n_missing} of {len(self.prompts)} prompts could not be completed: "
+            f"{fleet.present()} of {fleet.wanted} env runners are left, {len(fleet.serving())} "
+            f"of them serve, and {failures} tries in a row completed nothing. Look at their "
+            "logs; num_consecutive_env_runner_failures_tolerance and "
+            "env_runner_health_probe_timeout_s ([fault_tolerance]) allow for more."
+        )
+
+    def _sample_locally(self, weights: tuple[int, str]) -> None:
+        share = self.missing
+        report = self.local_runner.sample_prompts(share, self.num_generations, weights)
+        if report.error is not None:
+            raise SamplingError(f"Sampling failed in the local env runner: {report.error.text}")
+        check_weights(
+            "The local env runner", (report.weights_version, report.weights_hash), weights
+        )
+        self._keep(0, share, report)
+
+    def _take(self, number: int, share: list[PromptRequest], answer: Any) -> None:
+        fleet = self.fleet
+        if not isinstance(answer, RunnerReport):
+            fleet.fail(number, f"was lost while sampling: {first_line(answer)}")
+            self._lose(share)
+        elif not fleet.is_process(number, answer.process):
+            fleet.fail(number, "was restarted before it could sample")
+            self._lose(share)
+        elif answer.error is not None:
+            self.errors += 1
+            if answer.error.users or self.errors >= MAX_ERRORS:
+                text = answer.error.text
+                raise SamplingError(f"Sampling failed. {fleet.name(number)}: {text}")
+            fleet.restart(number, f"failed: {answer.error.text}")
+            self._lose(share)
+        else:
+            check_weights(
+                fleet.name(number), (answer.weights_version, answer.weights_hash), fleet.weights
+            )
+            self._keep(number, share, answer)
+
+    def _keep(self, number: int, share: list[PromptRequest], report: RunnerReport) -> None:
+        self.metrics.append(report.metrics)
+        size = self.num_generations
+        for place, prompt in enumerate(share):
+            self.done[prompt] = report.episodes[place * size : (place + 1) * size]
+        counts = self.episodes_per_runner
+        counts[number] = counts.get(number, 0) + len(report.episodes)
+
+    def _lose(self, share: list[PromptRequest]) -> None:
+        self.fleet.counts[NUM_LOST_PROMPTS] += len(share)
+
+
+def check_weights(runner: str, held: tuple[int, str], expected: tuple[int, str]) -> None:
+    """Compares versions and hashes.
+
+    Raises:
+        RuntimeError: if they differ.
+    """
+    if held != expected:
+        raise RuntimeError(
+            f"{runner} has weights it should not have: version {held[0]}, hash {held[1][:12]}; "
+            f"expected version {expected[0]}, hash {expected[1][:12]}. "
+            "The weight sync did not happen."
+        )

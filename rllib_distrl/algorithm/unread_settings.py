@@ -1,0 +1,132 @@
+"""A setting that nothing reads is refused: whoever set it expects it to do something.
+
+Who reads what is said once: by the signature of each stage (`stages.registry`) for the settings
+that stages share with `[training]`, and below for the parts that are no stages.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rllib_distrl.maths.optimism import LEARNED_STATS
+from rllib_distrl.method.pipeline import SHARED, Method
+from rllib_distrl.method.registry import KINDS, Stage, methods
+
+if TYPE_CHECKING:
+    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the algorithm, the configurations that have it, and what it reads.
+
+    Attributes:
+        name: For the message.
+        present: Whether a configuration has it.
+        reads: Settings of `[training]`.
+    """
+
+    name: str
+    present: Callable[[Any], bool]
+    reads: tuple[str, ...]
+
+
+def _of_quantiles(config: "DistRLConfig") -> bool:
+    return config.critic != "none" and config.n_quantiles > 1
+
+
+def _fresh(config: "DistRLConfig") -> bool:
+    return config.critic != "none" and config.critic_checkpoint is None
+
+
+PARTS = (
+    Part("a critic", lambda c: c.critic != "none",
+         ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "vf_loss_coeff",
+          "n_quantiles", "target", "gamma")),
+    Part("a separate critic", lambda c: c.critic == "separate", ("critic_checkpoint",)),
+    Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
+    Part("a critic of two or more quantiles that does not come from a critic_checkpoint",
+         lambda c: _fresh(c) and _of_quantiles(c), ("init_spread",)),
+    Part("a critic whose target looks ahead (any but 'monte_carlo')",
+         lambda c: c.critic != "none" and c.target != "monte_carlo", ("critic_lambda",)),
+    Part("a critic of two or more quantiles", _of_quantiles,
+         ("quantile_huber_kappa", "quantile_loss", "head_center", "bonus_stat")),
+    Part("a scalar critic (n_quantiles = 1)",
+         lambda c: c.critic != "none" and c.n_quantiles == 1, ("vf_clip_param",)),
+    Part("a stage that reads the critic's values, such as advantage 'gae'",
+         lambda c: any("values" in stage.needs for stage in Method.from_config(c).stages),
+         ("read_out",)),
+    Part("bonus_stat = 'ensemble' or 'distance'",
+         lambda c: c.bonus_stat in LEARNED_STATS, ("bonus_stat",)),
+    Part("bonus_stat = 'ensemble'", lambda c: c.bonus_stat == "ensemble", ("ensemble", "gamma")),
+    Part("bonus_stat = 'distance'", lambda c: c.bonus_stat == "distance", ("distance",)),
+    Part("importance_correction = 'truncated' or 'masked'",
+         lambda c: c.importance_correction != "none", ("importance_bound",)),
+    Part("lr_schedule = 'cosine'", lambda c: c.lr_schedule == "cosine",
+         ("lr_decay_iterations", "lr_min_ratio")),
+    Part("grad_clip", lambda c: c.grad_clip is not None, ("grad_clip_by",)),
+    Part("none of our algorithms: [rollout] prompts_per_iteration and num_generations make the "
+         "batch", lambda c: False, ("train_batch_size", "_train_batch_size_per_learner")),
+)  # fmt: skip
+
+
+def check_all_settings_are_read(config: "DistRLConfig") -> None:
+    """Refuses settings that differ from the algorithm's own and that nothing chosen reads.
+
+    Args:
+        config: Otherwise valid.
+
+    Raises:
+        ValueError: With the setting, who would read it, and what to do.
+    """
+    method = Method.from_config(config)
+    _check_own_settings(method.stages)
+    taken = {name for stage in method.stages for name in taken_from_training(stage, config)}
+    read = taken | {name for part in PARTS if part.present(config) for name in part.reads}
+    default = type(config)()
+    settings = SHARED | {name for part in PARTS for name in part.reads}
+    for name in sorted(settings - {"bonus_coeff"}):  # its 0 takes the bonus out
+        value = getattr(config, name)
+        if name not in read and value != getattr(default, name):
+            shown = name.removeprefix("_")
+            readers = " · ".join(_readers(name))
+            raise ValueError(
+                f"{shown} is {value!r}, but nothing that is chosen reads it. It is read by: "
+                f"{readers}. Leave {shown} out, or choose one of these."
+            )
+
+
+def taken_from_training(stage: Stage, config: "DistRLConfig") -> frozenset[str]:
+    """The settings of `[training]` that a chosen stage reads from there.
+
+    Not those that its own table gives, nor those that its other settings switch off.
+    """
+    specs = (
+        *config.reward_transforms, config.advantage, *config.shapers, config.policy_loss,
+        *config.regularisers,
+    )  # fmt: skip
+    own = {key for spec in specs if spec["name"] == stage.name for key in spec}
+    return (SHARED & stage.method.settings().keys()) - own - stage.ignored
+
+
+def _check_own_settings(stages: tuple[Stage, ...]) -> None:
+    """Refuses what a stage's own table sets and its other settings switch off."""
+    for stage in stages:
+        defaults = {name: p.default for name, p in stage.method.settings().items()}
+        for name in sorted(stage.ignored - SHARED):
+            if stage.settings[name] != defaults[name]:
+                raise ValueError(
+                    f"{stage.method.kind} {stage.name!r} has {name} = {stage.settings[name]!r}, "
+                    f"which its other settings ({dict(stage.params)}) switch off. Leave {name} out."
+                )
+
+
+def _readers(name: str) -> list[str]:
+    """Who reads a setting, for the message."""
+    stages = [
+        f"{kind} {method.name!r}"
+        for kind in KINDS
+        for method in methods(kind)
+        if name in SHARED & method.settings().keys()
+    ]
+    return [*stages, *(part.name for part in PARTS if name in part.reads)]

@@ -1,1 +1,0 @@
-"""Several recipes at an equal budget of tokens: what runs, what came out, how it is shown."""

@@ -1,0 +1,300 @@
+"""A decoder for Qwen2, Qwen3 and Llama on CPU in float32: BLAS and compiled kernels.
+
+Prompts and completions go the same way: a batch of tokens, each with its sequence and its
+position. Rows may have any length, and join and leave at any time at no cost.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from rllib_distrl.engine.fast_weights import (
+    FastWeights,
+    LayerWeights,
+    Shape,
+    rotary_table,
+    shape_of,
+    unsupported,
+)
+from rllib_distrl.engine.kernels import PAGE, kernels
+from rllib_distrl.engine.lanes import LANES
+from rllib_distrl.engine.paged_cache import PagedCache, aligned_zeros, pages_of
+
+# Prompts are computed in chunks of this many tokens: their activations stay in a core's cache.
+_PREFILL_TOKENS = 256
+# The table of rotations grows by at least this many positions at a time.
+_POSITION_STEP = 64
+
+Prompt = tuple[int, ...]
+
+
+def not_compiled(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the compiled decoder cannot run this, or None if it can."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"it is compiled for float32 on CPU, not for {dtype} on {device.type}"
+    reason = unsupported(config)
+    if reason is None and shape_of(config).head_dim % LANES:
+        return f"heads of {shape_of(config).head_dim} are no multiple of {LANES}"
+    return reason
+
+
+class _Layer:
+    """One layer's tensors: matrices (in, out) for BLAS, vectors as arrays for the kernels."""
+
+    def __init__(self, weights: LayerWeights) -> None:
+        w, none = weights, np.zeros(0, dtype=np.float32)
+        self.qkv, self.out = w.qkv.t(), w.out.t()
+        self.gate_up, self.down = w.gate_up.t(), w.down.t()
+        self.norm_in, self.norm_post = w.norm_in.numpy(), w.norm_post.numpy()
+        self.qkv_bias = _bias(w.qkv_bias, self.qkv.shape[1])
+        self.gate_bias = _bias(w.gate_up_bias, self.gate_up.shape[1]).reshape(2, -1)
+        self.out_bias, self.down_bias = w.out_bias, w.down_bias
+        self.q_norm = none if w.q_norm is None else w.q_norm.numpy()
+        self.k_norm = none if w.k_norm is None else w.k_norm.numpy()
+
+
+def _bias(bias: torch.Tensor | None, size: int) -> np.ndarray:
+    return np.zeros(size, dtype=np.float32) if bias is None else bias.numpy()
+
+
+class _Buffers:
+    """Activations of N tokens: tensors for BLAS, and the same memory as arrays for the kernels."""
+
+    def __init__(self, shape: Shape, tokens: int, memory: np.ndarray) -> None:
+        widths = _widths(shape)
+        pieces = np.split(memory[: tokens * sum(widths)], tokens * np.cumsum(widths[:-1]))
+        arrays = [piece.reshape(tokens, -1) for piece in pieces]
+        self.x_array, self.normed_array, qkv, attended, gate_up, self.gated_array = arrays
+        self.x, self.normed, self.qkv, self.attended, self.gate_up, self.gated = (
+            torch.from_numpy(array) for array in arrays
+        )
+        self.qkv_array = qkv.reshape(tokens, -1, shape.head_dim)
+        self.attended_array = attended.reshape(tokens, -1, shape.head_dim)
+        self.gate_up_array = gate_up.reshape(tokens, 2, -1)
+        self.rows = np.arange(tokens)
+
+
+def _widths(shape: Shape) -> tuple[int, ...]:
+    """Numbers per token of the buffers."""
+    s = shape
+    return (s.hidden, s.hidden, s.qkv, s.heads * s.head_dim, 2 * s.inner, s.inner)
+
+
+class CompiledDecoder:
+    """Rows are 0 … n - 1; new rows are appended after them.
+
+    Args:
+        config: A Qwen2, Qwen3 or Llama config.
+        device: The CPU.
+        dtype: float32.
+
+    Raises:
+        ValueError: A config, device or type that this decoder does not compute.
+    """
+
+    joins_midway = True
+    row_step = 1
+    shrink_share = 0.0
+
+    def __init__(self, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+        reason = not_compiled(config, device, dtype)
+        if reason:
+            raise ValueError(f'The compiled decoder cannot run this: {reason}. Use "auto".')
+        self.config, self.shape = config, shape_of(config)
+        self._kernels = kernels()
+        self.weights = FastWeights(self.shape, device, dtype)
+        self._layers = [_Layer(layer) for layer in self.weights.layers]
+        self._norm, self._head = self.weights.norm.numpy(), self.weights.head.t()
+        self._eps = np.float32(self.shape.eps)
+        self._rotations = np.zeros((0, 2, self.shape.head_dim), dtype=np.float32)
+        self._memory = aligned_zeros(0)
+        self._buffers: dict[int, _Buffers] = {}
+        self.cache = PagedCache(self.shape.layers, self.shape.kv_heads, self.shape.head_dim)
+        self.close()
+
+    def canonical(self) -> Mapping[str, torch.Tensor]:
+        """Hugging Face names to views whose row-major order is that of the named tensor."""
+        return self.weights.views
+
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Hugging Face names to Hugging Face shapes."""
+        return self.weights.shapes
+
+    def open(self, batch: int, width: int, length: int) -> None:
+        """Starts empty.
+
+        Args:
+            batch: Most rows at a time.
+            width: Longest prompt that will be admitted, in tokens.
+            length: Longest prompt and completion together, in tokens.
+        """
+        del batch, width
+        self.close()
+        self._tables = np.zeros((0, pages_of(length)), dtype=np.int64)
+        if len(self._rotations) < length:
+            table = rotary_table(self.config, length + _POSITION_STEP, torch.device("cpu"))
+            own, other = table.real.repeat_interleave(2, 1), table.imag.repeat_interleave(2, 1)
+            other[:, ::2].neg_()
+            self._rotations = torch.stack((own, other), dim=1).numpy()
+
+    def close(self) -> None:
+        """Forgets all rows."""
+        self.cache.clear()
+        self._tables = np.zeros((0, 0), dtype=np.int64)
+        self._lengths = np.zeros(0, dtype=np.int64)
+        self._kept: tuple[Prompt, np.ndarray, torch.Tensor] | None = None
+
+    def admit(self, prompts: Sequence[Prompt], index: np.ndarray) -> torch.Tensor:
+        """Appends rows; each distinct prompt is computed once.
+
+        Args:
+            prompts: U distinct prompts.
+            index: (n,) which of them each new row continues, in rising order.
+
+        Returns:
+            (n, V) logits of the token after each row's prompt.
+        """
+        if self._kept is not None and self._kept[0] == prompts[0]:
+            pages, logits = [self._kept[1]], [self._kept[2]]
+        else:
+            self._forget_kept()
+            pages, logits = [], []
+        new = prompts[len(pages) :]
+        if new:
+            pages += [self.cache.take(pages_of(len(prompt))) for prompt in new]
+            logits.append(self._prefill(new, pages[-len(new) :]))
+        uses = np.bincount(index, minlength=len(prompts)).tolist()
+        tables = [self._branch(*branch) for branch in zip(prompts, pages, uses, strict=True)]
+        for own in pages[:-1]:
+            self.cache.drop(own)
+        every = torch.cat(logits)
+        self._kept = (prompts[-1], pages[-1], every[-1:].clone())
+        lengths = np.array([len(prompts[i]) for i in index], dtype=np.int64)
+        self._tables = np.concatenate((self._tables, *tables))
+        self._lengths = np.concatenate((self._lengths, lengths))
+        return every[torch.from_numpy(index)]
+
+    def keep(self, rows: np.ndarray) -> None:
+        """Makes old row rows[i] the new row i and drops the others."""
+        gone = np.ones(len(self._lengths), dtype=bool)
+        gone[rows] = False
+        tables, counts = self._tables[gone], pages_of(self._lengths[gone])
+        self.cache.drop(tables[np.arange(tables.shape[1]) < counts[:, None]])
+        self._tables, self._lengths = self._tables[rows], self._lengths[rows]
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Appends one token to every row.
+
+        Args:
+            tokens: (n,) int64.
+
+        Returns:
+            (n, V) logits of the token after it.
+        """
+        full = np.nonzero(self._lengths % PAGE == 0)[0]
+        if len(full):
+            self._tables[full, self._lengths[full] // PAGE] = self.cache.take(len(full))
+        buffers = self._room(len(tokens))
+        self._compute(buffers, tokens, self._lengths, buffers.rows, self._tables)
+        self._lengths += 1
+        return torch.mm(buffers.normed, self._head)
+
+    def _room(self, tokens: int) -> _Buffers:
+        """Buffers for a batch of this size."""
+        size = tokens * sum(_widths(self.shape))
+        if size > len(self._memory):
+            self._memory = aligned_zeros(size)
+            self._buffers.clear()
+        if tokens not in self._buffers:
+            self._buffers[tokens] = _Buffers(self.shape, tokens, self._memory)
+        return self._buffers[tokens]
+
+    def _compute(
+        self,
+        buffers: _Buffers,
+        tokens: torch.Tensor,
+        positions: np.ndarray,
+        rows: np.ndarray,
+        tables: np.ndarray,
+    ) -> None:
+        """Appends tokens to their sequences; leaves normed last states in the buffers.
+
+        Args:
+            buffers: For N tokens.
+            tokens: (N,).
+            positions: (N,), rising within a sequence.
+            rows: (N,), each token's row of the tables.
+            tables: Pages of the sequences, those of the tokens among them.
+        """
+        b, run, heads = buffers, self._kernels, self.shape.heads
+        torch.index_select(self.weights.embed, 0, tokens, out=b.x)
+        for w, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
+            run.rms_norm(b.x_array, w.norm_in, self._eps, b.normed_array)
+            torch.mm(b.normed, w.qkv, out=b.qkv)
+            run.attend(
+                b.qkv_array,
+                w.qkv_bias,
+                w.q_norm,
+                w.k_norm,
+                self._eps,
+                heads,
+                self._rotations,
+                positions,
+                rows,
+                tables,
+                keys,
+                values,
+                b.attended_array,
+            )
+            _add_product(b.x, b.attended, w.out, w.out_bias)
+            run.rms_norm(b.x_array, w.norm_post, self._eps, b.normed_array)
+            torch.mm(b.normed, w.gate_up, out=b.gate_up)
+            run.gate(b.gate_up_array, w.gate_bias, b.gated_array)
+            _add_product(b.x, b.gated, w.down, w.down_bias)
+        run.rms_norm(b.x_array, self._norm, self._eps, b.normed_array)
+
+    def _prefill(self, prompts: Sequence[Prompt], pages: Sequence[np.ndarray]) -> torch.Tensor:
+        """Computes prompts into their pages; returns the logits (U, V) after each."""
+        lengths = np.array([len(prompt) for prompt in prompts])
+        tables = np.zeros((len(prompts), pages_of(int(lengths.max()))), dtype=np.int64)
+        for row, own in enumerate(pages):
+            tables[row, : len(own)] = own
+        tokens = torch.tensor([token for prompt in prompts for token in prompt])
+        rows = np.repeat(np.arange(len(prompts)), lengths)
+        ends = np.cumsum(lengths)
+        positions = np.arange(len(rows)) - (ends - lengths)[rows]
+        last = torch.empty(len(prompts), self.shape.hidden)
+        for start in range(0, len(rows), _PREFILL_TOKENS):
+            part = slice(start, start + _PREFILL_TOKENS)
+            buffers = self._room(len(rows[part]))
+            self._compute(buffers, tokens[part], positions[part], rows[part], tables)
+            done = np.nonzero((ends > start) & (ends <= start + _PREFILL_TOKENS))[0]
+            last[torch.from_numpy(done)] = buffers.normed[torch.from_numpy(ends[done] - start - 1)]
+        return torch.mm(last, self._head)
+
+    def _branch(self, prompt: Prompt, pages: np.ndarray, uses: int) -> np.ndarray:
+        """(uses, pages) tables of the rows that continue a prompt."""
+        tables = np.zeros((uses, self._tables.shape[1]), dtype=np.int64)
+        whole = len(prompt) // PAGE
+        tables[:, :whole] = pages[:whole]
+        self.cache.share(pages[:whole], uses)
+        if whole < len(pages):
+            tables[:, whole] = copies = self.cache.take(uses)
+            self.cache.copy(int(pages[whole]), copies)
+        return tables
+
+    def _forget_kept(self) -> None:
+        if self._kept is not None:
+            self.cache.drop(self._kept[1])
+            self._kept = None
+
+
+def _add_product(
+    x: torch.Tensor, factor: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """X += factor · matrix + bias, in place."""
+    if bias is not None:
+        x.add_(bias)
+    x.addmm_(factor, matrix)

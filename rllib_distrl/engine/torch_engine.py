@@ -1,0 +1,154 @@
+"""The default rollout engine: plain PyTorch, in process, on CPU or CUDA."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from transformers import PreTrainedConfig
+
+from rllib_distrl.engine.compiled_decoder import CompiledDecoder, not_compiled
+from rllib_distrl.engine.fast_decoder import FastDecoder
+from rllib_distrl.engine.fast_weights import unsupported
+from rllib_distrl.engine.generic_decoder import GenericDecoder
+from rllib_distrl.engine.protocol import (
+    UNKNOWN_VERSION,
+    Completion,
+    Request,
+    SamplingParams,
+    check_prompts,
+)
+from rllib_distrl.engine.scheduler import Call, Decoder
+from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
+
+_DECODERS = {"compiled": CompiledDecoder, "fast": FastDecoder, "generic": GenericDecoder}
+DecoderName = Literal["auto", "compiled", "fast", "generic"]
+
+
+def choose_decoder(
+    config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> DecoderName:
+    """What "auto" stands for."""
+    if not not_compiled(config, device, dtype):
+        return "compiled"
+    return "generic" if unsupported(config) else "fast"
+
+
+class TorchEngine:
+    """Samples from a Hugging Face causal LM held in the engine's own tensors.
+
+    The results depend on what else is in the batch only through floating-point ties.
+
+    Args:
+        model_config: The model's config; the weights come with `load_weights`.
+        eos_token_ids: Tokens that end a completion (they are part of it); may be empty.
+        max_batch_size: Most rows decoded at a time; further requests wait for a place.
+        max_seq_len: Longest prompt and completion together, in tokens; None: the model's window.
+        device: A torch device.
+        dtype: Type of weights and cache, float32 or bfloat16.
+        decoder: "compiled" (Qwen2, Qwen3, Llama on CPU in float32), "fast" (the same models in
+            PyTorch's operators, on any device), "generic" (any causal LM), or "auto".
+
+    Attributes:
+        is_eos: (V,) bool, True at the tokens that end a completion.
+
+    Raises:
+        ValueError: An argument outside its range, or a decoder that does not compute this model.
+    """
+
+    def __init__(
+        self,
+        model_config: PreTrainedConfig,
+        eos_token_ids: Iterable[int],
+        *,
+        max_batch_size: int = 256,
+        max_seq_len: int | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        decoder: DecoderName = "auto",
+    ) -> None:
+        self.version = UNKNOWN_VERSION
+        self.config, self.device, self.dtype = model_config, torch.device(device), dtype
+        self.max_batch_size = max_batch_size
+        text_config = model_config.get_text_config()
+        window = getattr(text_config, "max_position_embeddings", None)
+        self.max_seq_len = min(n for n in (window, max_seq_len, 1 << 62) if n is not None)
+        if max_batch_size < 1:
+            raise ValueError(f"max_batch_size={max_batch_size}: must be at least 1.")
+        if decoder not in ("auto", *_DECODERS):
+            raise ValueError(
+                f'decoder={decoder!r}: must be "auto", "compiled", "fast" or "generic".'
+            )
+        if decoder == "auto":
+            decoder = choose_decoder(model_config, self.device, dtype)
+        self.decoder: Decoder = _DECODERS[decoder](model_config, self.device, dtype)
+        self.is_eos = self._eos_table(eos_token_ids, text_config.vocab_size)
+
+    @staticmethod
+    def _eos_table(eos_token_ids: Iterable[int], vocab_size: int) -> np.ndarray:
+        """(V,) bool, True at end-of-sequence tokens."""
+        is_eos = np.zeros(vocab_size, dtype=bool)
+        for token in eos_token_ids:
+            if not 0 <= token < len(is_eos):
+                raise ValueError(f"eos token {token}: the vocabulary has {len(is_eos)} tokens.")
+            is_eos[token] = True
+        return is_eos
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
+        """Samples one completion per request; see `RolloutEngine.generate`.
+
+        Args:
+            requests: Any number of requests, in any order.
+            params: How to sample.
+
+        Returns:
+            The completions, in the order of the requests.
+
+        Raises:
+            ValueError: A bad parameter, an empty prompt, a token outside the vocabulary, or a
+                prompt and completion longer than the window.
+            RuntimeError: No weights were loaded yet.
+        """
+        if self.version == UNKNOWN_VERSION:
+            raise RuntimeError("The engine has no weights yet: call load_weights first.")
+        params.validate()
+        if not requests:
+            return []
+        call = Call(self.decoder, requests, params, self.is_eos, self.device)
+        check_prompts(call.prompts, params.max_tokens, self.max_seq_len, len(self.is_eos))
+        return call.run(self.max_batch_size)
+
+    @torch.inference_mode()
+    def load_weights(self, state: Mapping[str, torch.Tensor], version: int) -> str:
+        """Copies a Hugging Face state dict into the engine's tensors, in place.
+
+        Args:
+            state: Tensors under their Hugging Face names, any type and device.
+            version: Number of these weights, 0 or more.
+
+        Returns:
+            `weights_hash()` after loading: `content_hash(state, dtype=engine.dtype)`.
+
+        Raises:
+            ValueError: A negative version, or missing, unexpected or mis-shaped tensors
+                (nothing is loaded then).
+        """
+        if version < 0:
+            raise ValueError(f"version={version}: must be 0 or more.")
+        check_names(state, self.decoder.shapes())
+        copy_weights(state, self.decoder.canonical())
+        self.version = version
+        return self.weights_hash()
+
+    def forgo_cache(self) -> bool:
+        """Runs the whole context at each step from now on; False where that is no choice."""
+        if not getattr(self.decoder, "caches", False):
+            return False
+        self.decoder.caches = False  # pyright: ignore[reportAttributeAccessIssue]
+        self.decoder.close()
+        return True
+
+    def weights_hash(self) -> str:
+        """Content hash of the engine's own tensors, computed now from their present bytes."""
+        return content_hash(self.decoder.canonical())

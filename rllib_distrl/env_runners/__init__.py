@@ -1,1 +1,0 @@
-"""Env runners that generate whole completions."""

@@ -1,0 +1,224 @@
+"""A comparison as a Markdown page and as one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rllib_distrl.experiments import figures
+from rllib_distrl.experiments.claims import claims
+from rllib_distrl.experiments.decisions import Decisions, decide
+from rllib_distrl.experiments.results import Results
+from rllib_distrl.experiments.tables import (
+    Table,
+    costs_table,
+    differences_table,
+    failures_table,
+    matched_table,
+    pass_k_table,
+    results_table,
+)
+from rllib_distrl.viewer.charts import Chart
+from rllib_distrl.viewer.page import fill_template, policy, read_asset
+
+_COLOURS = (
+    "Filled blue: above zero, filled orange: below, clear after correction; hollow: the interval "
+    "alone is off zero; grey: it holds zero."
+)
+_CELLS = "mean [95 % interval], p → p corrected for all comparisons of the page"
+_COSTS = (
+    "Means over the seeds. Speed and minutes are of training alone, on whatever else the machine "
+    "did; minutes in all have start, validations and evaluation too."
+)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page; what is not there is left out.
+
+    Attributes:
+        title: Its headline.
+        words: What a reader must know.
+        points: Sentences in a list.
+        table: Of numbers.
+        figure: A picture.
+        picture: Names the picture's file.
+    """
+
+    title: str
+    words: str = ""
+    table: Table | None = None
+    figure: Chart | None = None
+    picture: str = ""
+    points: Sequence[str] = ()
+
+
+def sections(results: Results) -> list[Section]:
+    """Everything that is shown of a comparison, what came out first."""
+    baseline, decisions = results.baseline.name, decide(results)
+    parts = [
+        Section(
+            "What came out",
+            f"Differences to {baseline} on the same seeds, in points of %, with 95 % intervals. "
+            "Clear is what the exact sign-flip test over the seeds tells from zero (p ≤ .05), "
+            "corrected for all comparisons of this page by the step-down law of the largest of "
+            "them, and whose interval is off zero.",
+            points=claims(results, decisions),
+        )
+    ]
+    parts += _at_equal_average(results, decisions)
+    parts += [
+        Section("After training", _how_measured(results), results_table(results)),
+        Section(
+            f"After training, against {baseline}",
+            f"Difference to {baseline} on the same seeds: {_CELLS}. {_intervals(results)} The p is "
+            f"that of the two-sided sign-flip test, 2^(1-S) at least for S seeds. {_COLOURS}",
+            differences_table(results, decisions),
+            figures.plot_differences(results, decisions),
+            "differences",
+        ),
+        Section(
+            "pass@k",
+            f"Mean and 95 % interval. {_intervals(results)}",
+            pass_k_table(results),
+            figures.plot_pass_k(results),
+            "pass_k",
+        ),
+        Section("Learning", "Mean over the seeds; bands from the lowest to the highest seed, where "
+                "there are few recipes.",
+                figure=figures.plot_learning(results), picture="learning"),
+        Section("What it cost", _COSTS, costs_table(results)),
+    ]  # fmt: skip
+    if results.failed:
+        parts.append(Section("Failed runs", table=failures_table(results)))
+    if results.missing:
+        parts.append(Section("Not run", f"{_listed(results.missing)}. The command continues."))
+    return parts
+
+
+def _intervals(results: Results) -> str:
+    """What the intervals after training are over."""
+    average = results.main_metrics[0]
+    kept = [record.problem_values(average) is not None for record in results.baseline.records]
+    if not all(kept):
+        return "Intervals are Student's over the seeds, for these problems."
+    return (
+        "Intervals are over seeds and problems, both drawn anew; those of the entropy, which is "
+        "not kept by problem, are Student's over the seeds."
+    )
+
+
+def _intervals_there(results: Results) -> str:
+    """What the intervals at an equal average are over."""
+    if results.problems_validated:
+        return "Intervals are over seeds and validation problems, both drawn anew."
+    kept = any(r.validation_problems for row in results.rows for r in row.records)
+    without = "not all records keep the same ones" if kept else "the records keep their means alone"
+    return (
+        f"Intervals are Student's over the seeds, for these validation problems: {without}, so "
+        "other problems cannot be drawn, and the intervals do not hold what they would change."
+    )
+
+
+def _at_equal_average(results: Results, decisions: Decisions) -> list[Section]:
+    table, baseline = matched_table(results, decisions), results.baseline.name
+    if table is None:
+        return []
+    return [
+        Section(
+            "At equal average score",
+            "Each run is read where its own average score on validation problems is at a level, on "
+            "a smooth fit through its validations (local quadratics over the tokens, the average "
+            "made to rise); nothing is extrapolated. Drawn is the difference to "
+            f"{baseline} there, on the same seeds, as the mean over the levels that both reach. "
+            f"{_COLOURS} In the table: {_CELLS} for that mean, and how many seeds reach the level "
+            f"with both; the line of {baseline} has its values. {_intervals_there(results)}",
+            table,
+            figures.plot_matched(results, decisions),
+            "matched",
+        ),
+        Section(
+            "On the way there",
+            "Each point is a validation, the mean over the seeds; higher at the same place is "
+            f"better. Black: {baseline}.",
+            figure=figures.plot_front(results),
+            picture="front",
+        ),
+    ]
+
+
+def _listed(jobs: Sequence[tuple[str, int]]) -> str:
+    """`a (seeds 0, 1), b (seed 2)`."""
+    seeds: dict[str, list[str]] = {}
+    for name, seed in jobs:
+        seeds.setdefault(name, []).append(str(seed))
+    words = (f"seed{'s' * (len(s) > 1)} {', '.join(s)}" for s in seeds.values())
+    return ", ".join(f"{name} ({some})" for name, some in zip(seeds, words, strict=True))
+
+
+def _how_measured(results: Results) -> str:
+    evaluation = results.baseline.records[0].recipe["eval"]
+    return (
+        f"Every run generated {results.budget_tokens:,} completion tokens in training (to the end "
+        "of the iteration that reached them), dropped samples and critic warm-up included. Shares "
+        f"in %, on {evaluation['problems']} {evaluation['split']} problems x {evaluation['n']} "
+        "samples after training; entropy in nats per token, of the sampled tokens. Mean ± sd over "
+        "the seeds. A sample counts for pass@k with a score of at least 1; avg@k and best@k, "
+        "the expected best of k samples, take the score itself."
+    )
+
+
+def _made_by(results: Results, command: str) -> str:
+    commits = sorted({r.commit or "unknown" for row in results.rows for r in row.records})
+    seeds = sorted({record.seed for row in results.rows for record in row.records})
+    listed = ", ".join(commit[:12] for commit in commits)
+    return f"Seeds {', '.join(map(str, seeds))}; commit {listed}; command:"
+
+
+def markdown_page(
+    results: Results,
+    parts: Sequence[Section],
+    title: str,
+    note: str,
+    command: str,
+    *,
+    pictures: str = ".",
+) -> str:
+    """The page for a repository; `pictures` is where they lie, as seen from the page."""
+    blocks = [f"# {title}", *([note] if note else [])]
+    for part in parts:
+        blocks.append(f"## {part.title}")
+        blocks += [part.words] if part.words else []
+        blocks += ["\n".join(f"* {point}" for point in part.points)] if part.points else []
+        blocks += [f"![{part.title}]({pictures}/{part.picture}.png)"] if part.figure else []
+        blocks += [part.table.to_markdown()] if part.table else []
+    blocks += ["## How it was made", _made_by(results, command), f"```sh\n{command}\n```"]
+    return "\n\n".join(blocks) + "\n"
+
+
+def html_page(
+    results: Results, parts: Sequence[Section], title: str, note: str, command: str
+) -> str:
+    """The page to look at: figures first, tables below them."""
+    body = [f"<p>{html.escape(note)}</p>"] if note else []
+    for number, part in enumerate(parts):
+        words = f"<p>{html.escape(part.words)}</p>" if part.words else ""
+        figure = part.figure.to_svg(f"figure{number}") if part.figure else ""
+        points = "".join(f"<li>{html.escape(point)}</li>" for point in part.points)
+        words += f"<ul>{points}</ul>" if points else ""
+        table = part.table.to_html() if part.table else ""
+        if figure and table:
+            table = f"<details><summary>Numbers</summary>{table}</details>"
+        body.append(f"<section><h2>{html.escape(part.title)}</h2>{words}{figure}{table}</section>")
+    made = f"<p>{html.escape(_made_by(results, command))}</p><code>{html.escape(command)}</code>"
+    body.append(f"<section><h2>How it was made</h2>{made}</section>")
+    return fill_template(
+        "report.html",
+        {
+            "POLICY": policy(None, None),
+            "TITLE": html.escape(title),
+            "STYLE": read_asset("report.css"),
+            "BODY": "\n".join(body),
+        },
+    )

@@ -1,0 +1,1 @@
+"""Learners: whole sequences in, one update of policy and critic out."""

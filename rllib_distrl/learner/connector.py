@@ -1,0 +1,84 @@
+"""From RLlib's episodes to rows of tokens, in one pass and without per-token objects."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from ray.rllib.connectors.connector_v2 import ConnectorV2
+from ray.rllib.core import DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
+
+GROUPS = "groups"
+
+
+class SequencesFromEpisodes(ConnectorV2):
+    """Learner connector: finished episodes to a sequence batch.
+
+    Puts under ``batch[DEFAULT_MODULE_ID]``, for B episodes of at most T tokens:
+    ``input_ids`` (B, S) prompt, completion, right padding; ``prompt_lens`` (B,);
+    ``actions``, ``action_logp``, ``rewards`` (B, T); ``loss_mask`` (B, T) bool; ``groups``
+    (B,), equal for completions of one served prompt. The order of episodes is kept.
+    """
+
+    def __call__(
+        self,
+        *,
+        rl_module: Any,
+        batch: dict[str, Any],
+        episodes: list[SingleAgentEpisode],
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Builds the batch.
+
+        Raises:
+            ValueError: without episodes, or when one is unfinished or has lost its prompt.
+        """
+        if not episodes:
+            raise ValueError("No episodes to learn from: the learner got an empty list.")
+        for episode in episodes:
+            if not episode.is_done or "prompt_ids" not in episode.infos[0]:
+                raise ValueError(
+                    f"Episode {episode.id_} is cut or has no prompt. Whole episodes are needed: "
+                    "sample with CompletionEnvRunner and shard by episode."
+                )
+        batch[DEFAULT_MODULE_ID] = {
+            name: torch.from_numpy(column) for name, column in _columns(episodes).items()
+        }
+        return batch
+
+
+def _columns(episodes: list[Any]) -> dict[str, np.ndarray]:
+    prompts = [episode.infos[0]["prompt_ids"] for episode in episodes]
+    prompt_lens = np.array([len(prompt) for prompt in prompts])
+    lens = np.array([len(episode) for episode in episodes])
+    rows, steps = len(episodes), int(lens.max())
+    input_ids = np.zeros((rows, int((prompt_lens + lens).max())), dtype=np.int64)
+    actions = np.zeros((rows, steps), dtype=np.int64)
+    logp = np.zeros((rows, steps), dtype=np.float32)
+    rewards = np.zeros((rows, steps), dtype=np.float32)
+    for row, (episode, prompt) in enumerate(zip(episodes, prompts, strict=True)):
+        start, length = len(prompt), len(episode)
+        tokens = episode.actions.data
+        input_ids[row, :start] = prompt
+        input_ids[row, start : start + length] = tokens
+        actions[row, :length] = tokens
+        logp[row, :length] = episode.extra_model_outputs[Columns.ACTION_LOGP].data
+        rewards[row, :length] = episode.rewards.data
+    return {
+        INPUT_IDS: input_ids,
+        PROMPT_LENS: prompt_lens,
+        Columns.ACTIONS: actions,
+        Columns.ACTION_LOGP: logp,
+        Columns.REWARDS: rewards,
+        Columns.LOSS_MASK: np.arange(steps) < lens[:, None],
+        GROUPS: _groups(episodes),
+    }
+
+
+def _groups(episodes: list[Any]) -> np.ndarray:
+    numbers: dict[tuple[int, int], int] = {}
+    keys = ((episode.infos[0]["row"], episode.infos[0]["visit"]) for episode in episodes)
+    return np.array([numbers.setdefault(key, len(numbers)) for key in keys])

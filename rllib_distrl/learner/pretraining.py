@@ -1,0 +1,103 @@
+"""Teaching the critic before the policy moves, from completions of the initial policy."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.rllib.core.columns import Columns
+
+from rllib_distrl.learner.losses import critic_loss
+from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, ROLLOUTS, micro_batch, minibatch
+from rllib_distrl.maths.advantages import returns_to_go
+from rllib_distrl.maths.aggregation import weighted_sum
+from rllib_distrl.maths.calibration import explained_variance
+from rllib_distrl.model.sequences import from_columns
+from rllib_distrl.settings import PretrainingSettings
+
+LOSS, EXPLAINED_VARIANCE = "critic_pretraining_loss", "critic_pretraining_explained_variance"
+TOKENS = "critic_pretraining_tokens"
+# One group in so many is kept out, to see what the critic has learned.
+_HELD_OUT = 16
+
+
+def pretrain_critic(learner: Any, *, shards: Sequence[Any], table: dict[str, Any]) -> Any:
+    """Fits the critic's own parameters to observed returns; runs on every learner at once.
+
+    The targets are the returns to go (λ = 1): an untrained critic has nothing to bootstrap from.
+    The optimiser is a new one, so that training starts with fresh moments.
+
+    Args:
+        learner: `DistRLLearner`, before its first update.
+        shards: one reference to a list of whole episodes (whole groups) per learner.
+        table: of `PretrainingSettings`.
+
+    Returns:
+        Mean loss of the last epoch, and the explained variance on the completions kept out.
+    """
+    settings = PretrainingSettings(**table)
+    config, learners = learner.config, max(learner.config.num_learners, 1)
+    rank = torch.distributed.get_rank() if learners > 1 else 0
+    columns = learner._columns(ray.get(shards[rank]))
+    rollouts = learner._prepare(columns, 1)
+    returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, config.gamma)
+    rollouts.target_quantiles = returns.unsqueeze(-1)
+    kept_out = rollouts.group % _HELD_OUT == _HELD_OUT - 1
+    module, parameters = learner._policy_module, learner._policy_module.critic_parameters()
+    lr = settings.lr or config.critic_lr or config.lr
+    optimizer = torch.optim.Adam(parameters, lr)
+    rows = (~kept_out).nonzero().squeeze(-1)
+    steps = _steps(rows, settings, learners)
+    losses = []
+    for epoch in range(settings.epochs):
+        order = rows[torch.randperm(len(rows), generator=learner._generator(0, epoch)).to(rows)]
+        for part in np.array_split(np.arange(len(rows)), steps):
+            optimizer.param_groups[0]["lr"] = lr * (1 - len(losses) / (steps * settings.epochs))
+            whole = minibatch(columns, rollouts, order[torch.from_numpy(part).to(rows)], config)
+            optimizer.zero_grad()
+            losses.append(_backward(module, whole, config))
+            for parameter in parameters:
+                assert parameter.grad is not None
+                parameter.grad = rollouts.all_reduce(parameter.grad)
+            if config.grad_clip:
+                torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+            optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    last = rollouts.rewards.new_tensor(losses[-steps:]).mean()
+    mean_loss = float(rollouts.all_reduce(last))
+    return {LOSS: mean_loss, EXPLAINED_VARIANCE: _explained(module, columns, rollouts, kept_out)}
+
+
+def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> int:
+    """Optimiser steps of an epoch, the same on every learner."""
+    steps = max(1, round(len(rows) * learners / settings.minibatch_size))
+    if learners > 1:
+        agreed = torch.tensor(steps, device=rows.device)
+        torch.distributed.all_reduce(agreed, torch.distributed.ReduceOp.MIN)
+        steps = int(agreed)
+    return steps
+
+
+def _backward(module: Any, whole: dict[str, Any], config: Any) -> float:
+    """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
+    total = 0.0
+    for rows in module.micro_batches(from_columns(whole), config.micro_batch_tokens):
+        part = micro_batch(whole, rows)
+        quantiles = module.compute_quantiles({}, module._critic_states(from_columns(part)))
+        loss = weighted_sum(critic_loss(quantiles, part[ROLLOUTS], config), part[CRITIC_WEIGHTS])
+        loss.backward()
+        total += float(loss.detach())
+    return total
+
+
+def _explained(
+    module: Any, columns: dict[str, torch.Tensor], rollouts: Any, kept_out: torch.Tensor
+) -> float:
+    """Explained variance over this learner's kept-out rows; NaN where there are none."""
+    if not bool(kept_out.any()):
+        return float("nan")
+    some = {name: column[kept_out] for name, column in columns.items()}
+    values = module.compute_values(some)
+    mask = some[Columns.LOSS_MASK]
+    return explained_variance(values, rollouts.target_quantiles[kept_out].squeeze(-1), mask)

@@ -1,0 +1,64 @@
+"""The reference policy of KL terms: the policy as it was before training."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.model.loading import load_model
+from rllib_distrl.model.lora import adapters_off
+from rllib_distrl.model.packing import let_pack_rows, packs_rows
+from rllib_distrl.model.sequences import Sequences
+
+
+class Reference:
+    """A frozen copy of the initial policy, made from the model's source.
+
+    It is not part of a checkpoint: on resuming it is made again, and its content hash, which
+    is, must be the same (our choice: checkpoints stay small, and resuming stays bit-exact).
+    A policy with adapters needs no copy: without them it is its own reference.
+    """
+
+    def __init__(self, module: Any):
+        """Loads the copy beside ``module``.
+
+        Args:
+            module: `CausalLMModule`, on its device.
+        """
+        self._module = module
+        self._policy: Any = module.policy
+        if module.lora is None:
+            device = next(module.parameters()).device
+            self._policy = load_model(module.model_config["model"], device=device)
+            self._policy.requires_grad_(False)
+            if packs_rows(module.policy):
+                let_pack_rows(self._policy)
+
+    def logp(self, sequences: Sequences) -> torch.Tensor:
+        """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
+        policy = self._policy
+        with adapters_off(policy) if policy is self._module.policy else nullcontext():
+            states = self._module._states(policy, sequences)
+            return self._module._sampled_tokens(policy, states, sequences)[..., 0]
+
+    def get_state(self) -> dict[str, str]:
+        """What a checkpoint must hold: the content hash of the copy; nothing without one."""
+        if self._policy is self._module.policy:
+            return {}
+        return {"hash": content_hash(self._policy.state_dict())}
+
+    def set_state(self, state: dict[str, str]) -> None:
+        """Checks that the run goes on with the reference it began with.
+
+        Raises:
+            ValueError: if the model's source has changed since the checkpoint was written.
+        """
+        own = self.get_state()
+        if own and own != state:
+            name = self._module.model_config["model"]
+            raise ValueError(
+                f"The reference policy is the model that training began with, and {name!r} is "
+                f"another one now: content hash {own['hash'][:12]}, in the checkpoint "
+                f"{state.get('hash', 'none')[:12]}. Restore the model's folder, or start a new run."
+            )

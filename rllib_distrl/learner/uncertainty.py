@@ -1,0 +1,184 @@
+"""Uncertainties that are learned beside the critic, as statistics of the optimism bonus.
+
+Each is an object with `statistic(columns, rollouts)`, which looks, `learn(columns, rollouts)`,
+which is called once per update afterwards, and a state that a checkpoint holds.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from ray.rllib.utils.numpy import convert_to_numpy
+from ray.rllib.utils.torch_utils import convert_to_torch_tensor
+from torch import Tensor
+
+from rllib_distrl.learner.before_update import FEATURES
+from rllib_distrl.maths.advantages import returns_to_go
+from rllib_distrl.maths.distance import elliptical_distance, second_moment
+from rllib_distrl.maths.micro_batches import split_by_token_budget
+from rllib_distrl.maths.optimism import LEARNED_STATS
+from rllib_distrl.maths.statistics import masked_mean
+from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.model.ensemble import Ensemble
+from rllib_distrl.model.sequences import Sequences, from_columns
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings
+
+if TYPE_CHECKING:
+    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+
+
+def make_uncertainty(config: "DistRLConfig", module: Any) -> "Disagreement | Distance | None":
+    """What the bonus needs beside the critic; None for a statistic of the quantiles.
+
+    Args:
+        config: names it in ``bonus_stat``.
+        module: `CausalLMModule`, on its device.
+    """
+    if config.bonus_stat not in LEARNED_STATS:
+        return None
+    if config.bonus_stat == "ensemble":
+        return Disagreement(config, module)
+    return Distance(config, module)
+
+
+class Disagreement:
+    """Standard deviation over an ensemble's values; every member learns the observed return."""
+
+    def __init__(self, config: "DistRLConfig", module: Any):
+        """Draws the members; equal on all learners."""
+        self._settings = EnsembleSettings(**config.ensemble)
+        self._embed = module.policy.get_input_embeddings()
+        self._budget, self._minibatch = module.micro_batch_tokens, config.minibatch_size
+        self._gamma = config.gamma
+        self._ensemble = Ensemble(
+            self._embed.weight.shape[1],
+            size=self._settings.size,
+            width=self._settings.width,
+            depth=self._settings.depth,
+            prior_scale=self._settings.prior_scale,
+            seed=config.seed or 0,
+        ).to(self._embed.weight.device)
+        self._optimizer = torch.optim.Adam(self._ensemble.members.parameters(), self._settings.lr)
+
+    def statistic(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> Tensor:
+        """(B, T), disagreement in each state, in units of the return; zeros in the padding."""
+        sequences = from_columns(columns)
+        found = torch.zeros_like(rollouts.action_logp)
+        with torch.no_grad():
+            for rows in split_by_token_budget(sequences.lengths, self._budget):
+                spread = self._values(sequences.rows(rows)).std(0, correction=0)
+                found[rows, : spread.shape[1]] = spread
+        return torch.where(rollouts.loss_mask, found, 0.0)
+
+    def learn(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> dict[str, float]:
+        """One pass over the batch, by squared error to the observed return.
+
+        Not to the critic's targets: these carry the critic's own errors. Returns the metric
+        ``ensemble_loss``.
+        """
+        sequences = from_columns(columns)
+        returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, self._gamma)
+        if not self._optimizer.state:
+            self._ensemble.start_at(
+                float(masked_mean(returns, rollouts.loss_mask, rollouts.all_reduce))
+            )
+        losses = []
+        for rows in torch.arange(len(rollouts), device=returns.device).split(
+            self._minibatch or len(rollouts)
+        ):
+            part, y = sequences.rows(rows), returns[rows]
+            tokens = rollouts.all_reduce(part.mask.sum().to(y.dtype))
+            self._optimizer.zero_grad()
+            total = y.new_zeros(())
+            for index in split_by_token_budget(part.lengths, self._budget):
+                few = part.rows(index)
+                error = self._values(few) - y[index, : few.mask.shape[1]]
+                loss = torch.where(few.mask, error, 0.0).square().sum() / tokens
+                loss.backward()
+                total += loss.detach()
+            for parameter in self._ensemble.members.parameters():
+                assert parameter.grad is not None
+                parameter.grad = rollouts.all_reduce(parameter.grad)
+            self._optimizer.step()
+            losses.append(float(rollouts.all_reduce(total)) / self._settings.size)
+        return {"ensemble_loss": sum(losses) / len(losses)}
+
+    def _values(self, sequences: Sequences) -> Tensor:
+        """(K, B, T), before each token."""
+        values = self._ensemble(self._embed(sequences.input_ids))
+        return torch.stack([sequences.states(v.unsqueeze(-1)).squeeze(-1) for v in values])
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {
+            "ensemble": convert_to_numpy(dict(self._ensemble.state_dict())),
+            "optimizer": convert_to_numpy(self._optimizer.state_dict()),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``."""
+        weights: Any = convert_to_torch_tensor(state["ensemble"])
+        self._ensemble.load_state_dict(weights)
+        optimizer = state["optimizer"]
+        moments = convert_to_torch_tensor(optimizer["state"], device=self._embed.weight.device)
+        self._optimizer.load_state_dict({**optimizer, "state": moments})
+
+
+class Distance:
+    """Elliptical distance of the policy's states from those of the iterations so far."""
+
+    def __init__(self, config: "DistRLConfig", module: Any):
+        """Starts with nothing seen."""
+        self._settings = DistanceSettings(**config.distance)
+        self._embed = module.policy.get_input_embeddings()
+        width = self._embed.weight.shape[1]
+        self._projection: Tensor | None = None
+        if width > self._settings.features:
+            generator = torch.Generator().manual_seed(config.seed or 0)
+            drawn = torch.randn(width, self._settings.features, generator=generator)
+            self._projection = drawn / self._settings.features**0.5
+            width = self._settings.features
+        self._moment = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+        self._count = 0.0
+        self._new: tuple[Tensor, float] | None = None
+
+    def statistic(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> Tensor:
+        """(B, T), the distance of each state, these states counted as seen; 0 in the padding.
+
+        Reads what `features` made of the states in the pass before the update.
+        """
+        del columns
+        mask = rollouts.loss_mask
+        features = rollouts.column(FEATURES)[mask]
+        moment = rollouts.all_reduce(second_moment(features))
+        count = float(rollouts.all_reduce(mask.sum().double()))
+        self._new = moment.cpu(), count
+        seen = self._moment.to(moment) + moment
+        found = torch.zeros_like(rollouts.action_logp)
+        found[mask] = elliptical_distance(
+            features, seen, self._count + count, self._settings.ridge
+        ).to(found)
+        return found
+
+    def learn(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> dict[str, float]:
+        """Counts the states of the last `statistic` as seen; no metrics."""
+        del columns, rollouts
+        assert self._new is not None
+        moment, count = self._new
+        self._moment = self._settings.decay * (self._moment + moment)
+        self._count = self._settings.decay * (self._count + count)
+        return {}
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """(…, D + 1): states at length √D, projected, and a constant."""
+        hidden = torch.nn.functional.layer_norm(hidden.float(), hidden.shape[-1:])
+        if self._projection is not None:
+            hidden = hidden @ self._projection.to(hidden)
+        return torch.cat([hidden, torch.ones_like(hidden[..., :1])], dim=-1)
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"moment": self._moment, "count": self._count}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``."""
+        self._moment, self._count = state["moment"], state["count"]

@@ -1,1 +1,0 @@
-"""Learners for language models."""

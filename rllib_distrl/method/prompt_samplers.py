@@ -1,0 +1,242 @@
+"""Prompt samplers: which prompts an iteration serves, owned by the driver and checkpointed.
+
+A sampler is a class, built as `sampler(n_rows, seed)` with its settings. What it serves depends on
+seed, settings, state and the results it has seen, never on the number of runners.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from rllib_distrl.method.registry import register
+
+CORRECT = "correct"
+LARGEST_LISTED_TASK = 10_000_000
+"""A task with more rows generates them; nothing is kept for each of so many rows."""
+
+
+class PromptRequest(NamedTuple):
+    """A prompt to complete.
+
+    Attributes:
+        row: Its row in the task.
+        visit: Tells the times apart at which a row is served; part of the random numbers' address.
+    """
+
+    row: int
+    visit: int
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """What became of a prompt.
+
+    Attributes:
+        prompt: The request.
+        returns: (G,) return of each completion.
+        statuses: (G,) status of each grade.
+    """
+
+    prompt: PromptRequest
+    returns: tuple[float, ...]
+    statuses: tuple[str, ...]
+
+    @property
+    def correct(self) -> int:
+        """How many completions are correct."""
+        return self.statuses.count(CORRECT)
+
+
+class PromptSampler(Protocol):
+    """What a class registered as `prompt_sampler` does."""
+
+    def next(self, n: int) -> list[PromptRequest]:
+        """The next n prompts, no two of them equal in row and visit."""
+        ...
+
+    def update(self, results: Sequence[PromptResult]) -> None:
+        """Takes the results of the prompts served last."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken."""
+        ...
+
+
+class _Serving:
+    """Prompts one after another from a cursor; no result changes what is served."""
+
+    def __init__(self, n_rows: int, seed: int):
+        self.n_rows, self.seed = n_rows, seed
+        self.cursor = 0
+
+    def next(self, n: int) -> list[PromptRequest]:
+        """The next n prompts."""
+        first, self.cursor = self.cursor, self.cursor + n
+        return [self.prompt_at(position) for position in range(first, self.cursor)]
+
+    def prompt_at(self, position: int) -> PromptRequest:
+        """The prompt that is served after `position` others."""
+        raise NotImplementedError
+
+    def update(self, results: Sequence[PromptResult]) -> None:
+        """Nothing to learn."""
+
+    def get_state(self) -> dict[str, Any]:
+        """The cursor: prompts served so far."""
+        return {"cursor": self.cursor}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken; raises ValueError for another sampler's."""
+        _check_same_sampler(self, state)
+        self.cursor = int(state["cursor"])
+
+
+@register("prompt_sampler", "without_replacement")
+class WithoutReplacement(_Serving):
+    """Every row once per epoch, in an order drawn anew for each epoch; a visit is an epoch.
+
+    Rows of tasks that generate their problems never run out in practice; those are served in
+    order, which is already random. The order is a function of (seed, epoch) alone (our choice).
+    """
+
+    def __init__(self, n_rows: int, seed: int):
+        super().__init__(n_rows, seed)
+        self._order: tuple[int, np.ndarray] | None = None
+
+    def prompt_at(self, position: int) -> PromptRequest:
+        """The prompt that is served after `position` others."""
+        epoch, index = divmod(position, self.n_rows)
+        if self.n_rows > LARGEST_LISTED_TASK:
+            return PromptRequest(index, epoch)
+        if self._order is None or self._order[0] != epoch:
+            order = np.random.default_rng([self.seed, epoch]).permutation(self.n_rows)
+            self._order = (epoch, order)
+        return PromptRequest(int(self._order[1][index]), epoch)
+
+
+@register("prompt_sampler", "uniform")
+class Uniform(_Serving):
+    """Any row with equal probability, again and again; a visit is the number of prompts before."""
+
+    def prompt_at(self, position: int) -> PromptRequest:
+        """The prompt that is served after `position` others."""
+        row = np.random.default_rng([self.seed, position]).integers(self.n_rows)
+        return PromptRequest(int(row), position)
+
+
+@register("prompt_sampler", "variance_mix")
+class VarianceMix:
+    """A curriculum: part of the prompts by the variance p(1 - p) of being right, the rest evenly.
+
+    A prompt that always or never succeeds teaches little; variance-aware sampling (MMR1,
+    2025) therefore mixes prompts drawn in proportion to the variance with others drawn
+    without replacement. We estimate p from training itself: p = (s + 1) / (t + 2) for s of t
+    completions correct, so that unseen prompts (p = 1/2) come first; what a row's earlier visits
+    counted is halved at each new one, because the policy moves (our choices).
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        seed: int,
+        *,
+        share: float = 0.5,
+        decay: float = 0.5,
+        pool: int | None = None,
+    ):
+        """Starts without results.
+
+        Args:
+            n_rows: Rows of the task.
+            seed: Decides what is drawn.
+            share: Part of an iteration's prompts that is drawn by variance.
+            decay: What is left of a row's older counts when new ones come.
+            pool: Only the first so many rows are served; all where None.
+
+        Raises:
+            ValueError: For settings out of bounds, or too many rows to keep counts of.
+        """
+        if not 0.0 < share <= 1.0 or not 0.0 <= decay <= 1.0 or (pool is not None and pool < 1):
+            raise ValueError(
+                "variance_mix needs 0 < share <= 1, 0 <= decay <= 1 and pool >= 1, got "
+                f"share={share}, decay={decay}, pool={pool}."
+            )
+        rows = min(n_rows, pool or n_rows)
+        if rows > LARGEST_LISTED_TASK:
+            raise ValueError(
+                f"variance_mix keeps counts of every row, and the task has {n_rows:,}. Set its "
+                "pool, the number of rows to serve, for example to 10_000."
+            )
+        self.seed, self.share, self.decay = seed, share, decay
+        self._even = WithoutReplacement(rows, seed)
+        self._served = 0
+        self._correct, self._seen = np.zeros(rows), np.zeros(rows)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(rows,), p (1 - p) of each."""
+        rate = (self._correct + 1.0) / (self._seen + 2.0)
+        return rate * (1.0 - rate)
+
+    def next(self, n: int) -> list[PromptRequest]:
+        """N prompts, round(share n) of them by variance."""
+        weights, drawn = self.weights, round(self.share * n)
+        rng = np.random.default_rng([self.seed, self._served])
+        rows = rng.choice(len(weights), size=drawn, p=weights / weights.sum()).tolist()
+        rows += [prompt.row for prompt in self._even.next(n - drawn)]
+        first, self._served = self._served, self._served + n
+        return [PromptRequest(row, first + place) for place, row in enumerate(rows)]
+
+    def update(self, results: Sequence[PromptResult]) -> None:
+        """Counts what was correct."""
+        rows = [result.prompt.row for result in results]
+        for row in set(rows):
+            self._correct[row] *= self.decay
+            self._seen[row] *= self.decay
+        for row, result in zip(rows, results, strict=True):
+            self._correct[row] += result.correct
+            self._seen[row] += len(result.statuses)
+
+    def get_state(self) -> dict[str, Any]:
+        """Counts and cursors."""
+        return {
+            "served": self._served,
+            "even": self._even.get_state(),
+            "correct": self._correct.copy(),
+            "seen": self._seen.copy(),
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            ValueError: If it counts other rows, or is another sampler's.
+        """
+        _check_same_sampler(self, state)
+        counted, rows = len(state["seen"]), len(self._seen)
+        if counted != rows:
+            raise ValueError(
+                f"The state of variance_mix has counts of {counted} rows and the task now serves "
+                f"{rows}, so they would be taken for other problems. Go on with the data, pool, "
+                "max_prompt_tokens and on_long_prompt that it was saved with, or start anew."
+            )
+        self._served = int(state["served"])
+        self._even.set_state(state["even"])
+        self._correct, self._seen = np.array(state["correct"]), np.array(state["seen"])
+
+
+def _check_same_sampler(sampler: PromptSampler, state: dict[str, Any]) -> None:
+    present = sampler.get_state()
+    if state.keys() != present.keys():
+        raise ValueError(
+            f"The state holds {', '.join(state)}, and {type(sampler).__name__} has "
+            f"{', '.join(present)}: it is another prompt_sampler's. Go on with the one that it was "
+            "saved with."
+        )

@@ -1,0 +1,1 @@
+"""Language models: loading them, and as RLModules with scalar or quantile critic."""

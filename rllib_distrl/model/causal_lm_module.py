@@ -1,0 +1,320 @@
+"""A causal language model as an RLModule: policy and scalar critic."""
+
+import copy
+from typing import Any, Self
+
+import torch
+from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.utils import make_target_network
+from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, TargetNetworkAPI, ValueFunctionAPI
+from ray.rllib.core.rl_module.apis.target_network_api import TARGET_NETWORK_ACTION_DIST_INPUTS
+from ray.rllib.core.rl_module.torch import TorchRLModule
+from ray.rllib.utils.numpy import convert_to_numpy
+from torch import nn
+
+from rllib_distrl.engine.protocol import SamplingParams
+from rllib_distrl.engine.sampling import sample
+from rllib_distrl.maths.lm_head import token_logps
+from rllib_distrl.maths.micro_batches import split_by_token_budget, split_packed
+from rllib_distrl.maths.packing import first_of_prompt
+from rllib_distrl.model.activations import autocast, checkpoint_activations
+from rllib_distrl.model.critic_folder import load_critic
+from rllib_distrl.model.distributions import SampledTokenDistribution
+from rllib_distrl.model.lm_parts import last_states, logit_map_of, trunk_of
+from rllib_distrl.model.loading import load_model
+from rllib_distrl.model.lora import add_adapters, merged_state, trunk_beside
+from rllib_distrl.model.packing import packs_rows
+from rllib_distrl.model.self_check import prepare_policy
+from rllib_distrl.model.sequences import (
+    INPUT_IDS,
+    Sequences,
+    from_columns,
+    from_incremental_obs,
+    from_prompts,
+)
+
+DEFAULT_MICRO_BATCH_TOKENS = 16_384
+POLICY_PREFIX = "policy."
+
+
+class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, InferenceOnlyAPI):
+    """Policy: a Hugging Face causal LM. Critic: a linear head on a trunk of states.
+
+    ``model_config`` keys: ``model`` (path, hub id or ``builtin:...``), ``critic``
+    (``separate``: own trunk, a copy of the policy's; ``shared``: the policy's states;
+    ``detached``: those without their gradient; ``none``), ``temperature`` of the sampling
+    distribution, ``micro_batch_tokens``, ``precision`` (``fp32``, or ``bf16``: autocast of the
+    trunks over float32 weights, with float32 logits), ``activation_checkpointing``,
+    ``lora`` (see `lora.check_lora`; a separate critic then has adapters of its own on the same
+    frozen weights) and ``seed``, ``critic_checkpoint`` (a folder of `critic_folder` to start the
+    separate critic from), and ``max_seq_len`` for RLlib's own connectors.
+
+    Serves both worlds: sequence batches of `SequencesFromEpisodes`, and the (B, T, ...)
+    batches of RLlib's own learners with ``obs_mode="incremental"``. Prompts without actions
+    (`from_prompts`) are answered by `forward_inference` and `forward_exploration` with the next
+    token of each.
+    """
+
+    def setup(self) -> None:
+        """Loads the model and, on a learner, makes the critic."""
+        self.policy: Any = load_model(self.model_config["model"])
+        self.temperature = float(self.model_config.get("temperature", 1.0))
+        self.critic_kind = self.model_config.get("critic", "separate")
+        self.micro_batch_tokens = int(
+            self.model_config.get("micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS)
+        )
+        self.precision = self.model_config.get("precision", "fp32")
+        # Env runners sample with the merged weights and know nothing of adapters.
+        self.lora = None if self.inference_only else self.model_config.get("lora")
+        self.action_dist_cls = SampledTokenDistribution
+        self.logit_map = logit_map_of(self.policy)
+        if not self.inference_only:
+            prepare_policy(self)
+            self._prepare_training()
+
+    def _prepare_training(self) -> None:
+        if self.critic_kind == "separate":
+            trunk = trunk_of(self.policy)
+            self.critic = copy.deepcopy(trunk) if self.lora is None else trunk_beside(self.policy)
+        if self.critic_kind != "none":
+            self._make_value_head()
+        seed = 2 * int(self.model_config.get("seed") or 0)
+        for number, name in enumerate(("policy", "critic")):
+            if hasattr(self, name) and self.lora is not None:
+                add_adapters(getattr(self, name), self.lora, seed + number)
+            if hasattr(self, name) and self.model_config.get("activation_checkpointing", False):
+                checkpoint_activations(getattr(self, name))
+
+    def _make_value_head(self) -> None:
+        hidden_size = self.policy.get_output_embeddings().weight.shape[1]
+        self.value_head = nn.Linear(hidden_size, self.n_value_outputs)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        if checkpoint := self.model_config.get("critic_checkpoint"):
+            load_critic(self, checkpoint)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in evaluation mode: dropout would make another policy than the sampler's."""
+        return super().train(False)
+
+    @property
+    def n_value_outputs(self) -> int:
+        """Outputs of the value head: one, the value."""
+        return 1
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether this copy of the module carries a critic."""
+        return hasattr(self, "value_head")
+
+    def critic_parameters(self) -> list[nn.Parameter]:
+        """Parameters that only the critic uses."""
+        parts = [getattr(self, name) for name in ("critic", "value_head") if hasattr(self, name)]
+        return [parameter for part in parts for parameter in part.parameters()]
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What an env runner does without."""
+        return ["critic", "value_head", "target_policy"]
+
+    def get_state(self, *args: Any, inference_only: bool = False, **kwargs: Any) -> dict[str, Any]:
+        """RLlib's state; for env runners the policy with its adapters merged in."""
+        state = super().get_state(*args, inference_only=inference_only, **kwargs)
+        if self.lora is None or not inference_only:
+            return state
+        merged = {f"{POLICY_PREFIX}{name}": x for name, x in merged_state(self.policy).items()}
+        return {
+            **{name: x for name, x in state.items() if not name.startswith(POLICY_PREFIX)},
+            **{name: convert_to_numpy(x) for name, x in merged.items()},
+        }
+
+    def get_initial_state(self) -> dict[str, Any]:
+        """A state of one number: it makes RLlib's connectors keep the time axis."""
+        return {"position": torch.zeros(1)}
+
+    def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        sequences = self.sequences(batch)
+        states = self._states(self.policy, sequences)
+        outputs = {Columns.ACTION_DIST_INPUTS: self._sampled_tokens(self.policy, states, sequences)}
+        if self.has_critic:
+            outputs[Columns.EMBEDDINGS] = self._critic_states(sequences, states)
+        return outputs
+
+    def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Of prompts alone the most probable next tokens and the model's own logps of them."""
+        if Columns.ACTIONS in batch:
+            return super()._forward_inference(batch, **kwargs)
+        return self._next_tokens(batch, greedy=True)
+
+    def _forward_exploration(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        """Of prompts alone next tokens drawn as the rollout draws them, and their logps."""
+        if Columns.ACTIONS in batch:
+            return super()._forward_exploration(batch, **kwargs)
+        return self._next_tokens(batch, greedy=False)
+
+    @torch.no_grad()
+    def _next_tokens(self, batch: dict[str, Any], greedy: bool) -> dict[str, Any]:
+        """``actions`` (B,) int64 and ``action_logp`` (B,) float32 after B prompts."""
+        prompts = from_prompts(batch, self.policy)
+        rollout = self.model_config.get("rollout", {})
+        filters = {name: rollout[name] for name in ("top_p", "top_k") if name in rollout}
+        params = SamplingParams(1, self.temperature, greedy=greedy, **filters)
+        head = self.policy.get_output_embeddings()
+        tokens = torch.zeros_like(prompts.prompt_lens)
+        logps = torch.zeros_like(tokens, dtype=torch.float32)
+        for index in self.micro_batches(prompts):
+            states = self._states(self.policy, prompts.rows(index))[:, 0]
+            logits = self.logit_map(head(states.to(head.weight.dtype)).float())
+            uniforms = torch.rand(len(index), dtype=torch.float64, device=tokens.device)
+            tokens[index], logps[index], _ = sample(logits, uniforms, params)
+        return {Columns.ACTIONS: tokens, Columns.ACTION_LOGP: logps}
+
+    @staticmethod
+    def sequences(batch: dict[str, Any]) -> Sequences:
+        """The token rows of a batch of either world."""
+        return from_columns(batch) if INPUT_IDS in batch else from_incremental_obs(batch)
+
+    def micro_batches(self, sequences: Sequences, budget: int | None = None) -> list[torch.Tensor]:
+        """Cuts rows into micro-batches of at most ``budget`` tokens, by what is computed of them.
+
+        Args:
+            sequences: the rows.
+            budget: tokens; None: the module's own ``micro_batch_tokens``.
+
+        Returns:
+            Index tensors that together hold every row once.
+
+        Raises:
+            ValueError: if one row alone exceeds the budget.
+        """
+        budget = budget or self.micro_batch_tokens
+        if not packs_rows(self.policy):
+            return split_by_token_budget(sequences.lengths, budget)
+        prompt = first_of_prompt(sequences.input_ids, sequences.prompt_lens)
+        return split_packed(
+            prompt,
+            sequences.prompt_lens,
+            sequences.lengths,
+            budget,
+            whole_rows=sequences.input_ids.device.type != "cpu",
+        )
+
+    def hidden(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
+        """Last hidden states (B, S, H) of a policy or a trunk at every position of the rows.
+
+        Of a policy what its LM head reads. Of packed rows without the place of the last token,
+        which no completion token follows.
+        """
+        if not packs_rows(model):
+            with autocast(self.precision, sequences.input_ids.device):
+                return last_states(model, input_ids=sequences.input_ids, use_cache=False)
+        return self._packed_hidden(model, sequences)[sequences.packing.rows]
+
+    def _packed_hidden(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
+        packing = sequences.packing
+        with autocast(self.precision, packing.input_ids.device):
+            states = last_states(
+                model,
+                input_ids=packing.input_ids.unsqueeze(0),
+                position_ids=packing.positions.unsqueeze(0),
+                use_cache=False,
+                packing=packing,
+            )
+        return states.squeeze(0)
+
+    def _states(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
+        """(B, T, H), the states before each completion token."""
+        if not packs_rows(model):
+            return sequences.states(self.hidden(model, sequences))
+        return self._packed_hidden(model, sequences)[sequences.packed_states]
+
+    def token_logps(
+        self, policy: Any, states: torch.Tensor, tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logps and entropies (M,) of ``tokens`` (M,) after ``states`` (M, H) under a policy."""
+        head = policy.get_output_embeddings()
+        if self.precision == "bf16":
+            states = states.bfloat16()
+        return token_logps(
+            states,
+            head.weight,
+            tokens,
+            bias=head.bias,
+            temperature=self.temperature,
+            logit_map=self.logit_map,
+        )
+
+    def _sampled_tokens(
+        self, policy: Any, states: torch.Tensor, sequences: Sequences
+    ) -> torch.Tensor:
+        """(B, T, 2): logp of each completion token and entropy, zeros where masked."""
+        mask = sequences.mask
+        logp, entropy = self.token_logps(policy, states[mask], sequences.actions[mask])
+        outputs = logp.new_zeros(*mask.shape, 2)
+        outputs[mask] = torch.stack([logp, entropy], dim=-1)
+        return outputs
+
+    def compute_logps(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, T) float32 logps of the completion tokens, in micro-batches, without gradients.
+
+        Under the sampling temperature; zeros where masked.
+        """
+        sequences = self.sequences(batch)
+        logps = torch.zeros(sequences.actions.shape, device=sequences.actions.device)
+        with torch.no_grad():
+            for index in self.micro_batches(sequences):
+                rows = sequences.rows(index)
+                states = self._states(self.policy, rows)
+                sampled = self._sampled_tokens(self.policy, states, rows)[..., 0]
+                logps[index, : sampled.shape[1]] = sampled.float()
+        return logps
+
+    def _critic_states(
+        self, sequences: Sequences, policy_states: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if self.critic_kind == "separate":
+            return self._states(self.critic, sequences)
+        if policy_states is None:
+            policy_states = self._states(self.policy, sequences)
+        return policy_states.detach() if self.critic_kind == "detached" else policy_states
+
+    def compute_values(
+        self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Values (B, T) of the states before each completion token.
+
+        Without ``embeddings`` (RLlib's GAE connector) runs the critic in micro-batches and
+        without gradients: the connector would run it at once and with them (Ray 2.60).
+        """
+        return self.value_outputs(batch, embeddings).squeeze(-1)
+
+    def value_outputs(
+        self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Raw outputs of the value head (B, T, n_value_outputs), in its weights' float32."""
+        if embeddings is not None:
+            return self.value_head(embeddings.to(self.value_head.weight.dtype))
+        sequences = self.sequences(batch)
+        outputs = sequences.actions.new_zeros(
+            *sequences.actions.shape, self.n_value_outputs, dtype=self.value_head.weight.dtype
+        )
+        with torch.no_grad():
+            for index in self.micro_batches(sequences):
+                rows = sequences.rows(index)
+                values = self.value_outputs({}, self._critic_states(rows))
+                outputs[index, : values.shape[1]] = values
+        return outputs
+
+    def make_target_networks(self) -> None:
+        """A frozen copy of the policy, for APPO."""
+        self.target_policy: Any = make_target_network(self.policy)
+
+    def get_target_network_pairs(self) -> list[tuple[nn.Module, nn.Module]]:
+        """The policy and its frozen copy."""
+        return [(self.policy, self.target_policy)]
+
+    def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Action distribution inputs (B, T, 2) of the frozen copy."""
+        sequences = self.sequences(batch)
+        states = self._states(self.target_policy, sequences)
+        inputs = self._sampled_tokens(self.target_policy, states, sequences)
+        return {TARGET_NETWORK_ACTION_DIST_INPUTS: inputs}

@@ -1,1 +1,0 @@
-"""RLModules: a causal language model as policy, with scalar or quantile critic."""

@@ -1,0 +1,93 @@
+"""Modules under the names that they had before: old imports, pickles and checkpoints load.
+
+A name below is looked up where the module is now, with a `DeprecationWarning`. CHANGELOG has the
+same table for readers.
+"""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+PACKAGES = {
+    "algorithms": "algorithm",
+    "comparison": "experiments",
+    "connectors": "learner",
+    "engines": "engine",
+    "env_runners": "rollout",
+    "learners": "learner",
+    "models": "model",
+    "modules": "model",
+    "stages": "method",
+    "sweeps": "experiments",
+}
+# Modules whose own name changed, or that are in a package now.
+MODULES = {
+    "algorithms.env_runner_fleet": "rollout.fleet",
+    "algorithms.language_model": "algorithm.wiring",
+    "algorithms.scaling": "rollout.scaling",
+    "checkpoints": "runs.checkpoints",
+    "connectors.sequences_from_episodes": "learner.connector",
+    "engines.engine": "engine.protocol",
+    "engines.handshake": "engine.weight_proof",
+    "env_runners.pools": "rollout.pool_metrics",
+    "learners.method": "method.pipeline",
+    "run_folder": "runs.folder",
+    "run_log": "runs.log",
+    "run_meta": "runs.meta",
+    "run_requests": "runs.requests",
+    "run_storage": "runs.storage",
+    "token_table": "method.token_table",
+    "trackers": "runs.trackers",
+}
+
+
+def new_name(name: str) -> str | None:
+    """Where ``name``, below this package, is now; None where nothing of that name was moved."""
+    if name in MODULES:
+        return MODULES[name]
+    package, _, rest = name.partition(".")
+    if package not in PACKAGES:
+        return None
+    return f"{PACKAGES[package]}.{rest}" if rest else PACKAGES[package]
+
+
+class _Loader(Loader):
+    def __init__(self, name: str):
+        self._name = name
+        self._spec: ModuleSpec | None = None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        warnings.warn(f"{spec.name} is {self._name} now.", DeprecationWarning, stacklevel=2)
+        module = importlib.import_module(self._name)
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        # It ran under its own name; Python has just given it the old name's spec.
+        module.__spec__ = self._spec
+
+
+class MovedModules(MetaPathFinder):
+    """Finds what `import rllib_distrl.OLD` asks for."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """A spec for names of the table, None for all others."""
+        root, _, rest = fullname.partition(".")
+        if root != __package__ or (new := new_name(rest)) is None:
+            return None
+        return ModuleSpec(fullname, _Loader(f"{root}.{new}"), is_package=True)
+
+
+def install() -> None:
+    """Called once, when the package is imported.
+
+    Before Python's own finders: these would run a moved package's modules a second time.
+    """
+    if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
+        sys.meta_path.insert(0, MovedModules())

@@ -1,0 +1,1 @@
+"""Env runners that generate whole completions, and the fleet of remote ones."""

@@ -1,0 +1,193 @@
+"""Replaying completions through an env, and building RLlib's episodes from what it says."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from ray.rllib.core.columns import Columns
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+
+from distrl_envs.token_env import Verdict
+from rllib_distrl.engine.protocol import Completion, Request
+
+# Gets the name of an RLlib callback and the episode.
+Hook = Callable[[str, SingleAgentEpisode], None]
+
+_NOTHING: dict[str, Any] = {}
+
+
+class Played(NamedTuple):
+    """What an env made of a completion, whose rewards and end it alone decides.
+
+    Attributes:
+        observations: T + 1, for the T tokens that were played.
+        rewards: T.
+        infos: T + 1, the reset's first.
+        terminated: whether the task has ended.
+        truncated: whether a wrapper has cut the completion, before or at its end.
+    """
+
+    observations: list[Any]
+    rewards: list[float]
+    infos: list[dict[str, Any]]
+    terminated: bool
+    truncated: bool
+
+
+def play(env: Any, request: Request, completion: Completion, verdict: Verdict | None) -> Played:
+    """Plays a completion, as far as the env lets it.
+
+    Args:
+        env: `TokenEnv`, perhaps in wrappers.
+        request: what was asked for; its key names row, sample and visit.
+        completion: what was generated.
+        verdict: how the env has graded it beforehand; None: it grades now.
+
+    Raises:
+        RuntimeError: the env has not ended the episode where the engine did.
+    """
+    observation, info = env.reset(options=_options(request, verdict))
+    observations, rewards, infos = [observation], [], [info]
+    terminated = truncated = False
+    step = env.step
+    for token in np.asarray(completion.tokens).tolist():
+        observation, reward, terminated, truncated, info = step(token)
+        observations.append(observation)
+        rewards.append(reward)
+        infos.append(info or _NOTHING)
+        if terminated or truncated:
+            break
+    _check_end(request, completion, len(rewards), terminated, truncated)
+    return Played(observations, rewards, infos, terminated, truncated)
+
+
+def build_episode(
+    env: Any,
+    request: Request,
+    completion: Completion,
+    played: Played,
+    weights_seq_no: int,
+    sampling: dict[str, Any],
+) -> SingleAgentEpisode:
+    """A finished, numpy'ised episode, as arrays and without per-token objects.
+
+    Args:
+        env: the env, for its spaces.
+        request: what was asked for.
+        completion: the tokens and their behaviour logps, of which the first T were played.
+        played: what the env made of them.
+        weights_seq_no: version of the weights that sampled.
+        sampling: how they sampled: ``temperature``, ``top_p``, ``top_k``, ``greedy``.
+
+    Returns:
+        The episode. Its first info holds ``prompt_ids``, ``row``, ``sample``, ``visit``,
+        ``sampling`` and what wrappers add; extra model outputs: ``action_logp``,
+        ``action_dist_inputs`` (logp, and entropy, which is NaN where the engine was not asked for
+        it) and the weights' version.
+    """
+    steps = len(played.rewards)
+    outputs = _outputs(completion, weights_seq_no)
+    return SingleAgentEpisode(
+        observations=_column(played.observations),
+        observation_space=env.observation_space,
+        actions=_column(completion.tokens[:steps], np.int64),
+        action_space=env.action_space,
+        rewards=_column(played.rewards, np.float32),
+        infos=[_first_info(request, played.infos[0], sampling), *played.infos[1:]],
+        terminated=played.terminated,
+        truncated=played.truncated,
+        extra_model_outputs={name: column[:steps] for name, column in outputs.items()},
+        len_lookback_buffer=0,
+    )
+
+
+def play_watched(
+    env: Any,
+    request: Request,
+    completion: Completion,
+    verdict: Verdict,
+    weights_seq_no: int,
+    sampling: dict[str, Any],
+    hook: Hook,
+) -> SingleAgentEpisode:
+    """`play` and `build_episode` step by step, for callbacks that look at an episode under way.
+
+    Args:
+        env: see `play`, also for what it raises.
+        request: see `play`.
+        completion: see `play`.
+        verdict: see `play`.
+        weights_seq_no: see `build_episode`.
+        sampling: see `build_episode`.
+        hook: called with ``on_episode_created`` before the reset, ``on_episode_start`` after it
+            and ``on_episode_step`` after each step, and the episode as it is then.
+    """
+    outputs = _outputs(completion, weights_seq_no)
+    episode = SingleAgentEpisode(
+        observation_space=env.observation_space,
+        action_space=env.action_space,
+        len_lookback_buffer=0,
+    )
+    hook("on_episode_created", episode)
+    observation, info = env.reset(options=_options(request, verdict))
+    episode.add_env_reset(observation=observation, infos=_first_info(request, info, sampling))
+    hook("on_episode_start", episode)
+    for step, token in enumerate(np.asarray(completion.tokens, dtype=np.int64)):
+        observation, reward, terminated, truncated, info = env.step(int(token))
+        episode.add_env_step(
+            observation=observation,
+            action=token,
+            reward=np.float32(reward),
+            infos=info,
+            terminated=terminated,
+            truncated=truncated,
+            extra_model_outputs={name: column[step] for name, column in outputs.items()},
+        )
+        hook("on_episode_step", episode)
+        if episode.is_done:
+            break
+    ended = episode.is_terminated, episode.is_truncated
+    _check_end(request, completion, len(episode), *ended)
+    return episode.to_numpy()
+
+
+def _options(request: Request, verdict: Verdict | None) -> dict[str, Any]:
+    return {"row": request.key[1], "verdict": verdict}
+
+
+def _first_info(request: Request, info: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+    _, row, sample, visit = request.key
+    kept = {name: value for name, value in info.items() if name != "problem"}
+    return {**kept, "row": row, "sample": sample, "visit": visit, "sampling": sampling}
+
+
+def _outputs(completion: Completion, weights_seq_no: int) -> dict[str, np.ndarray]:
+    logps = np.asarray(completion.logps, dtype=np.float32)
+    entropies = (
+        np.full_like(logps, np.nan)
+        if completion.entropies is None
+        else np.asarray(completion.entropies, dtype=np.float32)
+    )
+    return {
+        Columns.ACTION_LOGP: logps,
+        Columns.ACTION_DIST_INPUTS: np.stack([logps, entropies], axis=-1),
+        WEIGHTS_SEQ_NO: np.full(len(logps), weights_seq_no),
+    }
+
+
+def _check_end(
+    request: Request, completion: Completion, steps: int, terminated: bool, truncated: bool
+) -> None:
+    if truncated or (terminated and steps == len(completion.tokens)):
+        return
+    raise RuntimeError(
+        f"Engine and env disagree about the end of row {request.key[1]}: "
+        f"{len(completion.tokens)} tokens generated, {steps} played. An episode ends at an EOS "
+        "token, at [rollout] max_completion_tokens, or where a wrapper says truncated."
+    )
+
+
+def _column(values: Any, dtype: Any = None) -> Any:
+    """An array: RLlib takes one as a finished column, though its annotations name lists only."""
+    return np.asarray(values, dtype=dtype)

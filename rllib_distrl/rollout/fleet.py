@@ -1,0 +1,292 @@
+"""The remote env runners of an algorithm: which serve, with which weights, and how many."""
+
+import logging
+import time
+from collections import Counter
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from rllib_distrl.algorithm.probe_check import ProbeCheck
+from rllib_distrl.rollout.completion_env_runner import LoadedWeights
+
+logger = logging.getLogger(__name__)
+
+# What `EnvRunnerFleet.counts` counts.
+NUM_FAILED_ENV_RUNNERS = "num_failed_env_runners"
+NUM_HUNG_ENV_RUNNERS = "num_hung_env_runners"
+NUM_LOST_PROMPTS = "num_lost_prompts"
+
+# Tags of calls under way, in RLlib's actor manager.
+_PROBE = "probe"
+_CALL = "call"
+_PROBE_S = 0.1  # a runner that is up answers a ping in a millisecond or two
+_STOP_S = 10.0
+# In no placement group. Ray 2.60 takes None, though it does not say so.
+_NO_GROUP: Any = None
+_OUTSIDE = PlacementGroupSchedulingStrategy(placement_group=_NO_GROUP)
+
+
+class EnvRunnerFleet:
+    """Keeps the remote runners of one `EnvRunnerGroup` at a wanted number, and up to date.
+
+    A runner serves once it has confirmed version and hash of the present weights, and its engine
+    computes the learner's logps with them. Until then, and after a failure, RLlib's actor manager
+    holds it for unhealthy. Runners that die are restarted by Ray, those that hang are killed
+    first, and both come back through `admit`.
+
+    Attributes:
+        wanted: how many remote runners there should be.
+        weights: version and content hash that every serving runner has confirmed.
+        deadline_s: how long a runner may take for anything before it counts as dead.
+        counts: failures since the last `take_counts`.
+    """
+
+    def __init__(self, group: Any, config: Any, check_probes: ProbeCheck):
+        """Takes over the runners that ``group`` has; `sync` comes next.
+
+        Args:
+            group: the algorithm's `EnvRunnerGroup`.
+            config: its `AlgorithmConfig`: time limits, and whether runners are restarted.
+            check_probes: compares what the runners compute with the learner.
+        """
+        self._group = group
+        self._manager = group._worker_manager
+        self._check_probes = check_probes
+        self._restarts = config.restart_failed_env_runners
+        self._update: Any = None
+        self._process: dict[int, str] = {}
+        self._confirmed: set[int] = set()  # served at the last look
+        self.wanted: int = group.num_remote_env_runners()
+        self.weights: tuple[int, str] = (-1, "")
+        self.deadline_s = float(config.sample_timeout_s)
+        self.counts: Counter[str] = Counter()
+
+    def serving(self) -> list[int]:
+        """Numbers of the runners that have confirmed the present weights."""
+        return self._manager.healthy_actor_ids()
+
+    def present(self) -> int:
+        """How many runners there are, those that are starting included."""
+        return self._manager.num_actors()
+
+    def name(self, number: int) -> str:
+        """How messages call a runner: number, process and machine."""
+        where = self._process.get(number)
+        return f"Env runner {number} ({where})" if where else f"Env runner {number}"
+
+    def is_process(self, number: int, process: str) -> bool:
+        """Whether a runner still is the process that has confirmed its weights."""
+        return self._process.get(number) == process
+
+    def sync(self, update: dict[str, Any], weights: tuple[int, str]) -> None:
+        """Sends new weights to all serving runners and waits until each has confirmed them.
+
+        Those that are silent for ``deadline_s`` are restarted.
+
+        Args:
+            update: what an env runner's ``set_state`` takes.
+            weights: the version and content hash that they must confirm.
+
+        Raises:
+            RuntimeError: a runner has loaded something else, or computes other logps with it.
+        """
+        self.set_weights(update, weights)
+        self._load(self.serving())
+
+    def set_weights(self, update: dict[str, Any], weights: tuple[int, str]) -> None:
+        """Remembers weights for runners that `admit` lets in; see `sync`."""
+        self._update, self.weights = ray.put(update), weights
+
+    def admit(self) -> list[int]:
+        """Brings runners that are up, new or restarted, into service; does not wait for others.
+
+        Returns:
+            Numbers of the runners that serve from now on.
+
+        Raises:
+            RuntimeError: a runner has loaded other weights than it was sent, or computes other
+                logps with them.
+        """
+        manager = self._manager
+        out = [number for number in manager.actor_ids() if not manager.is_actor_healthy(number)]
+        for number in self._confirmed.intersection(out):
+            self.fail(number, "was found dead by RLlib")
+        if not out:
+            return []
+        manager.foreach_actor_async("ping", tag=_PROBE, healthy_only=False, remote_actor_ids=out)
+        answers = list(manager.fetch_ready_async_reqs(tags=_PROBE, timeout_seconds=_PROBE_S))
+        for answer in answers:
+            if isinstance(answer.get(), ActorDiedError):
+                self._replace(answer.actor_id, answer.get())
+        confirmed = self._load([answer.actor_id for answer in answers if answer.ok])
+        for number in confirmed:
+            manager.set_actor_state(number, healthy=True)
+        return confirmed
+
+    def wait_for(self, n: int, timeout_s: float) -> bool:
+        """Whether at least ``n`` runners serve within so many seconds."""
+        give_up = time.monotonic() + timeout_s
+        while len(self.serving()) < n:
+            if time.monotonic() > give_up or self.present() < n:
+                return False
+            time.sleep(_PROBE_S)
+            self.admit()
+        return True
+
+    def ask(self, method: str, arguments: dict[int, dict[str, Any]]) -> None:
+        """Calls a method of some serving runners, without waiting; forgets earlier calls.
+
+        Args:
+            method: its name.
+            arguments: keyword arguments for each runner, by its number.
+        """
+        if not arguments:
+            return  # RLlib takes an empty list of runners for all of them
+        for number in arguments:
+            self._manager._remove_async_state(number)
+        self._manager.foreach_actor_async(
+            [method] * len(arguments),
+            tag=_CALL,
+            kwargs=list(arguments.values()),
+            remote_actor_ids=list(arguments),
+        )
+
+    def answers(self, timeout_s: float) -> list[tuple[int, Any]]:
+        """What runners have answered to `ask`, or the exception that came instead.
+
+        Args:
+            timeout_s: how long to wait for the last one.
+        """
+        results = self._manager.fetch_ready_async_reqs(tags=_CALL, timeout_seconds=timeout_s)
+        return [(result.actor_id, result.get()) for result in results]
+
+    def fail(self, number: int, why: str) -> None:
+        """Takes a runner whose process has ended out of service."""
+        self._count_failure(number)
+        self._manager.set_actor_state(number, healthy=False)
+        logger.warning("%s %s.", self.name(number), why)
+
+    def _count_failure(self, number: int) -> None:
+        self.counts[NUM_FAILED_ENV_RUNNERS] += number in self._confirmed
+        self._confirmed.discard(number)
+
+    def restart(self, number: int, why: str) -> None:
+        """Kills a runner that hangs or is broken; Ray starts it again."""
+        ray.kill(self._manager.actors()[number], no_restart=False)
+        self.fail(number, f"{why}; it is restarted" if self._restarts else why)
+
+    def scale(self, n: int) -> None:
+        """Asks Ray for more runners, which `admit` lets in as they come up, or stops some.
+
+        No runner may be sampling. New actors stand outside of the placement group of a Tune
+        trial, which has no bundle for them.
+        """
+        self.wanted = n
+        excess = self.present() - n
+        # Those that do not serve yet go first, then the youngest.
+        numbers = sorted(self._manager.actor_ids(), key=lambda i: (i not in self.serving(), i))
+        if excess > 0:
+            self._remove(numbers[-excess:])
+        for _ in range(-excess):
+            self._add()
+
+    def take_counts(self) -> dict[str, int]:
+        """Failures since the last call, by name."""
+        names = (NUM_FAILED_ENV_RUNNERS, NUM_HUNG_ENV_RUNNERS, NUM_LOST_PROMPTS)
+        taken = {name: self.counts[name] for name in names}
+        self.counts.clear()
+        return taken
+
+    def stop(self) -> None:
+        """Ends all remote runners. RLlib would wait without end for one that hangs."""
+        self._remove(self._manager.actor_ids())
+
+    def _load(self, numbers: list[int]) -> list[int]:
+        """Sends the present weights; returns the numbers of those that have confirmed them."""
+        if not numbers:
+            return []
+        results = self._manager.foreach_actor(
+            "load_weights",
+            kwargs={"state": self._update},
+            remote_actor_ids=numbers,
+            healthy_only=False,
+            timeout_seconds=self.deadline_s,
+        )
+        loaded = {result.actor_id: result.get() for result in results}
+        for number in numbers:
+            self._confirm(number, loaded.get(number))
+        confirmed = [n for n in numbers if isinstance(loaded.get(n), LoadedWeights)]
+        self._check_probes({self.name(number): loaded[number].probe for number in confirmed})
+        return confirmed
+
+    def _confirm(self, number: int, answer: Any) -> None:
+        if answer is None:
+            self.counts[NUM_HUNG_ENV_RUNNERS] += 1
+            self.restart(number, f"has not loaded its weights in {self.deadline_s:g} s")
+        elif isinstance(answer, str):
+            self.restart(number, f"could not load its weights: {answer}")
+        elif not isinstance(answer, LoadedWeights):
+            self.fail(number, f"was lost while loading weights: {first_line(answer)}")
+        elif (answer.version, answer.hash) != self.weights:
+            raise RuntimeError(
+                f"{self.name(number)} was sent {_stamp(self.weights)} and has loaded "
+                f"{_stamp((answer.version, answer.hash))}."
+            )
+        else:
+            if self._process.get(number) not in (None, answer.process):
+                self._manager._num_actor_restarts += 1
+                self._count_failure(number)  # unless somebody has noticed its end before
+            self._process[number] = answer.process
+            self._confirmed.add(number)
+
+    def _replace(self, number: int, error: ActorDiedError) -> None:
+        """Removes a runner that Ray will not restart, and asks for another one in its place."""
+        self._manager.remove_actor(number)
+        self._confirmed.discard(number)
+        if error.actor_init_failed:
+            logger.error("%s cannot start and is not replaced: %s", self.name(number), error)
+        elif self._restarts:
+            self._manager._num_actor_restarts += 1
+            logger.warning("%s is gone for good; Ray is asked for another.", self.name(number))
+            self._add()
+        else:
+            logger.warning("%s is gone for good.", self.name(number))
+
+    def _add(self) -> None:
+        group, manager = self._group, self._manager
+        actor = (
+            ray.remote(**group._remote_args)(group.env_runner_cls)
+            .options(scheduling_strategy=_OUTSIDE)
+            .remote(
+                config=group._remote_config_obj_ref,
+                # RLlib would give the numbers of removed runners again, and so their seeds.
+                worker_index=manager._next_id,
+                num_workers=self.wanted,
+                tune_trial_id=group._tune_trial_id,
+            )
+        )
+        manager.add_actors([actor])
+        manager.set_actor_state(max(manager.actor_ids()), healthy=False)
+
+    def _remove(self, numbers: list[int]) -> None:
+        serving = [number for number in numbers if number in self.serving()]
+        if serving:
+            self._manager.foreach_actor(
+                "stop", remote_actor_ids=serving, timeout_seconds=min(_STOP_S, self.deadline_s)
+            )
+        for number in numbers:
+            self._process.pop(number, None)
+            self._confirmed.discard(number)
+            ray.kill(self._manager.remove_actor(number))
+
+
+def _stamp(weights: tuple[int, str]) -> str:
+    return f"version {weights[0]}, hash {weights[1][:12]}"
+
+
+def first_line(error: Any) -> str:
+    """An exception's message without its remote traceback."""
+    return str(error).partition("\n")[0].rstrip(".")

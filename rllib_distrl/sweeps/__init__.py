@@ -1,1 +1,0 @@
-"""Searches over the settings of a recipe, on Ray Tune."""

@@ -1,0 +1,154 @@
+"""Sampling beside learning, and episodes that come too late."""
+
+import logging
+import time
+from types import SimpleNamespace
+
+import pytest
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
+
+from rllib_distrl.algorithm.fresh_batches import FreshBatches
+from rllib_distrl.algorithm.sampling import SampledGroups, check_weights
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from tests.helpers import distrl_config
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+class TimedRunner(CompletionEnvRunner):
+    """Takes half a second longer per batch, and remembers when."""
+
+    def sample_prompts(self, *args, **kwargs):
+        started = time.time()
+        time.sleep(0.5)
+        report = super().sample_prompts(*args, **kwargs)
+        self.spans = [*getattr(self, "spans", []), (started, time.time())]
+        return report
+
+
+def watch_updates(algo):
+    """Spans of the updates, and the versions and rows that they learned from."""
+    update, seen = algo._update_learners, []
+
+    def watched(groups):
+        started = time.time()
+        result = update(groups)
+        time.sleep(0.5)
+        versions = {
+            int(version)
+            for group in groups
+            for episode in group
+            for version in episode.extra_model_outputs[WEIGHTS_SEQ_NO].data
+        }
+        rows = [group[0].infos[0]["row"] for group in groups]
+        seen.append(((started, time.time()), versions, rows))
+        return result
+
+    algo._update_learners = watched
+    return seen
+
+
+def overlap(one, other):
+    return max(0.0, min(one[1], other[1]) - max(one[0], other[0]))
+
+
+@pytest.mark.slow
+def test_runners_sample_the_next_batch_while_the_learner_learns(build, tmp_path):
+    remote = {"num_env_runners": 1, "env_runner_cls": TimedRunner}
+    config = distrl_config().env_runners(**remote).rollout(max_staleness=1)
+    algo = build(config.copy(copy_frozen=False))
+    seen = watch_updates(algo)
+    lags = [algo.train()["env_runners"]["weights_version_lag"] for _ in range(3)]
+    assert lags == [0, 1, 1]
+    assert [versions for _, versions, _ in seen] == [{0}, {0}, {1}]
+    # The checkpoint knows nothing of the batch under way; here, training goes on with it.
+    path = algo.save_to_path(str(tmp_path / "checkpoint"))
+    assert algo.train()["env_runners"]["weights_version_lag"] == 1
+    spans = algo.env_runner_group.foreach_env_runner(
+        lambda runner: runner.spans, local_env_runner=False
+    )[0]
+    for (updating, _, _), sampling_next in zip(seen, spans[1:], strict=True):
+        assert overlap(updating, sampling_next) > 0.4
+
+    resumed = build(config.copy(copy_frozen=False))
+    resumed.restore_from_path(path)
+    seen_after = watch_updates(resumed)
+    lags = [resumed.train()["env_runners"]["weights_version_lag"] for _ in range(2)]
+    assert lags == [0, 1]
+    # No prompt is lost, none is served twice.
+    assert seen_after[0][2] == seen[3][2]
+    assert not set(seen_after[1][2]) & {row for _, _, rows in seen for row in rows}
+
+    # In place, with a batch of another time under way.
+    algo.restore_from_path(path)
+    algo.train()
+    assert seen[4][1:] == ({3}, seen[3][2])
+
+
+@pytest.mark.slow
+def test_without_staleness_nothing_overlaps(build):
+    remote = {"num_env_runners": 1, "env_runner_cls": TimedRunner}
+    algo = build(distrl_config().env_runners(**remote))
+    seen = watch_updates(algo)
+    for _ in range(3):
+        algo.train()
+    assert [versions for _, versions, _ in seen] == [{0}, {1}, {2}]
+    spans = algo.env_runner_group.foreach_env_runner(
+        lambda runner: runner.spans, local_env_runner=False
+    )[0]
+    assert not any(overlap(updating, span) for updating, _, _ in seen for span in spans)
+
+
+@pytest.mark.slow
+def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build, caplog):
+    remote = {"num_env_runners": 1}
+    algo = build(distrl_config().env_runners(**remote).rollout(max_staleness=1))
+    seen = watch_updates(algo)
+    update = algo._update_learners
+    algo.train()
+    algo._update_learners = lambda groups: (update(groups), update(groups))[1]
+    assert algo.train()["env_runners"]["weights_version_lag"] == 1
+    algo._update_learners = update
+    under_way = [prompt.row for prompt in algo._batches._sampling.prompts]
+    with caplog.at_level(logging.WARNING):
+        result = algo.train()["env_runners"]
+    assert result["num_stale_episodes_dropped"] == 8
+    assert result["weights_version_lag"] == 0
+    assert "8 episodes dropped: sampled with weights version 1, the learner has 3" in caplog.text
+    assert seen[-1][1] == {3}
+    rows = [rows for _, _, rows in seen]
+    assert rows[1] == rows[2] and not set(rows[3]) & set(rows[0] + rows[1])
+    assert rows[3] == under_way
+    assert algo.train()["env_runners"]["num_stale_episodes_dropped"] == 0
+    # Scaling waits for the batch under way and keeps it.
+    algo.scale_env_runners(2)
+    assert len(seen) == 5 and algo.train()["env_runners"]["weights_version_lag"] == 1
+
+
+def test_the_oldest_weights_of_a_batch_decide_how_old_it_is():
+    def sampled_by(version):
+        outputs = {WEIGHTS_SEQ_NO: [version]}
+        observations, infos = [0, 0], [{}, {}]
+        return SingleAgentEpisode(
+            observations=observations, actions=[0], rewards=[0.0], infos=infos, terminated=True,
+            extra_model_outputs=outputs, len_lookback_buffer=0,
+        )  # fmt: skip
+
+    batch = SampledGroups([[sampled_by(4), sampled_by(3)], [sampled_by(5)]], [], {})
+    assert FreshBatches(SimpleNamespace(_version=5)).lag(batch) == 2
+
+
+@pytest.mark.parametrize("held", [(3, "another"), (2, "this"), (4, "this")])
+def test_weights_are_told_apart_by_version_and_by_hash(held):
+    check_weights("It", (3, "this"), (3, "this"))
+    with pytest.raises(RuntimeError, match=f"It has .* version {held[0]}, hash {held[1]}; exp"):
+        check_weights("It", held, (3, "this"))
+
+
+def test_staleness_is_validated():
+    with pytest.raises(ValueError, match="max_staleness is 2"):
+        distrl_config().rollout(max_staleness=2).validate()
+    with pytest.raises(ValueError, match="num_env_runners is 0"):
+        distrl_config().rollout(max_staleness=1).validate()
+    distrl_config().rollout(max_staleness=1).env_runners(num_env_runners=1).validate()

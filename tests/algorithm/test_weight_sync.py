@@ -1,0 +1,177 @@
+"""Syncs that are broken on purpose."""
+
+import logging
+import re
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from rllib_distrl.algorithm.sampling import RunnersLostError
+from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.engine.torch_engine import TorchEngine
+from rllib_distrl.engine.weight_proof import PROBE_TOKENS, Probe, check_probe
+from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.learner.probes import score_probes
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from tests.helpers import distrl_config
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+SKIPPED = "model.layers.1.mlp.down_proj.weight"
+
+
+class SkippingEngine(TorchEngine):
+    """Forgets one tensor of every update but the first."""
+
+    def load_weights(self, state, version):
+        kept = self.decoder.canonical()[SKIPPED].clone()
+        super().load_weights(state, version)
+        if version:
+            self.decoder.canonical()[SKIPPED].copy_(kept)
+        return self.weights_hash()
+
+
+class LyingEngine(TorchEngine):
+    """Answers with the right hash, but computes with a tensor that was wiped out."""
+
+    def load_weights(self, state, version):
+        self.true_hash = super().load_weights(state, version)
+        if version:
+            self.decoder.canonical()[SKIPPED].zero_()
+        return self.true_hash
+
+
+class ForgetfulEngine(TorchEngine):
+    """Loads what it is sent, and numbers it as what it had."""
+
+    def load_weights(self, state, version):
+        return super().load_weights(state, max(self.version, 0))
+
+
+def runner_with(engine_class):
+    class Runner(CompletionEnvRunner):
+        def _make_engine(self):
+            engine = super()._make_engine()
+            engine.__class__ = engine_class
+            return engine
+
+    return Runner
+
+
+@pytest.mark.parametrize(
+    ("engine", "message"),
+    [
+        (SkippingEngine, "weights it should not have: version 1, .*sync did not happen"),
+        (LyingEngine, "computes other logps than the learner.*0.001 is allowed for float32"),
+    ],
+)
+def test_an_engine_that_missed_a_tensor_is_refused(build, engine, message):
+    # The tiny model earns nothing: a value of 0.5 gives every token a gradient.
+    config = distrl_config(init_value=0.5, whiten_advantages=False)
+    algo = build(config.env_runners(env_runner_cls=runner_with(engine)))
+    with pytest.raises(RuntimeError, match=message):
+        algo.train()
+
+
+@pytest.mark.slow
+def test_every_remote_engine_is_checked(build):
+    config = distrl_config(init_value=0.5, whiten_advantages=False)
+    algo = build(config.env_runners(num_env_runners=2, num_cpus_per_env_runner=0.5))
+
+    def become(engine_class):
+        algo.env_runner_group.foreach_env_runner(
+            lambda runner: setattr(runner.engine, "__class__", engine_class),
+            remote_worker_ids=[2],
+            local_env_runner=False,
+        )
+
+    for engine_class, message in (
+        (
+            SkippingEngine,
+            r"Env runner 2 .*was sent version 1, hash (\w+) .* loaded version 1, hash ",
+        ),
+        (LyingEngine, "Env runner 2 .*computes other logps than the learner"),
+        (ForgetfulEngine, "Env runner 2 .*was sent version 3, .* loaded version 2, hash "),
+    ):
+        become(engine_class)
+        with pytest.raises(RuntimeError, match=message):
+            algo.train()
+        become(TorchEngine)
+        algo._sync_weights()
+    algo.train()
+
+
+def test_lag_and_probe_error_are_logged(build):
+    algo = build(distrl_config())
+    result = algo.train()["env_runners"]
+    assert result["weights_version_lag"] == 0
+    assert 0 < result["weights_probe_error"] < 1e-4
+    assert result["num_stale_episodes_dropped"] == 0
+
+
+def test_a_bfloat16_engine_is_held_to_the_cast_weights(build):
+    algo = build(distrl_config().rollout(dtype="bfloat16"))
+    algo.train()
+    engine = algo.env_runner.engine
+    assert engine.decoder.weights.embed.dtype == torch.bfloat16
+    assert engine.weights_hash() == content_hash(policy_state(algo), dtype=torch.bfloat16)
+    result = algo.train()
+    assert 1e-4 < result["env_runners"]["weights_probe_error"] < 0.15
+    assert 1.001 < result["learners"]["default_policy"]["logp_mismatch_max"] < 3
+
+
+def test_probes_are_scored_by_the_learners_own_forward_pass(build):
+    algo = build(distrl_config().rollout(temperature=0.7))
+    probes = [
+        Probe((4, 5, 6), np.array([7, 8, 9]), np.zeros(3)),
+        Probe((5,), np.array([6]), np.zeros(1)),
+    ]
+    results = algo.learner_group.foreach_learner(score_probes, probes=probes)
+    scored = next(result.get() for result in results)
+    policy = algo.env_runner.module.policy
+    for probe, got in zip(probes, scored, strict=True):
+        ids = torch.tensor([[*probe.prompt_ids, *probe.tokens]])
+        with torch.no_grad():
+            logps = (policy(ids).logits[0] / 0.7).log_softmax(-1)[len(probe.prompt_ids) - 1 : -1]
+        want = logps.gather(-1, torch.tensor(probe.tokens)[:, None])[:, 0]
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_a_probe_is_judged_by_its_mean_difference():
+    probe = Probe((1,), np.arange(4), np.array([-1.0, -2.0, -3.0, -4.0]))
+    close = probe.logps + np.array([0.002, 0.0, -0.001, 0.0])
+    assert check_probe("it", probe, close, "float32") == pytest.approx(7.5e-4)
+    with pytest.raises(RuntimeError, match=r"differ by 0\.00125"):
+        check_probe("it", probe, probe.logps + np.array([0.004, 0, 0, 0.001]), "float32")
+    with pytest.raises(RuntimeError, match="nan"):
+        check_probe("it", probe, probe.logps * np.nan, "bfloat16")
+
+
+def test_a_probe_is_always_the_same(build):
+    runner = build(distrl_config()).env_runner
+    state = {"rl_module": runner.module.get_state()}
+    first, second = runner.load_weights(state).probe, runner.load_weights(state).probe
+    assert len(first.tokens) <= PROBE_TOKENS
+    assert first.tokens.tolist() == second.tokens.tolist()
+    assert first.logps.tolist() == second.logps.tolist()
+
+
+@pytest.mark.slow
+def test_a_runner_that_does_not_answer_is_named(build, caplog):
+    class Deaf(CompletionEnvRunner):
+        def load_weights(self, state):
+            time.sleep(600 if state["weights_seq_no"] else 0)
+            return super().load_weights(state)
+
+    config = distrl_config().env_runners(env_runner_cls=Deaf, num_env_runners=1, sample_timeout_s=8)
+    algo = build(
+        config.fault_tolerance(
+            num_consecutive_env_runner_failures_tolerance=1, env_runner_health_probe_timeout_s=5
+        )
+    )
+    with caplog.at_level(logging.WARNING):
+        algo.train()
+    assert re.search(r"Env runner 1 .* has not loaded its weights in 8 s", caplog.text)
+    with pytest.raises(RunnersLostError, match="0 of them serve"):
+        algo.train()

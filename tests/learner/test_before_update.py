@@ -1,0 +1,145 @@
+import pytest
+import torch
+from ray.rllib.core.columns import Columns
+
+from rllib_distrl.learner import single_step
+from rllib_distrl.learner.before_update import model_columns
+from rllib_distrl.method import registry
+from rllib_distrl.model.sequences import from_columns
+from tests.learner.rig import hot_config, make_learner, sample
+
+KL_IN_LOSS = {"regularisers": [{"name": "kl", "coeff": 0.1}]}
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return sample(hot_config())
+
+
+def passes_of(trunks):
+    """Counts the forward passes of each trunk."""
+    counts = dict.fromkeys(trunks, 0)
+    for name, trunk in trunks.items():
+
+        def count(*_, name=name):
+            counts[name] += 1
+
+        trunk.register_forward_hook(count)
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("training", "before"),
+    [
+        ({}, {"policy": 0, "critic": 1}),
+        ({"shapers": [{"name": "entropy_shaped"}]}, {"policy": 1, "critic": 1}),
+        ({"controllers": [{"name": "adaptive_entropy"}]}, {"policy": 1, "critic": 1}),
+        (KL_IN_LOSS, {"policy": 0, "critic": 1, "reference": 1}),
+        (
+            {"reward_transforms": [{"name": "kl_penalty"}], **KL_IN_LOSS},
+            {"policy": 0, "critic": 1, "reference": 1},
+        ),
+    ],
+)
+def test_one_pass_per_model_that_is_needed_and_none_per_epoch(episodes, training, before):
+    learner = make_learner(hot_config(minibatch_size=6, micro_batch_tokens=80, **training))
+    module = learner._policy_module
+    trunks = {"policy": module.policy.base_model, "critic": module.critic}
+    assert (learner._reference is not None) == ("reference" in before)
+    if learner._reference is not None:
+        trunks["reference"] = learner._reference._policy.base_model
+    counts = passes_of(trunks)
+    columns = learner._columns(episodes)
+    parts = len(module.micro_batches(from_columns(columns), 80))
+    assert parts > 1
+    learner._prepare(columns, 1)
+    expected = {name: n * parts for name, n in before.items()}
+    assert counts == expected
+
+    counts.update(dict.fromkeys(counts, 0))
+    learner.update(
+        episodes=episodes, timesteps={"training_iteration": 1}, num_epochs=3, minibatch_size=6
+    )
+    in_steps = {name: counts[name] - expected[name] for name in counts}
+    assert in_steps["policy"] == in_steps["critic"] >= 3 * 2
+    assert in_steps.get("reference", 0) == 0
+
+
+def test_a_critic_on_the_policys_states_costs_no_second_pass(episodes):
+    settings = {"critic": "shared", "shapers": [{"name": "entropy_shaped"}]}
+    learner = make_learner(hot_config(**settings))
+    counts = passes_of({"policy": learner._policy_module.policy.base_model})
+    learner._prepare(learner._columns(episodes), 1)
+    assert counts == {"policy": 1}
+
+
+@pytest.mark.parametrize("critic", ["separate", "shared"])
+def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(
+    episodes, critic, monkeypatch
+):
+    settings = {"critic": critic, "shapers": [{"name": "entropy_shaped"}], "entropy_coeff": 0.01}
+
+    def update():
+        learner = make_learner(hot_config(**settings))
+        module = learner._policy_module
+        trunks = {"policy": module.policy.base_model}
+        if critic == "separate":
+            trunks["critic"] = module.critic
+        counts = passes_of(trunks)
+        learner.update(episodes=episodes, timesteps={"training_iteration": 1}, num_epochs=1)
+        return counts, {name: p.grad for name, p in module.named_parameters()}
+
+    once, gradients = update()
+    assert set(once.values()) == {1}
+    monkeypatch.setattr(single_step, "training_forward", lambda *_: None)
+    twice, expected = update()
+    assert set(twice.values()) == {2}
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_columns_equal_the_plain_computation(episodes):
+    learner = make_learner(hot_config(micro_batch_tokens=80, **KL_IN_LOSS))
+    module, columns = learner._policy_module, learner._columns(episodes)
+    needs = {"entropy", "hidden", "prompt_logp", "ref_logp", "quantiles"}
+    found = model_columns(module, learner._reference, columns, needs)
+    assert set(found) == needs
+    assert not any(column.requires_grad for column in found.values())
+    sequences = from_columns(columns)
+    with torch.no_grad():
+        for row in range(len(sequences.lengths)):
+            prompt, length = int(sequences.prompt_lens[row]), int(sequences.mask[row].sum())
+            ids = sequences.input_ids[row : row + 1, : prompt + length]
+            outputs = module.policy(input_ids=ids, output_hidden_states=True)
+            logits = outputs.logits[0] / 2.0
+            logps = logits.log_softmax(-1)
+            entropy = torch.distributions.Categorical(logits=logits).entropy()
+            taken = logps[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            close(found["entropy"][row, :length], entropy[prompt - 1 : -1])
+            close(found["ref_logp"][row, :length], taken[prompt - 1 :])
+            close(found["prompt_logp"][row, 1:prompt], taken[: prompt - 1])
+            close(found["hidden"][row, :length], outputs.hidden_states[-1][0, prompt - 1 : -1])
+            assert not found["prompt_logp"][row, 0]
+            assert not found["prompt_logp"][row, prompt:].any()
+            assert not found["entropy"][row, length:].any()
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_what_a_stage_declares_reaches_it(episodes, monkeypatch):
+    registry.names("shaper")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+    seen = {}
+
+    @registry.register("shaper", "reads_prompts", needs=("prompt_logp", "hidden"))
+    def reads_prompts(batch, advantages):
+        seen.update(prompt=batch.column("prompt_logp"), hidden=batch.column("hidden"))
+        return advantages
+
+    learner = make_learner(hot_config(shapers=[{"name": "reads_prompts"}]))
+    columns = learner._columns(episodes)
+    learner._prepare(columns, 1)
+    assert seen["prompt"].shape == (12, int(columns["prompt_lens"].max()))
+    assert seen["hidden"].shape[:2] == columns[Columns.ACTIONS].shape

@@ -1,0 +1,129 @@
+import numpy as np
+import pytest
+import torch
+
+from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.learner.importance import correct_importance
+from rllib_distrl.method.batch import SequenceBatch
+from tests.helpers import distrl_config
+from tests.learner.rig import hot_config, make_learner, sample
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def rollouts(sampler_logp):
+    return SequenceBatch(
+        rewards=torch.zeros(2, 3),
+        loss_mask=torch.tensor([[True, True, True], [True, False, False]]),
+        action_logp=torch.tensor(sampler_logp),
+        group=torch.arange(2),
+    )
+
+
+@pytest.mark.parametrize(
+    ("correction", "weights", "mean", "share"),
+    [("truncated", [[0.25, 2.0, 1.0], [1.5, 0, 0]], 4.75 / 4, 0.25),
+     ("masked", [[0.0, 0.0, 1.0], [1.5, 0, 0]], 2.5 / 4, 0.5)],
+)  # fmt: skip
+def test_weights_by_hand(correction, weights, mean, share):
+    learner = torch.tensor([[0.1, 0.4, 0.2], [0.3, 1.0, 1.0]]).log()
+    sampler = np.log([[0.4, 0.1, 0.2], [0.2, np.nan, 1.0]]).astype(np.float32).tolist()
+    batch = rollouts(sampler)
+    correct_importance(learner, batch, correction, 2.0)
+    torch.testing.assert_close(batch.extras["importance_weights"], torch.tensor(weights))
+    assert batch.action_logp is learner
+    assert batch.extras["sampler_logp"][0].tolist() == sampler[0]
+    assert batch.metrics["importance_weight_mean"] == pytest.approx(mean)
+    assert batch.metrics["importance_bounded_share"] == pytest.approx(share)
+
+
+def update_from_shifted_logps(build, shift, **training):
+    """The policy after one update on episodes whose sampler logps are off by `shift`."""
+    # A large step: what is compared are differences of float32 weights.
+    settings = {"lr": 1.0, "init_value": 0.5, "whiten_advantages": False, "bonus_coeff": 0.0}
+    config = distrl_config(**settings, **training)
+    # Without momentum's normalisation a weight would vanish from Adam's first step.
+    algo = build(config.rollout(temperature=2.0))
+    for optimizer in algo.learner_group._learner._optimizer_parameters:
+        optimizer.__class__ = torch.optim.SGD
+        for group in optimizer.param_groups:
+            group.update(momentum=0, dampening=0, nesterov=False)
+    before = policy_state(algo)
+    update = algo._update_learners
+
+    def shifted(groups):
+        for group in groups:
+            for episode in group:
+                episode.extra_model_outputs["action_logp"].data[:] += shift
+        return update(groups)
+
+    algo._update_learners = shifted
+    result = algo.train()["learners"]["default_policy"]
+    after = policy_state(algo)
+    return torch.cat([(after[name] - before[name]).flatten() for name in before]), result
+
+
+def test_the_weight_multiplies_the_policy_gradient(build):
+    correction = {"importance_correction": "truncated", "importance_bound": 1.5, "grad_clip": None}
+    plain, metrics = update_from_shifted_logps(build, float(np.log(2.0)), **correction)
+    assert metrics["importance_weight_mean"] == pytest.approx(0.5, rel=1e-4)
+    assert metrics["importance_bounded_share"] == 0.0
+    cut, metrics = update_from_shifted_logps(build, -float(np.log(2.0)), **correction)
+    assert float(plain.abs().max()) > 1e-2
+    # Weights 1/2 and 2, cut at 1.5, for every token: the ratio to the learner's own logps stays 1.
+    torch.testing.assert_close(cut, 3 * plain, rtol=1e-3, atol=1e-6)
+    assert metrics["importance_weight_mean"] == 1.5
+    assert metrics["importance_bounded_share"] == 1.0
+    assert metrics["logp_mismatch_p50"] == pytest.approx(2.0, rel=1e-4)
+    nothing, metrics = update_from_shifted_logps(
+        build, 3.0, **{**correction, "importance_correction": "masked"}
+    )
+    assert metrics["importance_bounded_share"] == 1.0 and not nothing.any()
+
+
+@pytest.mark.parametrize("correction", ["none", "truncated"])
+def test_the_mismatch_is_that_before_the_first_step(correction):
+    training = {"minibatch_size": 6, "micro_batch_tokens": 80, "lr": 1e-2}
+    training |= {"clip_param": 0.25, "clip_param_high": 0.4}
+    config = hot_config(importance_correction=correction, **training)
+    episodes = sample(config)
+    for episode in episodes:
+        episode.extra_model_outputs["action_logp"].data[:] -= np.log(1.3)  # a weight of 1.3
+    learner = make_learner(config)
+    parameters = list(learner._policy_module.parameters())
+    before = [parameter.detach().clone() for parameter in parameters]
+    result = learner.update(episodes=episodes, num_epochs=3, minibatch_size=6)["default_policy"]
+    moved = [
+        float((p.detach() - old).abs().max()) for p, old in zip(parameters, before, strict=True)
+    ]
+    assert max(moved) > 0.03
+    for name in ("p50", "p95", "max"):
+        assert result[f"logp_mismatch_{name}"].peek() == pytest.approx(1.3, rel=1e-4)
+    assert result["logp_mismatch_outside_clip"].peek() == 0.0
+    assert result["logp_mismatch_ess"].peek() == pytest.approx(1.0, rel=1e-6)
+
+
+def test_only_what_the_learner_samples_is_learned_from_uncorrected(build):
+    algo = build(distrl_config(importance_correction="truncated").rollout(temperature=2.0, top_k=3))
+    metrics = algo.train()["learners"]["default_policy"]
+    assert 0.3 < metrics["importance_weight_mean"] < 0.99  # mass of the kept three
+    runner, learner = algo.env_runner, algo.learner_group._learner
+    learner.config._is_frozen = False
+
+    def learn(correction, explore=True, **rollout):
+        runner.rollout = {**runner.rollout, "temperature": 2.0, "top_k": 0, "top_p": 1.0, **rollout}
+        episodes = runner.sample(num_episodes=2, explore=explore)
+        sampling = {name: runner.rollout[name] for name in ("temperature", "top_p", "top_k")}
+        assert episodes[0].infos[0]["sampling"] == {**sampling, "greedy": not explore}
+        learner.config.importance_correction = correction
+        learner.update(episodes=episodes)
+
+    others = ({"temperature": 1.5}, {"top_p": 0.9}, {"top_k": 3})
+    for other in others:
+        learn("truncated", **other)
+        with pytest.raises(ValueError, match=f"{next(iter(other))}'.*Sample from it"):
+            learn("none", **other)
+    learn("none")
+    for correction in ("none", "truncated"):
+        with pytest.raises(ValueError, match=r"'greedy': True.*cannot be corrected for"):
+            learn(correction, explore=False)

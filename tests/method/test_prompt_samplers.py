@@ -1,0 +1,138 @@
+import numpy as np
+import pytest
+
+from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
+from rllib_distrl.method.registry import names, resolve
+
+
+def make(spec, n_rows, seed=0):
+    return resolve("prompt_sampler", spec)(n_rows, seed)
+
+
+def rows(requests):
+    return [request.row for request in requests]
+
+
+def result(row, correct, of, visit=0):
+    statuses = ("correct",) * correct + ("wrong",) * (of - correct)
+    return PromptResult(PromptRequest(row, visit), tuple(map(float, range(of))), statuses)
+
+
+def test_every_row_once_per_epoch_in_a_new_order():
+    sampler = make("without_replacement", 5)
+    served = sampler.next(15)
+    epochs = [rows(served[i : i + 5]) for i in (0, 5, 10)]
+    assert [sorted(epoch) for epoch in epochs] == [[0, 1, 2, 3, 4]] * 3
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert [request.visit for request in served] == [0] * 5 + [1] * 5 + [2] * 5
+
+
+def test_generators_are_served_in_order():
+    sampler = make("without_replacement", 2**31 - 1)
+    assert rows(sampler.next(3)) + rows(sampler.next(2)) == [0, 1, 2, 3, 4]
+
+
+def test_uniform_draws_every_row_equally_often():
+    sampler = make("uniform", 4)
+    served = [request for _ in range(40) for request in sampler.next(50)]
+    counts = np.bincount(rows(served), minlength=4)
+    # 2,000 draws of 1/4: mean 500, standard deviation 19.4.
+    assert np.abs(counts - 500).max() < 4 * 19.4
+    assert len(set(served)) == 2_000
+    assert any(a == b for a, b in zip(rows(served), rows(served)[1:], strict=False))
+
+
+def test_the_weight_of_a_row_is_the_variance_of_its_pass_rate():
+    sampler = make("variance_mix", 4)
+    assert sampler.weights.tolist() == [0.25] * 4
+    # p = (2 + 1) / (8 + 2) = 3/10, and (0 + 1) / (8 + 2) = 1/10.
+    sampler.update([result(1, correct=2, of=8), result(3, correct=0, of=8)])
+    np.testing.assert_allclose(sampler.weights, [0.25, 0.21, 0.25, 0.09])
+    # Half of 2 of 8, and 8 of 8: p = (1 + 8 + 1) / (4 + 8 + 2) = 5/7.
+    sampler.update([result(1, correct=8, of=8, visit=1)])
+    np.testing.assert_allclose(sampler.weights, [0.25, 10 / 49, 0.25, 0.09])
+    # A row that is served twice at once is decayed once: (0 + 1 + 3 + 1) / (4 + 4 + 4 + 2).
+    sampler.update([result(3, correct=1, of=4, visit=2), result(3, correct=3, of=4, visit=3)])
+    assert sampler.weights[3] == pytest.approx(5 / 14 * 9 / 14)
+
+
+def test_prompts_are_drawn_by_variance_and_evenly_half_and_half():
+    sampler = make({"name": "variance_mix", "share": 0.6, "decay": 0.0}, 4)
+    sampler.update([result(row, correct=98, of=98) for row in (0, 1)] + [result(2, 49, 98)])
+    weights = np.array([99 / 1e4, 99 / 1e4, 0.25, 0.25])
+    np.testing.assert_allclose(sampler.weights, weights)
+    drawn, even = [], []
+    for _ in range(500):
+        served = rows(sampler.next(10))
+        drawn += served[:6]
+        even += served[6:]
+    assert np.bincount(even).tolist() == [500] * 4
+    expected = 3_000 * weights / weights.sum()
+    spread = np.sqrt(expected * (1 - expected / 3_000))
+    assert (np.abs(np.bincount(drawn, minlength=4) - expected) < 4 * spread).all()
+
+
+def test_visits_tell_the_times_apart_at_which_a_row_is_served():
+    sampler = make("variance_mix", 3)
+    served = [request for _ in range(5) for request in sampler.next(8)]
+    assert len(set(served)) == 40
+
+
+def test_a_pool_makes_a_generator_a_data_set():
+    with pytest.raises(ValueError, match=r"2,147,483,647.*pool"):
+        make("variance_mix", 2**31 - 1)
+    sampler = make({"name": "variance_mix", "pool": 6}, 2**31 - 1)
+    assert set(rows(sampler.next(100))) == set(range(6))
+
+
+@pytest.mark.parametrize("name", names("prompt_sampler"))
+def test_state_continues_in_the_middle(name):
+    one, other = make(name, 7, seed=3), make(name, 7, seed=3)
+    one.next(10)
+    one.update([result(2, correct=1, of=4)])
+    other.set_state(one.get_state())
+    one.update([result(5, correct=4, of=4)])
+    other.update([result(5, correct=4, of=4)])
+    assert one.next(9) == other.next(9)
+    assert one.next(9) != other.next(8)
+
+
+@pytest.mark.parametrize(("before", "now"), [(7, 6), (6, 7)])
+def test_counts_of_other_rows_are_refused(before, now):
+    """As when max_prompt_tokens leaves out more rows than before."""
+    old, new = make("variance_mix", before), make("variance_mix", now)
+    old.update([result(before - 1, correct=1, of=4)])
+    with pytest.raises(ValueError, match=f"counts of {before} rows and the task now serves {now}"):
+        new.set_state(old.get_state())
+    assert rows(new.next(4)) == rows(make("variance_mix", now).next(4))
+
+
+@pytest.mark.parametrize("name", ["uniform", "without_replacement"])
+@pytest.mark.parametrize("now", [4, 9])
+def test_a_cursor_goes_on_over_other_rows(name, now):
+    old, new = make(name, 7), make(name, now)
+    old.next(10)
+    new.set_state(old.get_state())
+    served = new.next(3 * now)
+    assert set(rows(served)) <= set(range(now))
+    assert len(set(served)) == 3 * now
+
+
+@pytest.mark.parametrize(
+    ("before", "now"), [("uniform", "variance_mix"), ("variance_mix", "uniform")]
+)
+def test_the_state_of_another_sampler_is_refused(before, now):
+    with pytest.raises(ValueError, match="it is another prompt_sampler's"):
+        make(now, 7).set_state(make(before, 7).get_state())
+
+
+@pytest.mark.parametrize("name", names("prompt_sampler"))
+def test_seeds_differ(name):
+    orders = {tuple(rows(make(name, 20, seed).next(20))) for seed in range(3)}
+    assert len(orders) == 3
+
+
+@pytest.mark.parametrize("bad", [{"share": 0.0}, {"share": 1.5}, {"decay": -0.1}, {"pool": 0}])
+def test_settings_out_of_bounds_are_refused(bad):
+    with pytest.raises(ValueError, match=rf"{next(iter(bad))}={next(iter(bad.values()))}"):
+        make({"name": "variance_mix", **bad}, 5)

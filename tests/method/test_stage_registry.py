@@ -1,0 +1,142 @@
+import numpy as np
+import pytest
+import torch
+
+from rllib_distrl.method import registry
+from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.registry import KINDS, NEEDS, names, register, resolve
+
+MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
+
+
+def batch(**columns):
+    defaults = {
+        "rewards": torch.tensor([[0.0, 0.0, 1.0], [2.0, 9.0, 9.0], [0.5, 0.25, 9.0]]),
+        "loss_mask": MASK,
+        "action_logp": torch.zeros(3, 3),
+        "group": torch.tensor([7, 7, 9]),
+    }
+    return SequenceBatch(**{**defaults, **columns})
+
+
+@pytest.fixture
+def clean_registry(monkeypatch):
+    names("advantage")
+    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+
+
+def test_a_new_method_is_one_decorator(clean_registry):
+    @register("shaper", "doubled", needs=("entropy",))
+    def doubled(batch, advantages, *, factor=2.0):
+        return factor * advantages
+
+    stage = resolve("shaper", {"name": "doubled", "factor": 3.0})
+    assert stage(batch(), torch.ones(1)).item() == 3.0
+    assert stage.needs == {"entropy"}
+    with pytest.raises(ValueError, match="already"):
+        register("shaper", "doubled")(test_refusals)
+
+
+def test_a_method_of_the_users_own_is_named_by_its_module(tmp_path, monkeypatch, clean_registry):
+    (tmp_path / "my_stages.py").write_text(
+        "from rllib_distrl.method.registry import register\n"
+        "def plain(batch, advantages, *, factor: float = 2.0):\n"
+        "    return factor * advantages\n"
+        "@register('shaper', 'mine', needs=('entropy',))\n"
+        "def declared(batch, advantages):\n"
+        "    return -advantages\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    plain = resolve("shaper", {"name": "my_stages:plain", "factor": np.float64(3.0)})
+    assert plain(batch(), torch.ones(1)).item() == 3.0
+    declared = resolve("shaper", "my_stages:declared")
+    assert (declared(batch(), torch.ones(1)).item(), declared.needs) == (-1.0, {"entropy"})
+    with pytest.raises(ValueError, match="no setting 'factr': did you mean 'factor'"):
+        resolve("shaper", {"name": "my_stages:plain", "factr": 3.0})
+
+
+def test_a_method_with_state_is_a_class():
+    first, second = resolve("controller", "adaptive_entropy")(), resolve(
+        "controller", {"name": "adaptive_entropy", "step": 1e-3}
+    )()  # fmt: skip
+    assert first.update(0.1) == pytest.approx(1e-4)
+    assert first.update(0.1) == pytest.approx(2e-4)
+    assert first.update(0.3) == 0.0  # off above the target, and c moves down
+    second.set_state(first.get_state())
+    assert second.get_state() == {"coeff": pytest.approx(1e-4)}
+    assert second.update(0.1) == pytest.approx(1.1e-3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("grpoo", "did you mean 'grpo'"),
+        ({"name": "gae", "lamda_": 0.9}, "did you mean 'lambda_'"),
+        ({"name": "zero", "lambda_": 0.9}, "known: none"),
+        ({"k": 4}, "needs a name"),
+        ({"name": "maxk"}, "needs the setting k"),
+        ({"name": "maxk", "k": "8"}, "advantage.maxk.k is '8'; it must be an integer."),
+        ({"name": "grpo", "std_epsilon": None}, "std_epsilon is None; it must be a number."),
+        (
+            {"name": "nowhere_at_all:mine"},
+            r"advantage: 'nowhere_at_all:mine' could not be imported: .*No module named",
+        ),
+        ({"name": "math:pi"}, "'math:pi' is 3.14.*; it must be a function"),
+        (
+            {"name": "math:mine"},
+            "could not be imported: AttributeError: module 'math' has no attribute",
+        ),
+    ],
+)
+def test_refusals(spec, words):
+    with pytest.raises(ValueError, match=words):
+        resolve("advantage", spec)
+
+
+def test_unknown_kinds_and_needs_are_refused():
+    with pytest.raises(ValueError, match="kind"):
+        register("advantages", "x")
+    with pytest.raises(ValueError, match="needs"):
+        register("advantage", "x", needs=("weather",))
+
+
+def test_needs_may_depend_on_the_settings():
+    needs = {s: resolve("shaper", {"name": "pass_at_k", "source": s}).needs
+             for s in ("quantiles", "values", "returns")}  # fmt: skip
+    assert needs["quantiles"] == {"quantiles", "groups"}
+    assert needs["values"] == {"values", "groups"}
+    assert needs["returns"] == {"groups"}
+    with pytest.raises(ValueError, match="source"):
+        resolve("shaper", {"name": "pass_at_k", "source": "luck"})(batch(), torch.zeros(3, 3))
+
+
+def test_every_registered_method_has_a_docstring_and_known_needs():
+    for kind in KINDS:
+        for name in names(kind):
+            method = registry._METHODS[kind, name]
+            assert callable(method.needs) or set(method.needs) <= NEEDS
+            if kind != "read_out":
+                assert method.function.__doc__
+
+
+def test_rows_of_a_batch():
+    whole = batch(extras={"seen": torch.arange(3)}, values=torch.rand(3, 3), k=4)
+    for rows in (slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True])):
+        part = whole[rows]
+        assert len(part) == 2
+        assert part.extras["seen"].tolist() == [1, 2]
+        assert torch.equal(part.values, whole.values[1:])
+        assert (part.k, part.quantiles) == (4, None)
+        part.metrics["x"] = 1.0
+        assert whole.metrics == {"x": 1.0}
+    assert whole.to("cpu").loss_mask.device.type == "cpu"
+
+
+def test_lengths_and_returns_skip_padding():
+    assert batch().lengths.tolist() == [3, 1, 2]
+    assert batch().returns.tolist() == [1.0, 2.0, 0.75]
+
+
+def test_a_missing_column_says_what_there_is():
+    with pytest.raises(ValueError, match=r"no column 'values'.*rewards"):
+        resolve("advantage", "gae")(batch())

@@ -1,0 +1,134 @@
+"""Packed rows give the states and the gradients of padded ones, or are not used."""
+
+import pytest
+import torch
+import transformers
+
+from rllib_distrl.maths.packing import pack
+from rllib_distrl.model import packing as packing_module
+from rllib_distrl.model.packing import ATTENTION, let_pack_rows, packs_rows
+from tests.learner.rig import hot_config, make_learner, sample
+
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64, "vocab_size": 50,
+    "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.3,
+}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "vocab_size": 50, "initializer_range": 0.3}
+GPT2 |= {"bos_token_id": 1, "eos_token_id": 1}
+
+
+def make_model(family, **settings):
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **settings})
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def rows():
+    ids = torch.randint(2, 50, (6, 20), generator=torch.Generator().manual_seed(0))
+    ids[1:3, :5], ids[4, :9] = ids[0, :5], ids[3, :9]
+    return ids, torch.tensor([5, 5, 5, 9, 9, 2]), torch.tensor([9, 5, 14, 20, 15, 12])
+
+
+def packed_states(trunk, packing):
+    outputs = trunk(
+        input_ids=packing.input_ids.unsqueeze(0),
+        position_ids=packing.positions.unsqueeze(0),
+        use_cache=False,
+        packing=packing,
+    )
+    return outputs.last_hidden_state.squeeze(0)
+
+
+@pytest.mark.parametrize("family", ["Qwen2", "Qwen3", "Llama", "Gemma", "GPT2"])
+@pytest.mark.parametrize("device_kind", ["cpu", "other"])
+def test_states_and_gradients_are_those_of_padded_rows(family, device_kind, monkeypatch):
+    model = make_model(family, **(GPT2 if family == "GPT2" else {})).double()
+    ids, prompt_lens, lengths = rows()
+    packing = pack(ids, prompt_lens, lengths)
+    weights = torch.randn(len(packing.input_ids), 32, dtype=torch.float64)
+
+    def gradients(states):
+        loss = (states * weights).sum()
+        found = torch.autograd.grad(loss, list(model.base_model.parameters()))
+        return states.detach(), found
+
+    def padded():
+        states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return states[packing.owners, packing.positions]
+
+    expected = gradients(padded())
+    let_pack_rows(model)
+    assert packs_rows(model.base_model)
+    torch.testing.assert_close(padded(), expected[0], rtol=0, atol=0)
+    if device_kind == "other":
+        plain = packing_module._attention_of_rows
+
+        def on_any_device(query, key, value, packing, scale):
+            return plain(torch.nn.Module(), query, *repeated(query, key, value), packing)
+
+        monkeypatch.setattr(packing_module, "packed_attention", on_any_device)
+    found = gradients(packed_states(model.base_model, packing))
+    # Norms are in float32 in these models, whatever the weights are.
+    tolerance = 1e-9 if family == "GPT2" else 1e-5
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    scale = max(float(gradient.abs().max()) for gradient in expected[1])
+    for one, other in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * scale)
+
+
+def repeated(query, *tensors):
+    return (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in tensors)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("Mistral", {"sliding_window": 8}),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+        ("Gemma2", {}),
+        ("Mamba", {"num_attention_heads": 1}),
+    ],
+)
+def test_windows_and_recurrences_keep_padded_rows(family, settings):
+    model = make_model(family, **settings)
+    let_pack_rows(model)
+    assert not packs_rows(model.base_model)
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return sample(hot_config(), prompts=3, generations=4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"critic": "separate", "regularisers": [{"name": "kl", "coeff": 0.1}]},
+        {"critic": "shared", "entropy_coeff": 0.01, "activation_checkpointing": True},
+        {"critic": "shared", "micro_batch_tokens": 120},
+    ],
+    ids=["separate", "shared, checkpointing", "micro-batches"],
+)
+def test_an_updates_gradients_are_those_of_padded_rows(episodes, settings, monkeypatch):
+    packed, tokens = gradients_of_update(episodes, settings)
+    monkeypatch.setattr("rllib_distrl.model.causal_lm_module.packs_rows", lambda trunk: False)
+    padded, more_tokens = gradients_of_update(episodes, settings)
+    assert tokens < 0.95 * more_tokens
+    assert packed.keys() == padded.keys()
+    for name, gradient in padded.items():
+        torch.testing.assert_close(packed[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def gradients_of_update(episodes, settings):
+    learner = make_learner(hot_config(grad_clip=None, **settings))
+    module, tokens = learner._policy_module, []
+
+    def count(trunk, arguments, keywords):
+        tokens.append(keywords["input_ids"].numel())
+
+    module.policy.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    assert module.policy.config._attn_implementation == ATTENTION
+    learner.update(episodes=episodes, timesteps={"training_iteration": 1})
+    gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
+    return gradients, sum(tokens)

@@ -1,0 +1,116 @@
+"""The run's record: each iteration once, as numbers that JSON can hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from rllib_distrl.runs.log import RunLog, flatten_result, read_progress, truncate_progress
+
+
+def test_flatten_keeps_scalars_under_joined_keys() -> None:
+    result = {
+        "env_runners": {"episode_return_mean": np.float64(0.5), "by": {"n": np.int64(3)}},
+        "learners": {"p": {"loss": torch.tensor(1.5), "bad": float("nan"), "inf": np.inf}},
+        "one": np.array([2.0]),
+        "many": np.array([1.0, 2.0]),
+        "flag": np.bool_(True),
+        "text": "no",
+        "none": None,
+        "config": {"lr": 1.0},
+    }
+    assert flatten_result(result) == {
+        "env_runners/episode_return_mean": 0.5,
+        "env_runners/by/n": 3,
+        "learners/p/loss": 1.5,
+        "learners/p/bad": None,
+        "learners/p/inf": None,
+        "one": 2.0,
+        "flag": True,
+    }
+
+
+def test_a_line_per_iteration_is_on_disk_at_once(tmp_path: Path) -> None:
+    progress = tmp_path / "progress.jsonl"
+    with RunLog(progress, tmp_path / "tensorboard") as log:
+        log.write(1, {"a": {"b": 0.25}})
+        assert json.loads(progress.read_text()) == {"iteration": 1, "a/b": 0.25}
+        log.write(2, {"a": {"b": float("nan")}})
+    assert [row["a/b"] for row in read_progress(progress)] == [0.25, None]
+
+
+def test_the_problems_of_a_validation_are_in_the_log_alone(tmp_path: Path) -> None:
+    progress, problems = tmp_path / "progress.jsonl", [[0, 1, [[0.0, 3], [1.0, 1]]]]
+    with RunLog(progress, tmp_path / "tensorboard") as log:
+        row = log.write(1, {"evaluation": {"seconds": 2.0, "problems": problems}})
+    assert row == {"iteration": 1, "evaluation/seconds": 2.0}
+    assert read_progress(progress) == [{**row, "evaluation/problems": problems}]
+
+
+def test_resuming_records_each_iteration_once(tmp_path: Path) -> None:
+    progress, tensorboard = tmp_path / "progress.jsonl", tmp_path / "tensorboard"
+    with RunLog(progress, tensorboard) as log:
+        for iteration in range(1, 6):
+            log.write(iteration, {"x": float(iteration)})
+    with RunLog(progress, tensorboard, last_iteration=3) as log:
+        for iteration in range(4, 7):
+            log.write(iteration, {"x": 10.0 * iteration})
+    assert [row["iteration"] for row in read_progress(progress)] == [1, 2, 3, 4, 5, 6]
+    assert [row["x"] for row in read_progress(progress)] == [1, 2, 3, 40, 50, 60]
+    assert _tensorboard_steps(tensorboard) == [1, 2, 3, 4, 5, 6]
+
+
+def _tensorboard_steps(folder: Path) -> list[int]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.step for event in events.Scalars("x")]
+
+
+def test_a_line_cut_short_is_dropped(tmp_path: Path) -> None:
+    progress = tmp_path / "progress.jsonl"
+    progress.write_text('{"iteration": 1}\n{"iteration": 2}\n{"itera')
+    truncate_progress(progress, 5)
+    assert progress.read_text() == '{"iteration": 1}\n{"iteration": 2}\n'
+    truncate_progress(progress, 1)
+    assert progress.read_text() == '{"iteration": 1}\n'
+
+
+def test_tensorboard_gets_histograms_of_the_quantiles(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = {f"quantile_atoms_{i}": i / 20 for i in range(21)}
+    shares = {f"quantile_pit_{i}": 0.19 if i == 9 else 0.09 for i in range(10)}
+    with RunLog(tmp_path / "progress.jsonl", tmp_path / "tensorboard") as log:
+        log.write(1, {"learners": {"p": {**points, **shares, "loss": 0.5}}})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert events.Tags()["scalars"] == ["learners/p/loss"]
+    atoms = events.Histograms("learners/p/quantile_atoms")[0].histogram_value
+    assert (atoms.min, atoms.max, atoms.num) == (0.0, 1.0, 210)
+    assert abs(atoms.sum / atoms.num - 0.5) < 1e-9
+    pit = events.Histograms("learners/p/quantile_pit")[0].histogram_value
+    assert abs(max(pit.bucket) - 0.19) < 1e-9
+    assert len(read_progress(tmp_path / "progress.jsonl")[0]) == 33
+
+
+@pytest.mark.parametrize("size", [1e20, 1e38, 1e300, -1e30, 0.0])
+def test_numbers_of_any_size_reach_both_logs(tmp_path: Path, size: float) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    points = {f"quantile_atoms_{i}": size * (1 + i / 8) for i in range(5)}
+    with RunLog(tmp_path / "progress.jsonl", tmp_path / "tensorboard") as log:
+        row = log.write(1, {**points, "loss": size})
+    assert row["loss"] == size
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    atoms = events.Histograms("quantile_atoms")[0].histogram_value
+    assert {atoms.min, atoms.max} == {size, 1.5 * size}
+    assert sum(atoms.bucket) == atoms.num == 50
+    largest = 3.4028234663852886e38  # of single precision, in which scalars are kept
+    assert events.Scalars("loss")[0].value == pytest.approx(min(max(size, -largest), largest))

@@ -1,0 +1,61 @@
+"""The committed results are complete, and the page shows them."""
+
+import json
+
+import pytest
+
+from benchmarks import memory
+from benchmarks.ratios import RATIOS, Ratio, summary
+from benchmarks.run import PAGES, RESULTS
+from rllib_distrl.experiments.outputs import table_of
+
+NUMBERS = ("median", "low", "high", "target", "ours_tokens_per_s")
+
+
+def test_every_ratio_has_median_spread_machine_and_commit():
+    ratios = json.loads(RESULTS.read_text())["ratios"]
+    assert list(ratios) == [ratio.name for ratio in RATIOS]
+    for ratio in RATIOS:
+        found = ratios[ratio.name]
+        assert all(isinstance(found[name], int | float) for name in NUMBERS), ratio.name
+        assert found["low"] <= found["median"] <= found["high"]
+        assert found["repeats"] >= 3
+        assert ("theirs_tokens_per_s" in found) == (ratio.theirs is not None)
+        assert found["machine"]["processor"] and found["machine"]["torch"]
+        assert len(found["commit"].rstrip("+")) >= 7
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_pages_show_the_committed_results(page):
+    results = json.loads(RESULTS.read_text())
+    assert table_of(page) == PAGES[page](results)
+    commits = {found["commit"] for found in results["ratios"].values()}
+    assert all(commit in page.read_text() for commit in commits)
+
+
+def test_a_ratio_is_the_median_of_neighbouring_runs():
+    ratio = Ratio("r", "g", ("a", "b", ""), ("c", "d", ""), 2.0, "what")
+    pairs = [
+        ({"tokens": 10, "cpu_s": ours, "wall_s": 1.0}, {"tokens": 5, "cpu_s": 1.0, "wall_s": 4.0})
+        for ours in (0.5, 1.0, 2.0)
+    ]
+    found = summary(ratio, pairs)
+    assert (found["low"], found["median"], found["high"]) == (1.5, 2.0, 3.0)
+    assert found["median_wall"] == pytest.approx(8.0)
+    assert (found["ours_tokens_per_s"], found["theirs_tokens_per_s"]) == (10.0, 5.0)
+
+
+def test_the_page_on_memory_shows_the_committed_results():
+    results = json.loads(memory.RESULTS.read_text())
+    assert table_of(memory.PAGE) == memory.tables(results)
+    assert results["commit"] in memory.PAGE.read_text()
+    assert list(results["configurations"]) == list(memory.CONFIGURATIONS)
+    assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
+
+
+@pytest.mark.parametrize("name", memory.CONFIGURATIONS)
+def test_estimated_memory_is_within_a_fifth_of_the_measured(name):
+    found = json.loads(memory.RESULTS.read_text())["configurations"][name]
+    assert found["estimated"].keys() == found["measured"].keys()
+    for part, measured in found["measured"].items():
+        assert abs(found["estimated"][part] / measured - 1) < 0.2, part
