@@ -16,8 +16,6 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from ray.tune.registry import ENV_CREATOR, _global_registry
-from transformers import GenerationConfig
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from rllib_distrl.algorithm.cluster import check_runner_gpus
 from rllib_distrl.engine.weights import content_hash
@@ -26,12 +24,14 @@ from rllib_distrl.model.causal_lm_module import POLICY_PREFIX, CausalLMModule
 from rllib_distrl.model.critic_folder import HEAD, TRUNK, save_critic
 from rllib_distrl.model.lm_parts import trunk_name
 from rllib_distrl.model.loading import (
+    GENERATION_CONFIG,
     eos_token_ids,
     load_config,
     load_generation_config,
     load_model,
     load_tokenizer,
     resolve,
+    window_of,
 )
 from rllib_distrl.model.lora import check_lora
 from rllib_distrl.recipe_schema import check_environment
@@ -206,7 +206,7 @@ def check_window(model: str, max_completion_tokens: int) -> None:
     Raises:
         ValueError: with both lengths.
     """
-    window = getattr(load_config(model), "max_position_embeddings", None)
+    window = window_of(model)
     if window is not None and max_completion_tokens >= window:
         raise ValueError(
             f"[rollout] max_completion_tokens is {max_completion_tokens}, but the window of "
@@ -286,6 +286,8 @@ def _generation_config_apart(model: Any, path: Path) -> Iterator[None]:
     Transformers (5.16) loads what it then refuses to save, such as a temperature without
     `do_sample`, which older chat models have.
     """
+    from transformers import GenerationConfig
+
     own: GenerationConfig | None = getattr(model, "generation_config", None)
     if own is None:
         yield
@@ -295,7 +297,7 @@ def _generation_config_apart(model: Any, path: Path) -> Iterator[None]:
         yield
     finally:
         model.generation_config = own
-    own.to_json_file(path / GENERATION_CONFIG_NAME, keys_to_pop=["compile_config"])
+    own.to_json_file(path / GENERATION_CONFIG, keys_to_pop=["compile_config"])
 
 
 @lru_cache(maxsize=8)
@@ -308,10 +310,12 @@ def check_export(model: str) -> None:
     Raises:
         ValueError: with the reason.
     """
+    if model.startswith(BUILTIN_PREFIX):  # written by this package
+        return
     try:
         with TemporaryDirectory(prefix="distrl-") as folder:
             load_config(model).save_pretrained(folder)
-            generation, file = load_generation_config(model), Path(folder, GENERATION_CONFIG_NAME)
+            generation, file = load_generation_config(model), Path(folder, GENERATION_CONFIG)
             generation.to_json_file(file, keys_to_pop=["compile_config"])
             load_tokenizer(model).save_pretrained(folder)
     except Exception as error:

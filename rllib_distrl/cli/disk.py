@@ -51,15 +51,12 @@ def check_room(recipe: Recipe, config: Any, run: RunFolder) -> None:
 
 def _parameters(model: str, settings: dict[str, Any]) -> tuple[int, int]:
     """Parameters that a checkpoint holds for the sake of the policy, and those that learn."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    from rllib_distrl.model.lm_parts import without_weights
     from rllib_distrl.model.loading import load_config
     from rllib_distrl.model.lora import count_adapter_parameters
 
     model_config = load_config(model)
-    with torch.device("meta"):
-        policy = AutoModelForCausalLM.from_config(model_config)
+    policy = without_weights(model_config)
     weights = sum(p.numel() for p in policy.parameters())
     trunks = 2 if settings.get("critic", "separate") == "separate" else 1
     if lora := settings.get("lora"):

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from distrl_envs.tokenizers import VOCABULARY
+
 if TYPE_CHECKING:
+    from rllib_distrl.model.builtin import BuiltinSpec
     from rllib_distrl.settings import RolloutSettings
 
 # Forward activations kept for backward, per token and layer, in multiples of the hidden size:
@@ -108,15 +111,21 @@ def count_updates(config: Any, rollout: RolloutSettings) -> Updates:
     )
 
 
+def shape_of(name: str) -> ModelShape:
+    """The shape of a model by its name: a folder, a hub id, or `builtin:...`."""
+    from rllib_distrl.model.builtin import PREFIX, find_spec
+    from rllib_distrl.model.loading import load_config
+
+    if name.startswith(PREFIX):
+        return _builtin_shape(find_spec(name))
+    return model_shape(load_config(name))
+
+
 def model_shape(config: Any) -> ModelShape:
     """Reads a model's shape from its Hugging Face configuration, without allocating it."""
-    import torch
-    from transformers import AutoModelForCausalLM
+    from rllib_distrl.model.lm_parts import trunk_of, without_weights
 
-    from rllib_distrl.model.lm_parts import trunk_of
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = without_weights(config)
     text = config.get_text_config()
     heads = text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -130,6 +139,24 @@ def model_shape(config: Any) -> ModelShape:
         kv_width=kv_heads * head_size,
         vocabulary=text.vocab_size,
         bytes_each=next(model.parameters()).element_size(),
+    )
+
+
+def _builtin_shape(spec: BuiltinSpec) -> ModelShape:
+    """Counts a built-in Qwen2: Transformers' own class takes two seconds to import."""
+    width, inner, vocabulary = spec.hidden_size, spec.intermediate_size, len(VOCABULARY)
+    attention = 4 * width * width + 3 * width  # Queries, keys and values have a bias.
+    block = attention + 3 * width * inner + 2 * width
+    parameters = vocabulary * width + spec.num_layers * block + width
+    return ModelShape(
+        parameters=parameters,
+        trunk_parameters=parameters,  # The head is the embedding.
+        layers=spec.num_layers,
+        hidden=width,
+        intermediate=inner,
+        kv_width=width,
+        vocabulary=vocabulary,
+        bytes_each=4,
     )
 
 

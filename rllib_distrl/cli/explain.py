@@ -18,8 +18,8 @@ from rllib_distrl.cli.estimates import (
     count_updates,
     learner_memory,
     machine_memory,
-    model_shape,
     runner_memory,
+    shape_of,
     size,
     too_large,
 )
@@ -63,11 +63,9 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     silence_libraries()
     recipe = load_recipe(path, overrides)
     config = recipe.build_config()
-    from rllib_distrl.model.loading import load_config
-
     updates = count_updates(config, recipe.rollout)
     prompts = _prompt_lengths(config)
-    shape = model_shape(load_config(recipe.run.model))
+    shape = shape_of(recipe.run.model)
     console = Console()
     for line in check_problems(recipe, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -166,12 +164,10 @@ def check_memory(recipe: Recipe, config: Any) -> None:
     Raises:
         ValueError: With what is needed, what there is, and what to do.
     """
-    from rllib_distrl.model.loading import load_config
-
     if on_a_cluster():
         return
     updates = count_updates(config, recipe.rollout)
-    shape = model_shape(load_config(recipe.run.model))
+    shape = shape_of(recipe.run.model)
     # Prompts are rendered only where it could matter: with the longest ones it would not fit.
     crude = _memory(recipe, config, updates, _UNKNOWN_PROMPT, shape)
     if too_large(*crude, config, machine_memory()) is None:
@@ -228,9 +224,12 @@ def _memory_table(
 
 def said_of_weights(recipe: Recipe, config: Any) -> list[str]:
     """What a user may not expect of the weights that learn and are exported."""
+    from rllib_distrl.model.builtin import PREFIX
     from rllib_distrl.model.loading import load_config
     from rllib_distrl.model.lora import without_adapter
 
+    if recipe.run.model.startswith(PREFIX):  # Float32, and without experts.
+        return []
     model_config, lines = load_config(recipe.run.model), []
     dtype = str(getattr(model_config, "dtype", None) or "").removeprefix("torch.")
     if dtype not in ("", "float32"):

@@ -4,11 +4,13 @@ Prompts and completions go the same way: a batch of tokens, each with its sequen
 position. Rows may have any length, and join and leave at any time at no cost.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
 
 from rllib_distrl.engine.fast_weights import (
     FastWeights,
@@ -21,6 +23,9 @@ from rllib_distrl.engine.fast_weights import (
 from rllib_distrl.engine.kernels import PAGE, kernels
 from rllib_distrl.engine.lanes import LANES
 from rllib_distrl.engine.paged_cache import PagedCache, aligned_zeros, pages_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Prompts are computed in chunks of this many tokens: their activations stay in a core's cache.
 _PREFILL_TOKENS = 256

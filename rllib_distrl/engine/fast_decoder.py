@@ -3,15 +3,20 @@
 Any device, float32 or bfloat16; float32 on CPU has a faster one, `compiled_decoder`.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedConfig
 
 from rllib_distrl.engine.fast_weights import FastWeights, rotary_table, shape_of, unsupported
 from rllib_distrl.engine.kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Prompts are computed in chunks of about this many tokens, which bounds activations.
 _PREFILL_TOKENS = 16384

@@ -6,10 +6,15 @@ on CPU the matrices of the layers are stored transposed, inputs first: a product
 spends no time on rearranging the weights (16 rows: 0.8 instead of 1.3 ms for a million of them).
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _ACTIVATIONS = ("silu", "swish")
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")

@@ -6,12 +6,17 @@ position is left to the model's own idea of them. A model without such a cache (
 each step.
 """
 
+from __future__ import annotations
+
 import inspect
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 Prompt = tuple[int, ...]
 
@@ -32,6 +37,8 @@ class GenericDecoder:
     shrink_share = 0.0625
 
     def __init__(self, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+        from transformers import AutoModelForCausalLM
+
         self.device = device
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         self.model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -1,13 +1,17 @@
 """Engines by name: what `[rollout] engine` stands for."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 
 from rllib_distrl.engine.protocol import RolloutEngine
 from rllib_distrl.engine.torch_engine import TorchEngine
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def make_engine(

@@ -1,11 +1,12 @@
 """The default rollout engine: plain PyTorch, in process, on CPU or CUDA."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
 
 from rllib_distrl.engine.compiled_decoder import CompiledDecoder, not_compiled
 from rllib_distrl.engine.fast_decoder import FastDecoder
@@ -20,6 +21,9 @@ from rllib_distrl.engine.protocol import (
 )
 from rllib_distrl.engine.scheduler import Call, Decoder
 from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _DECODERS = {"compiled": CompiledDecoder, "fast": FastDecoder, "generic": GenericDecoder}
 DecoderName = Literal["auto", "compiled", "fast", "generic"]

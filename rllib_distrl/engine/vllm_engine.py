@@ -4,15 +4,16 @@ vLLM 0.32, one device. It is imported only when an engine is made, so that every
 without it.
 """
 
+from __future__ import annotations
+
 import contextlib
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedConfig
 
 from rllib_distrl.engine.protocol import (
     UNKNOWN_VERSION,
@@ -24,6 +25,9 @@ from rllib_distrl.engine.protocol import (
 from rllib_distrl.engine.sampling import uniform_words
 from rllib_distrl.engine.vllm_weights import hugging_face_shapes, hugging_face_views
 from rllib_distrl.engine.weights import check_names, content_hash
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # The engine must live in this process, and answer to nobody outside of it.
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1"}

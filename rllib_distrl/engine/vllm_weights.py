@@ -1,17 +1,22 @@
 """vLLM's fused tensors, addressed under their Hugging Face names."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from rllib_distrl.model.lm_parts import without_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def hugging_face_shapes(config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Names and shapes of a causal LM's parameters; tied ones once, under their first name."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
+    named = without_weights(config).named_parameters()
+    return {name: parameter.shape for name, parameter in named}
 
 
 def hugging_face_views(model: Any, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:

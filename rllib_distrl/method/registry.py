@@ -287,6 +287,6 @@ def _nearest(word: Any, known: Any) -> str:
 
 @functools.cache
 def _load_package() -> None:
-    package = importlib.import_module("rllib_distrl.stages")
+    package = importlib.import_module("rllib_distrl.method")
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{package.__name__}.{module.name}")

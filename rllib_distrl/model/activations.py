@@ -10,7 +10,6 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
     checkpoint_wrapper,
 )
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -39,6 +38,8 @@ def checkpoint_activations(model: nn.Module) -> None:
     Raises:
         ValueError: If Transformers marks none of its blocks as fit for it.
     """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
     if not any(isinstance(part, GradientCheckpointingLayer) for part in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has no blocks that can be computed again. "

@@ -4,14 +4,18 @@ Nothing is read off names of settings: what stands before the head (a projection
 the model runs it, and what follows the head (a factor, a soft cap) is measured.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from rllib_distrl.maths.lm_head import LogitMap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # What the head is made to say while its map is measured: both signs, from near zero to saturation.
 _SMALL, _LARGE = 2.0**-7, 2.0**20
@@ -23,6 +27,14 @@ _MEASURED_TOKENS = 4
 
 class _HeadReached(Exception):
     """Ends a forward pass at the LM head."""
+
+
+def without_weights(config: PreTrainedConfig) -> Any:
+    """The causal LM of a configuration with its parameters' shapes, none of them allocated."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
 
 
 def is_causal_lm(model: Any) -> bool:

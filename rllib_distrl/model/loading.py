@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         PreTrainedTokenizerBase,
     )
 
-_ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
+GENERATION_CONFIG, _ADAPTER = "generation_config.json", "adapter_config.json"
 # Runes, cuneiform, and a private character.
 _STRANGE = "\u16a0\U00012000\ue000"
 _LONGEST_REASON = 300
@@ -93,6 +93,20 @@ def load_config(name: str) -> PreTrainedConfig:
     return config
 
 
+def window_of(name: str) -> int | None:
+    """Tokens of prompt and completion together that a model can read; None: it names no limit.
+
+    Args:
+        name: A folder, a hub id, or `builtin:...`, of which nothing is built or imported.
+
+    Raises:
+        ValueError: As `load_config`.
+    """
+    if name.startswith(PREFIX):
+        return find_spec(name).window
+    return getattr(load_config(name), "max_position_embeddings", None)
+
+
 def _check_quantisation(config: PreTrainedConfig, name: str) -> None:
     """Refuses weights that gradients do not reach."""
     for part in (config, config.get_text_config()):
@@ -156,9 +170,10 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         ValueError: As `resolve`; if there is no tokenizer, it has no EOS token, or it knows ids
             that the model has no embedding for.
     """
-    config = load_config(name)
     if name.startswith(PREFIX):
+        find_spec(name)
         return tokenizers.small_tokenizer()
+    config = load_config(name)
     tokenizer = tokenizers.load_tokenizer(resolve(name))
     if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):
         # What AutoTokenizer (Transformers 5.16) makes for known architectures without any files.
@@ -247,7 +262,7 @@ def load_generation_config(name: str) -> GenerationConfig:
     try:
         file = cached_file(
             resolve(name),
-            _GENERATION,
+            GENERATION_CONFIG,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
@@ -261,8 +276,8 @@ def load_generation_config(name: str) -> GenerationConfig:
             raise ValueError(f"eos_token_id is {config.eos_token_id!r}")
     except Exception as error:
         raise ValueError(
-            f"The {_GENERATION} of {name!r} cannot be read ({gist(error)}), and it says which "
-            "tokens end a text. Repair it, or delete it to go by the tokenizer alone."
+            f"The {GENERATION_CONFIG} of {name!r} cannot be read ({gist(error)}), and it says "
+            "which tokens end a text. Repair it, or delete it to go by the tokenizer alone."
         ) from None
     return config
 

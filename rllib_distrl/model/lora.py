@@ -10,15 +10,16 @@ import copy
 import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.pytorch_utils import Conv1D
 
-from rllib_distrl.model.lm_parts import is_causal_lm, trunk_of
+from rllib_distrl.model.lm_parts import is_causal_lm, trunk_of, without_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 ALL_LINEAR = "all-linear"
 DEFAULTS: Mapping[str, Any] = {"r": 16, "alpha": 32, "targets": ALL_LINEAR}
@@ -49,8 +50,7 @@ def check_lora(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> None:
         raise ValueError(f"lora r is {settings['r']!r}; it must be an integer >= 1.")
     if settings["alpha"] <= 0:
         raise ValueError(f"lora alpha is {settings['alpha']}; it must be above 0.")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
+    model = without_weights(model_config)
     known = linear_layers(trunk_of(model))
     targets = settings["targets"]
     unknown = [] if targets == ALL_LINEAR else [name for name in targets if name not in known]
@@ -63,6 +63,8 @@ def check_lora(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> None:
 
 def linear_layers(trunk: nn.Module) -> list[str]:
     """The names, without their places, of the linear layers in a trunk's blocks."""
+    from transformers.pytorch_utils import Conv1D
+
     return sorted(
         {
             name.rpartition(".")[2]
@@ -75,8 +77,7 @@ def linear_layers(trunk: nn.Module) -> list[str]:
 def count_adapter_parameters(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> int:
     """Parameters of one trunk's adapters, without allocating the model."""
     settings = {**DEFAULTS, **lora}
-    with torch.device("meta"):
-        trunk = trunk_of(AutoModelForCausalLM.from_config(model_config))
+    trunk = trunk_of(without_weights(model_config))
     targets = settings["targets"]
     if targets == ALL_LINEAR:
         targets = linear_layers(trunk)
@@ -94,8 +95,7 @@ def without_adapter(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> 
     """
     if {**DEFAULTS, **lora}["targets"] != ALL_LINEAR:
         return ""
-    with torch.device("meta"):
-        trunk = AutoModelForCausalLM.from_config(model_config).base_model
+    trunk = without_weights(model_config).base_model
     experts = [p for name, p in trunk.named_parameters() if p.dim() == 3 and "expert" in name]
     share = sum(p.numel() for p in experts) / sum(p.numel() for p in trunk.parameters())
     if not experts:
@@ -121,6 +121,7 @@ def add_adapters(model: nn.Module, lora: Mapping[str, Any], seed: int) -> None:
         seed: Decides A, whatever else has drawn random numbers.
     """
     from peft import LoraConfig, inject_adapter_in_model
+    from transformers.pytorch_utils import Conv1D
 
     settings = {**DEFAULTS, **lora}
     targets = settings["targets"]

@@ -3,8 +3,6 @@
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rllib_distrl.maths.packed_attention import packed_attention
 from rllib_distrl.maths.packing import Packing
@@ -27,6 +25,8 @@ def let_pack_rows(model: Any) -> str | None:
     Returns:
         The attention that it had, for `unpack_rows`; None where it still has it.
     """
+    from transformers import AttentionInterface
+
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None) if kinds is None else None
@@ -37,6 +37,7 @@ def let_pack_rows(model: Any) -> str | None:
         and window is None
         and set(kinds or [_FULL]) == {_FULL}
     ):
+        AttentionInterface.register(ATTENTION, _attention)
         before = model.config._attn_implementation
         model.set_attn_implementation(ATTENTION)
         return before
@@ -63,6 +64,8 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention (1, N, heads, D) of queries, keys and values (1, heads, N, D)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     # Under autocast rotated queries and keys are float32, and values are not.
@@ -79,9 +82,8 @@ def _attention_of_rows(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, **kwargs: Any
 ) -> Tensor:
     """PyTorch's own attention (N, heads, D) on any device, prompts attended once per row."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
     q, k, v = (x[packing.rows].transpose(1, 2) for x in (query, key, value))
     seen, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
     return seen[packing.owners, packing.positions]
-
-
-AttentionInterface.register(ATTENTION, _attention)

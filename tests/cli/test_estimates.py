@@ -15,9 +15,12 @@ from rllib_distrl.cli.estimates import (
     machine_memory,
     model_shape,
     runner_memory,
+    shape_of,
     size,
     too_large,
 )
+from rllib_distrl.model.builtin import SPECS
+from rllib_distrl.model.loading import load_config
 from rllib_distrl.settings import RolloutSettings
 
 QWEN = Qwen2Config(
@@ -64,6 +67,11 @@ def test_shape_is_the_models_own_without_allocating_it() -> None:
     assert (shape.layers, shape.kv_width, shape.vocabulary) == (3, 32, 112)
     huge = Qwen2Config(hidden_size=8192, intermediate_size=32768, num_hidden_layers=80)
     assert model_shape(huge).parameters > 10**10
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_the_shape_of_a_builtin_model_is_counted_without_its_class(name: str) -> None:
+    assert shape_of(f"builtin:{name}") == model_shape(load_config(f"builtin:{name}"))
 
 
 def test_weights_gradients_and_moments() -> None:
