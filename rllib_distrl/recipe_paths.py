@@ -5,19 +5,18 @@ So a run goes on from any folder, and the name of a local model never becomes an
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from distrl_envs.data_files import HUB_PREFIX
+from rllib_distrl.files import content_hash
 
 _FILES = (".jsonl", ".csv", ".parquet")
 # Settings whose value may be a path, in any table.
 _PATHS = ("data", "model", "tokenizer", "samples", "critic_checkpoint")
 # Those whose content decides what is learned, beside the model.
 _CONTENT = ("data", "samples")
-_BLOCK = 1 << 20
 
 
 def locate(tables: dict[str, Any], folder: Path, leave: frozenset[str] = frozenset()) -> None:
@@ -49,7 +48,7 @@ def content_hashes(tables: Mapping[str, Any]) -> dict[str, str]:
         place = _split_hub(table[key])[1]
         decides = any(name in _CONTENT for name in dotted.split("."))
         if decides and Path(place).is_absolute() and Path(place).exists():
-            found[dotted] = _content_hash(Path(place))
+            found[dotted] = content_hash(Path(place))
     return found
 
 
@@ -92,16 +91,3 @@ def _split_hub(text: str) -> tuple[str, str, str]:
 def _normal(path: Path) -> Path:
     """Without `.` and `..`; links stay, for a link may be meant to move."""
     return Path(*path.parts) if ".." not in path.parts else path.parent.resolve() / path.name
-
-
-def _content_hash(path: Path) -> str:
-    """Of a file, or of all files in a folder with their names."""
-    digest = hashlib.blake2b(digest_size=16)
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    for file in files:
-        if file != path:
-            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            while block := stream.read(_BLOCK):
-                digest.update(block)
-    return digest.hexdigest()

@@ -76,7 +76,7 @@ ELSEWHERE: Mapping[str, frozenset[str]] = {
 """Names that other trainers have for our settings."""
 
 _FEW = 16  # so many keys are listed in a message
-_ALIKE = 0.6  # below it a hint misleads
+ALIKE = 0.6  # below it a hint misleads
 
 _TOML_WORDS = {
     bool: "true or false",
@@ -191,7 +191,7 @@ def check_names(where: str, given: Iterable[str], known: Iterable[str]) -> None:
     known = sorted(known)
     for name in given:
         if name not in known:
-            near = nearest(name, known, _ALIKE)
+            near = nearest(name, known, ALIKE)
             hint = f" The nearest one is {near!r}." if near else ""
             listed = f" Known keys: {', '.join(known)}." if len(known) <= _FEW or not near else ""
             raise ValueError(f"Unknown key {name!r} in {where}.{hint}{listed}")

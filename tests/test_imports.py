@@ -13,7 +13,7 @@ from rllib_distrl import moved
 ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
 LAYERS = [
-    {"maths", "recipe_schema", "moved"},
+    {"maths", "recipe_schema", "files", "moved"},
     {"settings"},
     {"method"},
     {"engine", "model"},

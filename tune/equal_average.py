@@ -15,7 +15,7 @@ import typer
 
 from rllib_distrl.cli.errors import exit_code_of
 from rllib_distrl.experiments.fronts import at_equal_average, read_fronts
-from rllib_distrl.runs.log import write_atomic
+from rllib_distrl.files import write_atomic
 
 
 def main(

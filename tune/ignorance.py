@@ -20,7 +20,7 @@ import ray
 
 from rllib_distrl import DistRLConfig
 from rllib_distrl.algorithm.critic_probe import probe_critic
-from rllib_distrl.runs.log import write_atomic
+from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.meta import commit
 
 VARIANTS: dict[str, dict[str, Any]] = {

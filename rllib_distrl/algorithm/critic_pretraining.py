@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
@@ -16,6 +15,7 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
+from rllib_distrl.algorithm.learner_shards import shards_of
 from rllib_distrl.algorithm.sampling import prompt_results
 from rllib_distrl.engine.protocol import Completion, Request
 from rllib_distrl.learner.pretraining import TOKENS, pretrain_critic
@@ -49,10 +49,7 @@ def pretrain(algo: Any) -> None:
     learners = max(algo.config.num_learners, 1)
     if len(groups) < learners:
         raise ValueError(f"critic_pretraining has {len(groups)} prompts for {learners} learners.")
-    shards = [
-        ray.put([episode for group in groups[rank::learners] for episode in group])
-        for rank in range(learners)
-    ]
+    shards = shards_of(groups, learners)
     results = algo.learner_group.foreach_learner(pretrain_critic, shards=shards, table=table)
     found = {TOKENS: tokens, **results.result_or_errors[0].get()}
     for name, value in found.items():

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import ray
 
 from distrl_envs.task import Task, distinct_rows
+from rllib_distrl.algorithm.learner_shards import shards_of
 from rllib_distrl.algorithm.sampling import SamplingError
 from rllib_distrl.algorithm.wiring import runner_weights
 from rllib_distrl.learner.token_table import read_tokens
@@ -103,10 +103,7 @@ def sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[li
 def score(algo: Any, groups: list[list[Any]], n_top: int) -> list[dict[str, Any]]:
     """One dict of arrays per episode, in the order of ``groups``."""
     learners = max(algo.config.num_learners, 1)
-    shards = [
-        ray.put([episode for group in groups[rank::learners] for episode in group])
-        for rank in range(learners)
-    ]
+    shards = shards_of(groups, learners)
     results = algo.learner_group.foreach_learner(
         read_tokens, shards=shards, k=max(algo.iteration, 1), n_top=n_top
     )

@@ -6,6 +6,14 @@ import ray
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 
+def shards_of(groups: list[list[SingleAgentEpisode]], learners: int) -> list[ray.ObjectRef]:
+    """One reference per learner: learner r gets the groups r, r + learners, r + 2 learners …."""
+    return [
+        ray.put([episode for group in groups[rank::learners] for episode in group])
+        for rank in range(learners)
+    ]
+
+
 def update_learners(
     learner_group: Any,
     learners: int,
@@ -28,8 +36,5 @@ def update_learners(
         return learner_group.update(episodes=episodes, **settings)
     # One reference per learner keeps episodes and groups whole: given episodes, Ray 2.60
     # cuts them in the middle (utils/minibatch_utils.py, ShardEpisodesIterator).
-    shards = [
-        ray.put([episode for group in groups[rank::learners] for episode in group])
-        for rank in range(learners)
-    ]
+    shards = shards_of(groups, learners)
     return learner_group.update(episodes_refs=shards, **settings)

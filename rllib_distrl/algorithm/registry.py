@@ -1,10 +1,11 @@
 """Algorithms by name: ours first, then RLlib's own."""
 
-import difflib
 from importlib import import_module
 from typing import Any
 
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+
+from rllib_distrl.recipe_schema import ALIKE, nearest
 
 # Name to "module:config class". RLlib's own are those that sample tokens from a stochastic
 # policy; looking them up here avoids RLlib's registry, which imports every algorithm.
@@ -44,8 +45,8 @@ def algorithm_config(name: str) -> AlgorithmConfig:
     """
     if name not in ALGORITHMS:
         by_lower_case = {known.lower(): known for known in ALGORITHMS}
-        near = difflib.get_close_matches(name.lower(), list(by_lower_case), n=1)
-        hint = f" Did you mean {by_lower_case[near[0]]!r}?" if near else ""
+        near = nearest(name.lower(), by_lower_case, ALIKE)
+        hint = f" Did you mean {by_lower_case[near]!r}?" if near else ""
         known = ", ".join(ALGORITHMS)
         raise ValueError(f"Unknown algorithm {name!r}.{hint} Known: {known}.")
     return _load(ALGORITHMS[name])

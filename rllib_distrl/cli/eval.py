@@ -18,10 +18,10 @@ from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
 from rllib_distrl.cli.quiet import silence_libraries
 from rllib_distrl.cli.results import print_summary, problems_of
+from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints
 from rllib_distrl.runs.folder import RunFolder
-from rllib_distrl.runs.log import write_atomic
 
 _STOPPING = "Stopping with this chunk of problems. Ctrl-C again stops at once."
 _CONTINUE = "The same command continues."

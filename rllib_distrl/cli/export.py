@@ -12,10 +12,10 @@ from rich.console import Console
 
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.quiet import hide_loading_bars, silence_libraries
+from rllib_distrl.files import replaced_folder
 from rllib_distrl.runs.checkpoints import (
     hold_checkpoint,
     hold_latest,
-    replaced_folder,
     verify_checkpoint,
 )
 from rllib_distrl.runs.folder import RunFolder, is_run_folder

@@ -19,8 +19,9 @@ from rllib_distrl.cli.quiet import hide_loading_bars
 from rllib_distrl.cli.ray_session import ray_session
 from rllib_distrl.cli.scale import take_scale_request
 from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints
+from rllib_distrl.files import replaced_folder
 from rllib_distrl.recipe import Recipe
-from rllib_distrl.runs.checkpoints import checkpoint_iteration, replaced_folder
+from rllib_distrl.runs.checkpoints import checkpoint_iteration
 from rllib_distrl.runs.folder import RunFolder
 from rllib_distrl.runs.log import RunLog, read_progress
 from rllib_distrl.runs.trackers import Trackers, tracked_run

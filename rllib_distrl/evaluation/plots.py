@@ -1,6 +1,5 @@
 """The pass@k plot: one curve per run, with bootstrap bands."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from rllib_distrl.evaluation.result import EvalResult
 from rllib_distrl.evaluation.summary import SampleTable, default_ks
+from rllib_distrl.files import replaced_file
 from rllib_distrl.maths.pass_k import FloatArray, bootstrap_interval, pass_at_k
 
 # Okabe and Ito's colours, told apart with any common colour vision; yellow is left out because it
@@ -182,8 +182,6 @@ def spread_labels(heights: FloatArray, gap: float) -> FloatArray:
 
 
 def _save(figure: Any, path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{os.getpid()}-{path.name}")
-    figure.savefig(partial)
-    os.replace(partial, path)
+    with replaced_file(path) as partial:
+        figure.savefig(partial)
     return path

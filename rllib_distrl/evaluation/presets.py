@@ -10,12 +10,12 @@ are called was read from public evaluation code.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from distrl_envs.data_files import READERS
 from rllib_distrl.evaluation.settings import EvalSettings
+from rllib_distrl.recipe_schema import ALIKE, nearest
 
 MATH_ENV_ID = "distrl_envs:distrl/Math-v0"
 ENV_IDS = {
@@ -171,8 +171,8 @@ def _resolve(
                 "env_config={'task_config': {'data': ...}}."
             )
         return EvalData(name, data, {}, EvalSettings())
-    near = get_close_matches(data, PRESETS, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
+    near = nearest(data, PRESETS, ALIKE)
+    hint = f" Did you mean {near!r}?" if near else ""
     raise ValueError(
         f"data {data!r} is neither a preset ({', '.join(PRESETS)}), nor a file "
         f"({', '.join(FILE_ENDINGS)}), nor hf:name/split, nor an environment id.{hint}"
@@ -196,8 +196,8 @@ def with_overrides(settings: EvalSettings, overrides: Mapping[str, Any]) -> Eval
     given = {name: value for name, value in overrides.items() if value is not None}
     for name in given:
         if name not in known:
-            near = get_close_matches(name, known, n=1)
-            hint = f": did you mean {near[0]!r}?" if near else f": known are {', '.join(known)}."
+            near = nearest(name, known, ALIKE)
+            hint = f": did you mean {near!r}?" if near else f": known are {', '.join(known)}."
             raise ValueError(f"{name!r} is no evaluation setting{hint}")
     if "n" in given and "k" not in given:
         given["k"] = tuple(k for k in settings.k if k <= given["n"])

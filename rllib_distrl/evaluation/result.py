@@ -18,9 +18,9 @@ from rllib_distrl.evaluation.store import (
     load_samples,
     read_part,
     sample_parts,
-    write_text,
 )
 from rllib_distrl.evaluation.summary import Equivalence, per_problem, summarise
+from rllib_distrl.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class EvalResult:
     def to_json(self, path: Path | str, k: Sequence[int] | None = None) -> dict[str, Any]:
         """Writes `report` and what was evaluated as one JSON object, and returns it."""
         content = {**self.report(k), "evaluated": self.info}
-        write_text(Path(path), json.dumps(content, indent=2, default=str) + "\n")
+        write_atomic(Path(path), json.dumps(content, indent=2, default=str) + "\n")
         return content
 
     def to_parquet(self, path: Path | str) -> None:

@@ -1,7 +1,6 @@
 """Graded samples on disk: Parquet parts that survive a kill, and the settings they belong to."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,8 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from rllib_distrl.files import replaced_file, write_atomic
 
 MANIFEST = "evaluation.json"
 SAMPLES = "samples"
@@ -66,7 +67,7 @@ class SampleStore:
         if different := _differences(folder, wanted):
             self.forget(f"holds samples of another evaluation ({'; '.join(different)})")
         self.samples.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(wanted, indent=2) + "\n")
+        write_atomic(path, json.dumps(wanted, indent=2) + "\n")
 
     @property
     def samples(self) -> Path:
@@ -163,9 +164,8 @@ def load_samples(folder: Path | str, columns: Sequence[str] | None = None) -> pd
 
 def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
     """Writes a part in one step."""
-    partial = path.with_suffix(f".tmp{os.getpid()}")
-    pq.write_table(pa.Table.from_pylist(list(records), SCHEMA), partial, compression="zstd")
-    os.replace(partial, path)
+    with replaced_file(path) as partial:
+        pq.write_table(pa.Table.from_pylist(list(records), SCHEMA), partial, compression="zstd")
 
 
 def read_part(part: Path, columns: Sequence[str]) -> pa.Table:
@@ -190,10 +190,3 @@ def _differences(folder: Path, wanted: Mapping[str, Any]) -> list[str]:
         for name in sorted(found.keys() | wanted.keys())
         if found.get(name) != wanted.get(name)
     ]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaces a small file in one step."""
-    partial = path.with_suffix(f".tmp{os.getpid()}")
-    partial.write_text(text)
-    os.replace(partial, path)

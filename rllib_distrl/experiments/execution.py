@@ -12,8 +12,8 @@ from pathlib import Path
 from rllib_distrl.experiments.plan import Contender, Plan
 from rllib_distrl.experiments.processes import start_distrl
 from rllib_distrl.experiments.record import Record, failed_record, finished_record, read_record
+from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.folder import is_locked, is_run_folder
-from rllib_distrl.runs.log import write_atomic
 
 _POLL_SECONDS = 0.2
 _ERROR_LINES = 12  # of a failed run's output

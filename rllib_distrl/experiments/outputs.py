@@ -10,7 +10,7 @@ from pathlib import Path
 from rllib_distrl.experiments.pages import html_page, markdown_page, sections
 from rllib_distrl.experiments.record import read_records
 from rllib_distrl.experiments.results import arrange
-from rllib_distrl.runs.log import write_atomic
+from rllib_distrl.files import write_atomic
 
 ABOUT_FILE = "comparison.json"
 _DPI = 100

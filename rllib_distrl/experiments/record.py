@@ -18,13 +18,13 @@ from rllib_distrl.algorithm.validation_clock import EVALUATION, SECONDS
 from rllib_distrl.evaluation.summary import SampleTable, default_ks, per_problem
 from rllib_distrl.experiments.plan import Contender
 from rllib_distrl.experiments.statistics import FloatArray, ValidationFit
+from rllib_distrl.files import write_atomic
 from rllib_distrl.maths import pass_k
 from rllib_distrl.runs.folder import open_run
 from rllib_distrl.runs.log import (
     VALIDATED_PROBLEMS,
     read_progress,
     tokens_generated,
-    write_atomic,
 )
 
 FINISHED, FAILED = "finished", "failed"

@@ -20,9 +20,9 @@ from rllib_distrl.experiments.trial import (
     RecipeTrial,
     StopWithoutMetric,
 )
+from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.recipe_schema import nearest
-from rllib_distrl.runs.log import write_atomic
 
 _SWEEP_FILE = "sweep.json"
 TRIALS = "tune"

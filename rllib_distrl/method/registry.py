@@ -10,7 +10,6 @@ given there once, and whoever sets it where no chosen method has it is told so
 (`algorithms.unread_settings`).
 """
 
-import difflib
 import functools
 import importlib
 import inspect
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 
 from pydantic import create_model
 
+from rllib_distrl.recipe_schema import ALIKE, nearest
 from rllib_distrl.settings import Settings
 
 KINDS = (
@@ -280,8 +280,8 @@ def _schema(kind: str, name: str, function: Callable[..., Any]) -> type[_MethodS
 
 def _nearest(word: Any, known: Any) -> str:
     known = list(known)
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
-    hint = f": did you mean {close[0]!r}?" if close else ";"
+    near = nearest(str(word), known, ALIKE)
+    hint = f": did you mean {near!r}?" if near else ";"
     return f"{hint} known: {', '.join(known) if known else 'none'}"
 
 

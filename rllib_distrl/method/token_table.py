@@ -7,7 +7,6 @@ One row per completion; what belongs to tokens is an array per row. That is how 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+
+from rllib_distrl.files import replaced_file
 
 # Columns of a completion that every table has.
 COMPLETION_COLUMNS = (
@@ -158,10 +159,8 @@ class TokenTable:
         path = Path(path)
         table = pa.Table.from_pandas(self.completions, preserve_index=False)
         metadata = {**(table.schema.metadata or {}), _METADATA: _dumps(self.info)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".tmp-{path.name}")
-        pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
-        os.replace(partial, path)
+        with replaced_file(path) as partial:
+            pq.write_table(table.replace_schema_metadata(metadata), partial, compression="zstd")
         return path
 
 

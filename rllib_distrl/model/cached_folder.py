@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any
 
 from filelock import AcquireReturnProxy, FileLock, Timeout
 from rich.console import Console
+
+from rllib_distrl.files import replaced_folder
 
 ROOT_VARIABLE = "DISTRL_CACHE"
 META = "meta.json"
@@ -52,7 +53,6 @@ class CachedFolder:
         self.root = cache_root() if root is None else root
         self.path = self.root / name
         self.title = title
-        self._building = self.root / f".{name}.building"
         self._lock = FileLock(self.root / f".{name}.lock")
 
     def get(self, build: Callable[[Path], Mapping[str, Any]]) -> Path:
@@ -109,14 +109,11 @@ class CachedFolder:
             return
         if damage != "missing":
             say(f"The cached {self.title} is damaged ({damage}): building it again.")
-        shutil.rmtree(self._building, ignore_errors=True)  # of a build that was interrupted
-        self._building.mkdir()
-        meta = dict(build(self._building))
-        files = {file.name: _sha256(file) for file in sorted(self._building.iterdir())}
-        text = json.dumps({**meta, "files": files}, indent=2)
-        (self._building / META).write_text(text + "\n")
-        shutil.rmtree(self.path, ignore_errors=True)
-        self._building.rename(self.path)
+        with replaced_folder(self.path) as building:
+            meta = dict(build(building))
+            files = {file.name: _sha256(file) for file in sorted(building.iterdir())}
+            text = json.dumps({**meta, "files": files}, indent=2)
+            (building / META).write_text(text + "\n")
 
 
 def _sha256(file: Path) -> str:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import difflib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 from rllib_distrl.model.lm_parts import is_causal_lm, trunk_of, without_weights
+from rllib_distrl.recipe_schema import nearest
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -39,7 +39,7 @@ def check_lora(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> None:
     """
     for name in lora:
         if name not in DEFAULTS:
-            near = difflib.get_close_matches(name, DEFAULTS, n=1, cutoff=0.0)[0]
+            near = nearest(name, DEFAULTS)
             raise ValueError(f"lora has no setting {name!r}. The nearest one is {near!r}.")
     if importlib.util.find_spec("peft") is None:
         raise ValueError(

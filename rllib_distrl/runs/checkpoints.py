@@ -7,21 +7,26 @@ flushed to disk and renamed into place, so that a kill at any moment leaves the 
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Literal
+
+from rllib_distrl.files import (
+    content_hash,
+    remove_folder,
+    remove_temporaries,
+    replaced_folder,
+    sync,
+    sync_tree,
+)
 
 MANIFEST = "manifest.json"
 Mode = Literal["max", "min"]
 _NAME = re.compile(r"iteration_(\d{6,})")
-_TEMPORARY = ".tmp-"
-_BLOCK = 1 << 20  # bytes hashed at once
 _TRIES = 8
 
 
@@ -122,31 +127,13 @@ def save_checkpoint(
     with replaced_folder(target) as temporary:
         write(str(temporary))
         _write_manifest(temporary, iteration, score)
-        _sync_tree(temporary)
-    _sync(folder)
+        sync_tree(temporary)
+    sync(folder)
     kept = kept_iterations(checkpoint_scores(folder), iteration, keep=keep, mode=mode)
     for path in list_checkpoints(folder):
         if checkpoint_iteration(path) not in kept:
             _prune(path)
     return target
-
-
-@contextmanager
-def replaced_folder(target: Path) -> Iterator[Path]:
-    """Gives a hidden sibling to write into, which then takes the place of `target`.
-
-    After an error `target` is what it was, and nothing else is left.
-    """
-    temporary = target.with_name(f"{_TEMPORARY}{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        if target.exists():
-            _remove(target)
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def checkpoint_scores(folder: Path) -> dict[int, float | None]:
@@ -169,7 +156,7 @@ def verify_checkpoint(path: Path) -> None:
         file = path / name
         if not file.is_file():
             raise DamagedCheckpointError(f"{path}: {name} is missing.")
-        if file.stat().st_size != size or _digest(file) != digest:
+        if file.stat().st_size != size or content_hash(file) != digest:
             raise DamagedCheckpointError(f"{path}: {name} is not what was written.")
 
 
@@ -218,47 +205,17 @@ def hold_checkpoint(path: Path, held: ExitStack) -> None:
         raise FileNotFoundError(path)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Removes what an interrupted save or removal left behind."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(path)
-
-
 def _write_manifest(path: Path, iteration: int, score: float | None) -> None:
     files: dict[str, Any] = {
         file.relative_to(path).as_posix(): {
             "size": file.stat().st_size,
-            "blake2b": _digest(file),
+            "blake2b": content_hash(file),
         }
         for file in sorted(path.rglob("*"))
         if file.is_file()
     }
     text = json.dumps({"iteration": iteration, "score": score, "files": files}, indent=1)
     (path / MANIFEST).write_text(text + "\n", encoding="utf-8")
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync_tree(path: Path) -> None:
-    """Flushes every file, then every folder from the leaves up."""
-    for root, _, files in os.walk(path, topdown=False):
-        for name in files:
-            _sync(Path(root) / name)
-        _sync(Path(root))
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _prune(path: Path) -> None:
@@ -272,11 +229,4 @@ def _prune(path: Path) -> None:
             return
         except OSError:  # a file system without locks
             pass
-        _remove(path)
-
-
-def _remove(path: Path) -> None:
-    """Removes a checkpoint so that a half-removed one is never taken for a checkpoint."""
-    doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
+        remove_folder(path)

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.recipe_paths import content_hashes
-from rllib_distrl.runs.log import write_atomic
 from rllib_distrl.runs.meta import commit, session, versions
 
 _FORMAT = "distrl-run-1"

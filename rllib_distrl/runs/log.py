@@ -14,6 +14,8 @@ from typing import IO, Any, Self
 
 import numpy as np
 
+from rllib_distrl.files import write_atomic
+
 # The pools of each problem of a validation: in the log alone, they are no metric.
 VALIDATED_PROBLEMS = "evaluation/problems"
 _NOT_METRICS = frozenset({"config", "hist_stats"})
@@ -152,16 +154,6 @@ def truncate_progress(path: Path, last_iteration: int) -> None:
     if path.is_file() and path.read_text(encoding="utf-8") == text:
         return
     write_atomic(path, text)
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replaces a file by way of a flushed temporary one."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with temporary.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
 
 
 def _binned(values: np.ndarray) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import json
 import uuid
 from dataclasses import dataclass
 
+from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.folder import RunFolder
-from rllib_distrl.runs.log import write_atomic
 
 
 @dataclass(frozen=True)

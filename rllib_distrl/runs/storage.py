@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow
 from pyarrow import fs
 
+from rllib_distrl.files import TEMPORARY
 from rllib_distrl.runs.checkpoints import (
     MANIFEST,
     DamagedCheckpointError,
@@ -30,8 +31,6 @@ from rllib_distrl.runs.checkpoints import (
     verify_checkpoint,
 )
 from rllib_distrl.runs.folder import RunFolder
-
-_TEMPORARY = ".tmp-"
 
 
 class RunStorage:
@@ -118,10 +117,10 @@ class RunStorage:
             mode: Whether the best has the highest or the lowest score.
             report: Called with a sentence for each checkpoint that is passed over.
         """
-        folder = target.with_name(f"{_TEMPORARY}{target.name}")
+        folder = target.with_name(f"{TEMPORARY}{target.name}")
         shutil.rmtree(folder, ignore_errors=True)
         for name in self._files(self._root):
-            if not name.startswith("checkpoints/") and _TEMPORARY not in name:
+            if not name.startswith("checkpoints/") and TEMPORARY not in name:
                 self._fetch(f"{self._root}/{name}", folder / name)
         scores = self._scores()
         best = best_iteration(scores, mode)
@@ -138,8 +137,8 @@ class RunStorage:
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
             if file != path / MANIFEST:
                 self._copy_to(file, f"{target}/{file.relative_to(path).as_posix()}")
-        self._copy_to(path / MANIFEST, f"{target}/{_TEMPORARY}{MANIFEST}")
-        self._fs.move(f"{target}/{_TEMPORARY}{MANIFEST}", f"{target}/{MANIFEST}")
+        self._copy_to(path / MANIFEST, f"{target}/{TEMPORARY}{MANIFEST}")
+        self._fs.move(f"{target}/{TEMPORARY}{MANIFEST}", f"{target}/{MANIFEST}")
 
     def _download_checkpoint(
         self, number: int, folder: Path, report: Callable[[str], None]
@@ -188,7 +187,7 @@ class RunStorage:
         if self._sent.get(target) == version:
             return
         parent, _, name = target.rpartition("/")
-        temporary = f"{parent}/{_TEMPORARY}{name}"
+        temporary = f"{parent}/{TEMPORARY}{name}"
         self._copy_to(file, temporary)
         self._fs.move(temporary, target)
         self._sent[target] = version

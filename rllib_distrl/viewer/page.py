@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import os
 import re
 from collections.abc import Mapping
 from importlib.resources import files
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from rllib_distrl.files import write_atomic
 from rllib_distrl.method.token_table import TokenTable, read_token_table
 from rllib_distrl.viewer.packing import blocks, index
 
@@ -56,10 +56,7 @@ def write_viewer(table: TokenTable, path: str | Path, *, title: str, note: str =
     }
     page = fill_template("viewer.html", parts)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, page)
     return path
 
 

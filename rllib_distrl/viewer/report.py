@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.reading import EVALUATIONS, Run
 from rllib_distrl.viewer import critic_plots, training_plots
 from rllib_distrl.viewer.charts import Chart, as_runs
@@ -46,10 +46,7 @@ def write_report(runs: Run | Iterable[Run], path: str | Path, *, title: str = ""
         },
     )
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".tmp-{path.name}")
-    partial.write_text(page, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomic(path, page)
     return path
 
 

@@ -1,0 +1,101 @@
+"""Files and folders that are replaced as a whole: a kill at any moment leaves the old or the new.
+
+What is being written has a hidden name beside its place, `.tmp-NAME`, until it is renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+_BLOCK = 1 << 20  # bytes hashed at once
+
+
+@contextmanager
+def replaced_file(target: Path) -> Iterator[Path]:
+    """Gives a path to write to, whose file then takes the place of `target`, on disk.
+
+    Missing folders are made. After an error `target` is what it was, and nothing else is left.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # The ending stays what it was: some libraries choose the format by it.
+    temporary = target.with_name(f"{TEMPORARY}{os.getpid()}-{target.name}")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Replaces a file; text is UTF-8. See `replaced_file`."""
+    data = content.encode() if isinstance(content, str) else content
+    with replaced_file(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def replaced_folder(target: Path) -> Iterator[Path]:
+    """Gives a hidden sibling to write into, which then takes the place of `target`.
+
+    After an error `target` is what it was, and nothing else is left.
+    """
+    temporary = target.with_name(f"{TEMPORARY}{target.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            remove_folder(target)
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a half-removed one is never taken for it."""
+    doomed = path.with_name(f"{TEMPORARY}removed-{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Removes what an interrupted write or removal has left in a folder."""
+    for path in folder.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(path)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(path: Path) -> None:
+    """`sync` of every file, then of every folder from the leaves up."""
+    for root, _, files in os.walk(path, topdown=False):
+        for name in files:
+            sync(Path(root) / name)
+        sync(Path(root))
+
+
+def content_hash(path: Path) -> str:
+    """BLAKE2b, 32 hexadecimal digits, of a file, or of all files in a folder with their names."""
+    digest = hashlib.blake2b(digest_size=16)
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        if file != path:
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            while block := stream.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
