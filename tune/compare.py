@@ -18,8 +18,7 @@ from typing import Annotated
 import typer
 
 from rllib_distrl.cli.errors import exit_code_of
-from rllib_distrl.cli.quiet import silence_libraries
-from rllib_distrl.cli.ray_session import check_address, cpus_needed
+from rllib_distrl.cli.ray_session import check_address, cpus_needed, silence_libraries
 from rllib_distrl.experiments.execution import Execution
 from rllib_distrl.experiments.outputs import About, write_outputs
 from rllib_distrl.experiments.plan import Plan, make_plan

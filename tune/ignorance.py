@@ -20,6 +20,7 @@ import ray
 
 from rllib_distrl import DistRLConfig
 from rllib_distrl.algorithm.critic_probe import probe_critic
+from rllib_distrl.experiments.training import RunLength, Training
 from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.meta import commit
 
@@ -51,8 +52,7 @@ def run(
     )
     algo = config.build_algo()
     try:
-        for _ in range(iterations):
-            algo.train()
+        Training(algo, RunLength(iterations)).run()
         return probe_critic(algo, prefixes=prefixes, continuations=n, split="validation")
     finally:
         algo.stop()

@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 from rllib_distrl.cli.errors import exit_code_of
-from rllib_distrl.cli.quiet import silence_libraries
+from rllib_distrl.cli.ray_session import silence_libraries
 
 
 def main(

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rllib_distrl.cli.errors import TrainingStopped, exit_code_of
+from rllib_distrl.cli.errors import exit_code_of
+from rllib_distrl.runs.checkpoints import TrainingStopped
 
 
 class _ErrorGroup(TyperGroup):
@@ -151,9 +152,23 @@ def new(
     ] = None,
 ) -> None:
     """Write a recipe to start from."""
-    from rllib_distrl.cli.new import run_new
+    from rllib_distrl.recipe_schema import nearest
 
-    target = run_new(name, out)
+    # A wheel brings them beside the package; a source tree has them in `configs/`.
+    package = Path(__file__).parents[1]
+    packed, source = package / "recipes", package.parent / "configs" / "countdown"
+    known = {p.stem: p for p in (packed if packed.is_dir() else source).glob("*.toml")}
+    if name not in known:
+        raise ValueError(
+            f"There is no recipe {name!r}. The nearest one is {nearest(name, known)!r}; there are "
+            f"{', '.join(sorted(known))}."
+        )
+    target = out or Path(f"{name}.toml")
+    try:
+        with target.open("x", encoding="utf-8") as stream:
+            stream.write(known[name].read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise ValueError(f"{target} exists and is left alone. Name another file.") from None
     typer.echo(f"Wrote {target}. Look at it with: distrl explain {target}")
 
 
@@ -184,7 +199,7 @@ def export(
     ] = False,
 ) -> None:
     """Write the policy as a plain Hugging Face folder, or the critic alone."""
-    from rllib_distrl.cli.export import run_export
+    from rllib_distrl.cli.checkpoints import run_export
 
     run_export(source, out, critic=critic)
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
-from rllib_distrl.cli.goal import Goal
+from rllib_distrl.experiments.training import RunLength
 from rllib_distrl.runs.log import tokens_generated
 
 # Where RLlib and our learners report what a person wants to see; the first key found counts.
@@ -32,7 +32,7 @@ class Snapshot:
     """What is shown of one iteration; None where a number is not known."""
 
     iteration: int
-    goal: Goal
+    length: RunLength
     last: bool
     tokens: float | None
     episode_return: float | None
@@ -49,11 +49,11 @@ class Snapshot:
     @property
     def share_done(self) -> float:
         """How much of the run is done, in [0, 1]."""
-        return self.goal.share_done(self.iteration, self.tokens or 0.0)
+        return self.length.share_done(self.iteration, self.tokens or 0.0)
 
     def _all_cells(self) -> list[tuple[str, str]]:
-        budget = self.goal.budget_tokens
-        iterations = "" if budget else f"/{self.goal.iterations}"
+        budget = self.length.budget_tokens
+        iterations = "" if budget else f"/{self.length.iterations}"
         tokens = _formatted(self.tokens, ",.0f")
         return [
             ("iteration", f"{self.iteration}{iterations}"),
@@ -75,14 +75,14 @@ def warn(console: Console, text: str) -> None:
 class Progress:
     """Turns the rows of a run's log into snapshots."""
 
-    def __init__(self, goal: Goal, clock: Any = time.monotonic) -> None:
+    def __init__(self, length: RunLength, clock: Any = time.monotonic) -> None:
         """Starts the clock.
 
         Args:
-            goal: Where training ends.
+            length: Where training ends.
             clock: Returns seconds.
         """
-        self._goal = goal
+        self._length = length
         self._clock = clock
         self._marks: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW + 1)
         self._start = clock()
@@ -100,12 +100,12 @@ class Progress:
         self._marks.append((self._clock(), iteration, tokens or 0.0))
         (t0, first, tokens0), (t1, _, tokens1) = self._marks[0], self._marks[-1]
         seconds = max(t1 - t0, 1e-9)
-        done = self._goal.share_done(iteration, tokens1)
-        pace = (done - self._goal.share_done(first, tokens0)) / seconds
+        done = self._length.share_done(iteration, tokens1)
+        pace = (done - self._length.share_done(first, tokens0)) / seconds
         return Snapshot(
             iteration=iteration,
-            goal=self._goal,
-            last=self._goal.reached(row),
+            length=self._length,
+            last=self._length.reached(row),
             tokens=tokens,
             episode_return=_first(row, _RETURN),
             validation=self._validation,
@@ -116,88 +116,36 @@ class Progress:
         )
 
 
-class TrainingDisplay(Protocol):
-    """Shows snapshots as they come."""
-
-    def __enter__(self) -> Self: ...
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None: ...
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Shows the state after an iteration."""
-        ...
-
-
-class LiveDisplay:
-    """A table and a bar that are redrawn in place."""
-
-    def __init__(self, console: Console) -> None:
-        self._live = Live(console=console, refresh_per_second=4, transient=False)
-
-    def __enter__(self) -> Self:
-        self._live.start()
-        self._live.update(Text("Starting the first iteration …", style="dim"))
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._live.stop()
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Redraws the table."""
-        table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-        cells = snapshot.cells()
-        for label in cells:
-            table.add_column(label, justify="right")
-        table.add_row(*cells.values())
-        bar = ProgressBar(total=1.0, completed=snapshot.share_done, width=60)
-        self._live.update(Group(table, bar))
-
-
-class PlainDisplay:
-    """One line every few iterations, and for the last one."""
-
-    def __init__(self, console: Console, interval: int) -> None:
-        self._console = console
-        self._interval = interval
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        return None
-
-    def show(self, snapshot: Snapshot) -> None:
-        """Prints the line if it is due."""
-        if snapshot.iteration % self._interval and not snapshot.last:
-            return
-        cells = snapshot.cells()
-        line = "  ".join(f"{label} {text}" for label, text in cells.items())
-        self._console.print(line, soft_wrap=True, highlight=False)
-
-
-def make_display(console: Console, interval: int) -> TrainingDisplay:
-    """Returns the display that suits the console.
+@contextmanager
+def training_display(console: Console, interval: int) -> Iterator[Callable[[Snapshot], None]]:
+    """Gives what shows a snapshot: a table and a bar on a terminal, elsewhere plain lines.
 
     Args:
         console: Where to show.
-        interval: Iterations between plain lines.
+        interval: Iterations between plain lines; the last iteration has one in any case.
     """
-    return LiveDisplay(console) if console.is_terminal else PlainDisplay(console, interval)
+
+    def print_line(snapshot: Snapshot) -> None:
+        if snapshot.last or snapshot.iteration % interval == 0:
+            line = "  ".join(f"{label} {text}" for label, text in snapshot.cells().items())
+            console.print(line, soft_wrap=True, highlight=False)
+
+    if not console.is_terminal:
+        yield print_line
+        return
+    starting = Text("Starting the first iteration …", style="dim")
+    with Live(starting, console=console, refresh_per_second=4) as live:
+        yield lambda snapshot: live.update(_table(snapshot))
+
+
+def _table(snapshot: Snapshot) -> Group:
+    cells = snapshot.cells()
+    table = Table(
+        *(Column(label, justify="right") for label in cells),
+        box=None, padding=(0, 2, 0, 0), header_style="dim",
+    )  # fmt: skip
+    table.add_row(*cells.values())
+    return Group(table, ProgressBar(total=1.0, completed=snapshot.share_done, width=60))
 
 
 def duration(seconds: float | None) -> str:

@@ -8,6 +8,8 @@ import signal
 from rich.console import Console
 from rich.text import Text
 
+from rllib_distrl.runs.checkpoints import TrainingStopped
+
 FAILURE = 1
 USAGE_ERROR = 2
 TRACEBACK_VARIABLE = "DISTRL_TRACEBACK"
@@ -25,10 +27,6 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signum: int = signal.SIGINT) -> None:
         super().__init__(signum)
         self.signum = signum
-
-
-class TrainingStopped(RuntimeError):
-    """Training cannot go on; the last good state is in a checkpoint."""
 
 
 def exit_code_of(error: BaseException) -> int:

@@ -11,12 +11,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rllib_distrl.cli.critic import print_critic, probe_checkpoint
+from rllib_distrl.cli.checkpoints import (
+    export_checkpoint,
+    find_checkpoint,
+    find_policy,
+    print_critic,
+    probe_checkpoint,
+)
 from rllib_distrl.cli.eval_data import DataOptions, run_data_eval
-from rllib_distrl.cli.export import export_checkpoint, find_checkpoint, find_policy
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
-from rllib_distrl.cli.quiet import silence_libraries
+from rllib_distrl.cli.ray_session import silence_libraries
 from rllib_distrl.cli.results import print_summary, problems_of
 from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, load_recipe

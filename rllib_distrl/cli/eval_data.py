@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from rllib_distrl.cli.checkpoints import export_checkpoint, find_policy
 from rllib_distrl.cli.eval_progress import EvaluationProgress
-from rllib_distrl.cli.export import export_checkpoint, find_policy
 from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.quiet import hide_loading_bars
+from rllib_distrl.cli.ray_session import hide_loading_bars
 from rllib_distrl.cli.results import shown, unit_of
 from rllib_distrl.recipe import load_recipe
 from rllib_distrl.runs.folder import is_run_folder

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from rllib_distrl.cli.checks import check_problems
 from rllib_distrl.cli.estimates import (
     ModelShape,
     Updates,
@@ -23,8 +24,7 @@ from rllib_distrl.cli.estimates import (
     size,
     too_large,
 )
-from rllib_distrl.cli.problems import check_problems
-from rllib_distrl.cli.quiet import silence_libraries
+from rllib_distrl.cli.ray_session import silence_libraries
 from rllib_distrl.recipe import Recipe, load_recipe
 
 _PROMPTS_MEASURED = 64

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from rllib_distrl.cli.eval_progress import EvaluationProgress
 from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.quiet import hide_loading_bars
+from rllib_distrl.cli.ray_session import hide_loading_bars
 
 if TYPE_CHECKING:
     from rllib_distrl.evaluation.settings import EvalSettings

@@ -7,24 +7,22 @@ import shlex
 import sys
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rllib_distrl.cli.disk import check_room, naming_a_full_disk
+from rllib_distrl.cli.checks import check_problems, check_room, naming_a_full_disk
 from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
 from rllib_distrl.cli.explain import check_memory, said_of_weights
-from rllib_distrl.cli.goal import Goal
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import evaluation_settings, measure
-from rllib_distrl.cli.problems import check_problems
-from rllib_distrl.cli.quiet import silence_libraries
-from rllib_distrl.cli.ray_session import check_address
+from rllib_distrl.cli.ray_session import check_address, silence_libraries
 from rllib_distrl.cli.results import in_one_line, print_before_after
-from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints, storage_of
-from rllib_distrl.cli.training_loop import train_and_export
+from rllib_distrl.cli.training_session import Session, train_and_export
+from rllib_distrl.experiments.training import RunLength, TrainingCheckpoints
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints
 from rllib_distrl.runs.folder import (
@@ -39,7 +37,7 @@ from rllib_distrl.runs.folder import (
     resume_run,
 )
 from rllib_distrl.runs.log import read_progress
-from rllib_distrl.runs.storage import RunStorage
+from rllib_distrl.runs.storage import RunStorage, storage_of
 from rllib_distrl.runs.trackers import connect_trackers
 
 _FINISHING = (
@@ -72,7 +70,7 @@ def run_train(
         with locked(path):
             interrupts.check()
             run, storage = RunFolder(path), storage_of(recipe, path)
-            checkpoints = TrainingCheckpoints(recipe, run, storage, console)
+            checkpoints = TrainingCheckpoints(recipe, run, storage, partial(warn, console))
             newest = _newest(checkpoints) if resume else None
             if resume:
                 resume_run(path, recipe, sys.argv)
@@ -82,24 +80,19 @@ def run_train(
                 create_run(path, recipe, sys.argv, overwrite=overwrite)
             interrupts.last_words = f"Stopped at once, as by a kill. Resume with: {again}"
             try:
-                _run(checkpoints, interrupts, newest, problems)
+                _run(Session(checkpoints, interrupts, console, newest, problems))
             except Interrupted:
                 _print(console, f"Stopped. Resume with: {again}")
                 raise
 
 
-def _run(
-    checkpoints: TrainingCheckpoints,
-    interrupts: Interrupts,
-    newest: Path | None,
-    problems: Sequence[str],
-) -> None:
+def _run(session: Session) -> None:
     """Does the work; what ends it is written down, and a run that never began leaves nothing."""
-    run = checkpoints.run
+    run, checkpoints = session.run, session.checkpoints
     try:
         with naming_a_full_disk(run):
             checkpoints.copy()
-            _train(checkpoints, interrupts, newest, problems)
+            _train(session)
             checkpoints.copy()
     except Exception as error:
         if isinstance(error, ValueError) and not (run.eval_file.exists() or run.has_progress):
@@ -110,7 +103,7 @@ def _run(
         else:
             with contextlib.suppress(OSError):  # no room for it
                 run.error_file.write_text(traceback.format_exc(), encoding="utf-8")
-                _print(checkpoints.console, f"Traceback: {run.error_file}")
+                _print(session.console, f"Traceback: {run.error_file}")
         raise
 
 
@@ -204,40 +197,31 @@ def _newest(checkpoints: TrainingCheckpoints) -> Path | None:
     return newest
 
 
-def _train(
-    checkpoints: TrainingCheckpoints,
-    interrupts: Interrupts,
-    newest: Path | None,
-    problems: Sequence[str],
-) -> None:
-    recipe, run, console = checkpoints.recipe, checkpoints.run, checkpoints.console
+def _train(session: Session) -> None:
+    recipe, run, console = session.recipe, session.run, session.console
     if damaged := run.set_damaged_eval_aside():
         warn(console, damaged)
     results = run.read_eval()
-    _print_header(recipe, run, problems, console)
-    interrupts.check()
+    _print_header(session)
+    session.interrupts.check()
     if not results and recipe.eval.before:
-        results = _measured(recipe, run, "before", {}, console, interrupts)
-    if train_and_export(checkpoints, interrupts, newest) or not results.get("after"):
-        interrupts.check()
-        results = _measured(recipe, run, "after", run.read_eval(), console, interrupts)
+        results = _measured(session, "before", {})
+    if train_and_export(session) or not results.get("after"):
+        session.interrupts.check()
+        results = _measured(session, "after", run.read_eval())
     print_before_after(console, results)
     _print(console, f"Model: {run.model}")
 
 
-def _measured(
-    recipe: Recipe,
-    run: RunFolder,
-    when: str,
-    results: dict[str, Any],
-    console: Console,
-    interrupts: Interrupts,
-) -> dict[str, Any]:
+def _measured(session: Session, when: str, results: dict[str, Any]) -> dict[str, Any]:
     """Evaluates "before" or "after" training and writes it into `eval.json`."""
+    recipe, run, console = session.recipe, session.run, session.console
     model = recipe.run.model if when == "before" else run.model
     samples = run.samples / f"{when}.parquet"
     label = f"Evaluating {when} training"
-    measured = measure(recipe, model, label, console, samples=samples, interrupts=interrupts)
+    measured = measure(
+        recipe, model, label, console, samples=samples, interrupts=session.interrupts
+    )
     low, high = measured.scores
     earlier = results.get("scores", [low, high])
     results = {
@@ -256,18 +240,17 @@ def _measured(
     return results
 
 
-def _print_header(
-    recipe: Recipe, run: RunFolder, problems: Sequence[str], console: Console
-) -> None:
+def _print_header(session: Session) -> None:
+    recipe, console = session.recipe, session.console
     _print(
         console,
         f"{recipe.run.algorithm} on {recipe.env_id} with {recipe.run.model}: "
-        f"{Goal.of(recipe.run)} of {recipe.rollout.prompts_per_iteration} prompts x "
+        f"{RunLength.of(recipe.run)} of {recipe.rollout.prompts_per_iteration} prompts x "
         f"{recipe.rollout.num_generations} completions, seed {recipe.run.seed}",
     )
-    for line in problems:
+    for line in session.problems:
         _print(console, line)
-    _print(console, f"Run folder: {run.path}")
+    _print(console, f"Run folder: {session.run.path}")
 
 
 def _print(console: Console, line: str) -> None:

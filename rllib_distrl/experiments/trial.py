@@ -8,10 +8,10 @@ from typing import Any
 
 from ray.tune import PlacementGroupFactory, Stopper, Trainable
 
-from rllib_distrl.algorithm.validation_clock import EVALUATION, without_repeats
 from rllib_distrl.experiments.space import with_settings
+from rllib_distrl.experiments.training import Row, RunLength, Training
 from rllib_distrl.recipe import Recipe
-from rllib_distrl.runs.log import flatten_result, tokens_generated
+from rllib_distrl.runs.log import tokens_generated
 
 ITERATIONS, TOKENS = "iterations", "tokens"
 MISSING_METRIC = "missing_metric"
@@ -28,11 +28,12 @@ class RecipeTrial(Trainable):
         """Builds the algorithm."""
         self._recipe = trial_recipe(config)
         self._report: dict[str, Any] = {ITERATIONS: 0, "done": False}
-        self._algo = self._recipe.build_config().build_algo()
+        algo = self._recipe.build_config().build_algo()
+        self._training = Training(algo, RunLength.of(self._recipe.run))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Becomes another trial in the same process, which saves the imports."""
-        self._algo.stop()
+        self._training.algo.stop()
         self.setup(new_config)
         return True
 
@@ -52,29 +53,19 @@ class RecipeTrial(Trainable):
         """
         if self._report["done"]:
             return self._report
-        interval = self._recipe.eval.interval or 1
-        iterations, over = self._report[ITERATIONS], False
-        for _ in range(interval):
-            result = without_repeats(self._algo.train())
-            iterations += 1
-            tokens = tokens_generated(flatten_result(result)) or 0
-            over = self._is_over(iterations, tokens)
-            if over:
+        training = self._training
+        for _ in range(self._recipe.eval.interval or 1):
+            training.step()
+            if training.over:
                 break
-        if self._recipe.eval.interval and EVALUATION not in result:
-            result[EVALUATION] = self._algo.evaluate()
-        self._report = self._reported(result, iterations, tokens, over)
+        row = training.validate() if self._recipe.eval.interval else training.row
+        self._report = self._reported(row, over=training.over)
         return self._report
 
-    def _is_over(self, iterations: int, tokens: float) -> bool:
-        run = self._recipe.run
-        return tokens >= run.budget_tokens if run.budget_tokens else iterations >= run.iterations
-
-    def _reported(
-        self, result: dict[str, Any], iterations: int, tokens: float, over: bool
-    ) -> dict[str, Any]:
-        row = flatten_result(result)
-        kept: dict[str, Any] = {key: value for key, value in row.items() if value is not None}
+    def _reported(self, row: Row, *, over: bool) -> dict[str, Any]:
+        tokens = tokens_generated(row) or 0
+        kept: Row = {key: value for key, value in row.items() if value is not None}
+        iterations = kept.pop("iteration")
         for name in ("done", "training_iteration", "pid", "timestamp"):
             kept.pop(name, None)  # Tune's own
         missing = self.config["metric"] not in kept
@@ -85,18 +76,19 @@ class RecipeTrial(Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Writes the algorithm's state and what it reported last."""
-        self._algo.save_to_path(str(Path(checkpoint_dir).resolve() / "algorithm"))
+        self._training.algo.save_to_path(str(Path(checkpoint_dir).resolve() / "algorithm"))
         (Path(checkpoint_dir) / _REPORT).write_text(json.dumps(self._report), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Continues from there."""
         folder = Path(checkpoint)
-        self._algo.restore_from_path(str((folder / "algorithm").resolve()))
+        self._training.algo.restore_from_path(str((folder / "algorithm").resolve()))
         self._report = json.loads((folder / _REPORT).read_text(encoding="utf-8"))
+        self._training.row = {"iteration": self._report[ITERATIONS]}
 
     def cleanup(self) -> None:
         """Stops the algorithm's actors."""
-        self._algo.stop()
+        self._training.algo.stop()
 
 
 class StopWithoutMetric(Stopper):

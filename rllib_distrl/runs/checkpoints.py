@@ -30,6 +30,10 @@ _NAME = re.compile(r"iteration_(\d{6,})")
 _TRIES = 8
 
 
+class TrainingStopped(RuntimeError):
+    """Training cannot go on; the last good state is in a checkpoint."""
+
+
 class DamagedCheckpointError(ValueError):
     """A checkpoint folder whose files are not those that were written."""
 

@@ -96,7 +96,7 @@ class RunFolder:
 
     @property
     def scale_file(self) -> Path:
-        """The newest request of `distrl scale`, see `rllib_distrl.runs.requests`."""
+        """The newest request of `distrl scale`, see `rllib_distrl.cli.scale`."""
         return self.path / "scale.json"
 
     @property

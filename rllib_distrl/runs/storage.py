@@ -18,6 +18,7 @@ import pyarrow
 from pyarrow import fs
 
 from rllib_distrl.files import TEMPORARY
+from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import (
     MANIFEST,
     DamagedCheckpointError,
@@ -219,6 +220,16 @@ class RunStorage:
     def _list(self, path: str, *, recursive: bool = False) -> list[Any]:
         selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
         return self._fs.get_file_info(selector)
+
+
+def storage_of(recipe: Recipe, path: Path) -> RunStorage | None:
+    """The place that the recipe names for a copy of the run at `path`.
+
+    Raises:
+        ValueError: If it cannot be opened.
+    """
+    storage = recipe.run.storage
+    return RunStorage(storage, path.resolve().name) if storage else None
 
 
 def _open(storage: str) -> tuple[Any, str]:

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from rllib_distrl.cli.display import LiveDisplay, PlainDisplay, Progress, duration, make_display
-from rllib_distrl.cli.goal import Goal
+from rllib_distrl.cli.display import Progress, duration, training_display
+from rllib_distrl.experiments.training import RunLength
 
 
 def row(iteration: int, tokens: int, **more: float) -> dict[str, float]:
@@ -31,7 +31,7 @@ class Clock:
 
 def test_speed_and_time_left() -> None:
     clock = Clock()
-    progress = Progress(Goal(10), clock)
+    progress = Progress(RunLength(10), clock)
     clock.now = 2.0
     snapshot = progress.snapshot(row(1, 100))
     assert snapshot.tokens_per_s == pytest.approx(50.0)
@@ -44,7 +44,7 @@ def test_speed_and_time_left() -> None:
 
 def test_speed_after_a_resume_leaves_earlier_tokens_out() -> None:
     clock = Clock()
-    progress = Progress(Goal(10), clock)
+    progress = Progress(RunLength(10), clock)
     clock.now = 2.0
     snapshot = progress.snapshot(row(6, 600))
     assert snapshot.tokens_per_s == pytest.approx(50.0)
@@ -52,7 +52,7 @@ def test_speed_after_a_resume_leaves_earlier_tokens_out() -> None:
 
 
 def test_the_last_validation_stays_even_if_zero() -> None:
-    progress = Progress(Goal(3), Clock())
+    progress = Progress(RunLength(3), Clock())
     key = "evaluation/env_runners/episode_return_mean"
     assert progress.snapshot(row(1, 1)).validation is None
     assert progress.snapshot(row(2, 2, **{key: 0.5})).validation == 0.5
@@ -63,12 +63,10 @@ def test_the_last_validation_stays_even_if_zero() -> None:
 def test_plain_lines_come_at_the_interval_and_at_the_end() -> None:
     stream = io.StringIO()
     console = Console(file=stream, width=200)
-    display = make_display(console, interval=2)
-    assert isinstance(display, PlainDisplay)
-    progress = Progress(Goal(5), Clock())
-    with display:
+    progress = Progress(RunLength(5), Clock())
+    with training_display(console, interval=2) as show:
         for iteration in range(1, 6):
-            display.show(progress.snapshot(row(iteration, 1_000 * iteration)))
+            show(progress.snapshot(row(iteration, 1_000 * iteration)))
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["2/5", "4/5", "5/5"]
     assert "tokens 2,000" in lines[0]
@@ -79,7 +77,7 @@ def test_plain_lines_come_at_the_interval_and_at_the_end() -> None:
 
 def test_a_budget_of_tokens_shows_how_much_of_it_is_left() -> None:
     clock = Clock()
-    progress = Progress(Goal(5, budget_tokens=1_000), clock)
+    progress = Progress(RunLength(5, budget_tokens=1_000), clock)
     clock.now = 2.0
     first = progress.snapshot(row(1, 100))
     assert first.cells()["iteration"] == "1"
@@ -94,10 +92,8 @@ def test_a_budget_of_tokens_shows_how_much_of_it_is_left() -> None:
 def test_a_terminal_gets_a_live_table() -> None:
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=120)
-    display = make_display(console, interval=100)
-    assert isinstance(display, LiveDisplay)
-    with display:
-        display.show(Progress(Goal(5), Clock()).snapshot(row(1, 1_000)))
+    with training_display(console, interval=100) as show:
+        show(Progress(RunLength(5), Clock()).snapshot(row(1, 1_000)))
     assert "1/5" in stream.getvalue()
     assert "1,000" in stream.getvalue()
 

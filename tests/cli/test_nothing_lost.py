@@ -15,16 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from typer.testing import CliRunner
 
-from rllib_distrl.cli import disk
+from rllib_distrl.cli import checks
 from rllib_distrl.cli.app import app
-from rllib_distrl.cli.errors import TrainingStopped
-from rllib_distrl.cli.training_checkpoints import TrainingCheckpoints
 from rllib_distrl.experiments.processes import start_distrl
+from rllib_distrl.experiments.training import TrainingCheckpoints
 from rllib_distrl.recipe import load_recipe
 from rllib_distrl.runs.checkpoints import (
+    TrainingStopped,
     checkpoint_iteration,
     hold_latest,
     list_checkpoints,
@@ -89,8 +88,8 @@ def test_a_log_without_a_good_checkpoint_is_not_written_over(file: Path, tmp_pat
 def test_a_run_without_room_is_refused_before_anything_is_made(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = disk.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
+    usage = checks.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
     refused = train(file, "--out", tmp_path / "run")
     assert refused.exit_code == 2
     # 61,056 weights learn; with two moments a checkpoint has 0.7 MiB: three of them and a model.
@@ -98,8 +97,8 @@ def test_a_run_without_room_is_refused_before_anything_is_made(
     assert "3 checkpoint(s) of" in refused.stderr
     assert not (tmp_path / "run").exists()
     enough = load_recipe(file, ["run.keep_checkpoints=1"])
-    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    disk.check_room(enough, enough.build_config(), RunFolder(tmp_path / "run"))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
+    checks.check_room(enough, enough.build_config(), RunFolder(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("content", ["", '{"before": {"avg@1": 0.', "[1, 2]"])
@@ -179,7 +178,7 @@ def test_weights_that_are_not_finite_are_in_no_checkpoint(
 ) -> None:
     recipe = load_recipe(file)
     run = create_run(tmp_path / "run", recipe, [])
-    checkpoints = TrainingCheckpoints(recipe, run, None, Console(quiet=True))
+    checkpoints = TrainingCheckpoints(recipe, run, None, pytest.fail)
     algo = build(distrl_config())
     with RunLog(run.progress_file, run.tensorboard) as log:
         checkpoints.save(algo, log, log.write(1, {}))

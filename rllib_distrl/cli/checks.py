@@ -1,4 +1,4 @@
-"""Room on disk: counted before a run starts, and named where it ends in the middle."""
+"""Checks before training starts: the problems, room on disk; and what a full disk is told as."""
 
 from __future__ import annotations
 
@@ -9,11 +9,41 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rllib_distrl.cli.errors import TrainingStopped
 from rllib_distrl.cli.estimates import size
 from rllib_distrl.recipe import Recipe
-from rllib_distrl.runs.checkpoints import list_checkpoints
+from rllib_distrl.runs.checkpoints import TrainingStopped, list_checkpoints
 from rllib_distrl.runs.folder import RunFolder
+
+
+def check_problems(recipe: Recipe, config: Any) -> list[str]:
+    """Builds the task of every split that the recipe asks, as the run will.
+
+    Args:
+        recipe: Says which splits are asked.
+        config: The recipe's algorithm configuration.
+
+    Returns:
+        Lines for people: how large the splits are, and whether training problems are evaluated.
+
+    Raises:
+        ValueError: If the data has faults, a split is empty or a prompt is too long.
+    """
+    import gymnasium
+
+    splits = ["train", recipe.eval.split] + ["validation"] * bool(recipe.eval.interval)
+    lines: list[str] = []
+    for split in dict.fromkeys(splits):
+        env = gymnasium.make(
+            config.env, disable_env_checker=True, **{**config.env_config, "split": split}
+        )
+        task = getattr(env.unwrapped, "task", None)
+        env.close()
+        if split == "train" and task is not None:
+            lines += filter(None, [task.describe_splits()])
+    if recipe.eval.split == "train":
+        lines.append("The evaluation asks training problems, as eval.split = 'train' says.")
+    return lines
+
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How libraries that are not Python's own say it.
