@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.quiet import hide_loading_bars, silence_libraries
+from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
 from rllib_distrl.files import replaced_folder
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import (
