@@ -19,7 +19,7 @@ from pathlib import Path
 
 from benchmarks.ratios import GROUPS, RATIOS, Ratio, reached, short_table, summary, table
 from benchmarks.workload import WORKLOADS, make_model
-from rllib_distrl.experiments.outputs import renew_table
+from rllib_distrl.experiments.pages import renew_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "results.json"

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import memory
 from benchmarks.ratios import RATIOS, Ratio, summary
 from benchmarks.run import PAGES, RESULTS
-from rllib_distrl.experiments.outputs import table_of
+from rllib_distrl.experiments.pages import table_of
 
 NUMBERS = ("median", "low", "high", "target", "ours_tokens_per_s")
 

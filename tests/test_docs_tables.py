@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rllib_distrl.experiments.outputs import renew_table, table_of, write_outputs
+from rllib_distrl.experiments.pages import renew_table, table_of, write_outputs
 from tune.tables import IGNORANCE, MAIN_JOB, RESULTS, ROOT, TABLES
 
 COMPARISONS = {

@@ -19,8 +19,8 @@ import typer
 
 from rllib_distrl.cli.errors import exit_code_of
 from rllib_distrl.cli.ray_session import check_address, cpus_needed, silence_libraries
-from rllib_distrl.experiments.execution import Execution
-from rllib_distrl.experiments.outputs import About, write_outputs
+from rllib_distrl.experiments.comparison import Comparison
+from rllib_distrl.experiments.pages import About, write_outputs
 from rllib_distrl.experiments.plan import Plan, make_plan
 from rllib_distrl.experiments.record import Record
 
@@ -50,7 +50,7 @@ def main(
         plan = make_plan(
             files, overrides, seeds=seeds, first_seed=first_seed, budget_tokens=budget_tokens
         )
-        execution = Execution(plan, out)
+        comparison = Comparison(plan, out)
         at_once = _at_once(plan, jobs)
         about = About(
             title=title,
@@ -62,10 +62,10 @@ def main(
         about.write(out)
         total = len(plan.jobs())
         print(f"{len(plan.contenders)} recipes x {seeds} seeds = {total} runs in {out}", flush=True)
-        execution.run(at_once, lambda record: _say(record, execution, total))
+        comparison.run(at_once, lambda record: _say(record, comparison, total))
         for path in write_outputs(out):
             print(f"Wrote {path}")
-        failed = sum(not record.finished for record in execution.records())
+        failed = sum(not record.finished for record in comparison.records())
     except (ValueError, OSError, KeyboardInterrupt) as error:
         if isinstance(error, KeyboardInterrupt):
             print("Stopped. The same command continues.")
@@ -85,8 +85,8 @@ def _at_once(plan: Plan, jobs: int) -> int:
     return min(jobs, most)
 
 
-def _say(record: Record, execution: Execution, total: int) -> None:
-    done = len(execution.records())
+def _say(record: Record, comparison: Comparison, total: int) -> None:
+    done = len(comparison.records())
     head = f"[{done}/{total}] {record.name} seed {record.seed}"
     if not record.finished:
         print(f"{head} failed: {record.error}", flush=True)

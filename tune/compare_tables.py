@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from rllib_distrl.cli.errors import exit_code_of
-from rllib_distrl.experiments.outputs import write_outputs
+from rllib_distrl.experiments.pages import write_outputs
 
 
 def main(

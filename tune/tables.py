@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 
 from rllib_distrl.experiments.decisions import Decisions, decide
-from rllib_distrl.experiments.fronts import at_equal_average
-from rllib_distrl.experiments.outputs import read_about, renew_table, with_baseline
+from rllib_distrl.experiments.pages import read_about, renew_table, with_baseline
 from rllib_distrl.experiments.record import Record, read_records
 from rllib_distrl.experiments.results import Results, arrange
+from rllib_distrl.experiments.sweep import at_equal_average
 from rllib_distrl.experiments.tables import Table, results_table, tested
 
 ROOT = Path(__file__).parents[1]

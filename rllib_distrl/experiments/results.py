@@ -164,3 +164,11 @@ def arrange(records: Sequence[Record], names: Sequence[str], seeds: Sequence[int
         tuple((name, s) for s in seeds for name in names if (name, s) not in by_job),
         budgets[0],
     )
+
+
+def number(metric: str, value: float, *, signed: bool = False) -> str:
+    """A metric's value as the tables show it: shares in %, entropy with three digits."""
+    sign = "+" if signed else ""
+    if "@" in metric:
+        return f"{100 * value:{sign}.1f}"
+    return f"{value:{sign}.3f}" if metric == ENTROPY else f"{value:{sign}.2f}"

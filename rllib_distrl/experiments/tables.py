@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rllib_distrl.experiments.decisions import Decisions
-from rllib_distrl.experiments.matched import Matched, front_metrics, levels, matched, matched_mean
-from rllib_distrl.experiments.record import ENTROPY
-from rllib_distrl.experiments.results import Results, Row
+from rllib_distrl.experiments.equal_average import (
+    Matched,
+    front_metrics,
+    levels,
+    matched,
+    matched_mean,
+)
+from rllib_distrl.experiments.results import Results, Row, number
 from rllib_distrl.experiments.statistics import Estimate, PairedTest
 
 _NOTHING = "–"
@@ -46,14 +51,6 @@ class Table:
         )
         kind = "" if self.wraps else ' class="numbers"'
         return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-
-
-def number(metric: str, value: float, *, signed: bool = False) -> str:
-    """A metric's value as the tables show it: shares in %, entropy with three digits."""
-    sign = "+" if signed else ""
-    if "@" in metric:
-        return f"{100 * value:{sign}.1f}"
-    return f"{value:{sign}.3f}" if metric == ENTROPY else f"{value:{sign}.2f}"
 
 
 def results_table(results: Results) -> Table:

@@ -8,12 +8,11 @@ from typing import Any
 
 from ray.tune import PlacementGroupFactory, Stopper, Trainable
 
-from rllib_distrl.experiments.space import with_settings
+from rllib_distrl.experiments.space import ITERATIONS, TOKENS, with_settings
 from rllib_distrl.experiments.training import Row, RunLength, Training
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.log import tokens_generated
 
-ITERATIONS, TOKENS = "iterations", "tokens"
 MISSING_METRIC = "missing_metric"
 _REPORT = "report.json"
 

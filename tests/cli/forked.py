@@ -7,7 +7,7 @@ from pathlib import Path
 
 import ray
 
-from rllib_distrl.experiments.processes import start_distrl
+from rllib_distrl.experiments.comparison import start_distrl
 
 
 def start(*arguments: str | Path, cwd: Path, output: Path) -> ForkServerProcess:

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from rllib_distrl.cli import checks
 from rllib_distrl.cli.app import app
-from rllib_distrl.experiments.processes import start_distrl
+from rllib_distrl.experiments.comparison import start_distrl
 from rllib_distrl.experiments.training import TrainingCheckpoints
 from rllib_distrl.recipe import load_recipe
 from rllib_distrl.runs.checkpoints import (

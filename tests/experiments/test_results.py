@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rllib_distrl.experiments.decisions import decide
-from rllib_distrl.experiments.matched import front_metrics
+from rllib_distrl.experiments.equal_average import front_metrics
 from rllib_distrl.experiments.results import arrange
 from rllib_distrl.experiments.tables import (
     Table,

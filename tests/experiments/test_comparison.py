@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rllib_distrl.experiments.execution import Execution
+from rllib_distrl.experiments.comparison import Comparison
 from rllib_distrl.experiments.plan import make_plan
 from rllib_distrl.experiments.record import Record, measure_samples, score_counts, thinned
 from rllib_distrl.runs.log import read_progress
@@ -131,13 +131,13 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     (tmp_path / "variants.toml").write_text(VARIANTS)
     plan = make_plan([tmp_path / "variants.toml"], [], seeds=2, first_seed=0, budget_tokens=900)
-    execution = Execution(plan, tmp_path / "out")
-    file = execution.record_file(plan.baseline, 1)
+    comparison = Comparison(plan, tmp_path / "out")
+    file = comparison.record_file(plan.baseline, 1)
     Record("good", "", 1, "another", 900, "finished").write(file)
     with pytest.raises(ValueError, match=r"good-seed1\.json was made with other settings"):
-        Execution(plan, tmp_path / "out")
+        Comparison(plan, tmp_path / "out")
     Record("good", "", 1, plan.baseline.digest, 900, "finished").write(file)
-    assert [r.seed for r in Execution(plan, tmp_path / "out").records()] == [1]
+    assert [r.seed for r in Comparison(plan, tmp_path / "out").records()] == [1]
 
 
 def graded_samples() -> pd.DataFrame:

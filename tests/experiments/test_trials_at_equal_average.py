@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rllib_distrl.experiments.fronts import at_equal_average, read_fronts
+from rllib_distrl.experiments.sweep import at_equal_average, read_fronts
 from rllib_distrl.recipe import recipe_from_tables
 
 LR, SEED = "training.lr", "run.seed"

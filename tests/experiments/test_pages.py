@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from rllib_distrl.experiments.outputs import About, read_about, write_outputs
+from rllib_distrl.experiments.pages import About, read_about, write_outputs
 from rllib_distrl.experiments.record import read_record
 from tests.experiments.made_records import failed, records
 

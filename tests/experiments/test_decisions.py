@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rllib_distrl.experiments.claims import claims as sentences
+from rllib_distrl.experiments.decisions import claims as sentences
 from rllib_distrl.experiments.decisions import decide
 from rllib_distrl.experiments.results import Results, arrange
 from tests.experiments.made_records import record, records
