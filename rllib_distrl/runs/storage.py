@@ -33,6 +33,8 @@ from rllib_distrl.runs.checkpoints import (
 )
 from rllib_distrl.runs.folder import RunFolder
 
+_LOCAL = fs.LocalFileSystem()
+
 
 class RunStorage:
     """The place of one run on a file system of pyarrow's or fsspec's."""
@@ -120,9 +122,10 @@ class RunStorage:
         """
         folder = target.with_name(f"{TEMPORARY}{target.name}")
         shutil.rmtree(folder, ignore_errors=True)
-        for name in self._files(self._root):
-            if not name.startswith("checkpoints/") and TEMPORARY not in name:
-                self._fetch(f"{self._root}/{name}", folder / name)
+        folder.mkdir(parents=True)
+        for entry in self._list(self._root):
+            if not entry.base_name.startswith(("checkpoints", TEMPORARY)):
+                self._fetch(entry.path, folder / entry.base_name)
         scores = self._scores()
         best = best_iteration(scores, mode)
         for number in sorted(scores, reverse=True):
@@ -135,18 +138,17 @@ class RunStorage:
     def _upload_checkpoint(self, path: Path) -> None:
         target = f"{self._root}/checkpoints/{path.name}"
         self._remove_checkpoint(target)  # the rest of an interrupted upload
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
-            if file != path / MANIFEST:
-                self._copy_to(file, f"{target}/{file.relative_to(path).as_posix()}")
-        self._copy_to(path / MANIFEST, f"{target}/{TEMPORARY}{MANIFEST}")
+        for entry in path.iterdir():
+            if entry.name != MANIFEST:
+                self._copy(entry, f"{target}/{entry.name}")
+        self._copy(path / MANIFEST, f"{target}/{TEMPORARY}{MANIFEST}")
         self._fs.move(f"{target}/{TEMPORARY}{MANIFEST}", f"{target}/{MANIFEST}")
 
     def _download_checkpoint(
         self, number: int, folder: Path, report: Callable[[str], None]
     ) -> bool:
         name = checkpoint_name(number)
-        for file in self._files(f"{self._root}/checkpoints/{name}"):
-            self._fetch(f"{self._root}/checkpoints/{name}/{file}", folder / name / file)
+        self._fetch(f"{self._root}/checkpoints/{name}", folder / name)
         try:
             verify_checkpoint(folder / name)
         except DamagedCheckpointError as error:
@@ -189,37 +191,30 @@ class RunStorage:
             return
         parent, _, name = target.rpartition("/")
         temporary = f"{parent}/{TEMPORARY}{name}"
-        self._copy_to(file, temporary)
+        self._copy(file, temporary)
         self._fs.move(temporary, target)
         self._sent[target] = version
 
-    def _copy_to(self, file: Path, target: str) -> None:
-        self._fs.create_dir(target.rpartition("/")[0], recursive=True)
-        with file.open("rb") as source, self._fs.open_output_stream(target) as sink:
-            shutil.copyfileobj(source, sink)
+    def _copy(self, source: Path, target: str) -> None:
+        """Copies a file or a folder there."""
+        # Not all of the folders that it needs are made by `copy_files` (pyarrow 25).
+        folder = target if source.is_dir() else target.rpartition("/")[0]
+        self._fs.create_dir(folder, recursive=True)
+        fs.copy_files(str(source), target, _LOCAL, self._fs)
 
-    def _fetch(self, source: str, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with self._fs.open_input_stream(source) as stream, file.open("wb") as sink:
-            shutil.copyfileobj(stream, sink)
+    def _fetch(self, source: str, target: Path) -> None:
+        """Copies a file or a folder from there."""
+        (target.parent if self._is_file(source) else target).mkdir(parents=True, exist_ok=True)
+        fs.copy_files(source, str(target), self._fs, _LOCAL)
 
     def _is_file(self, path: str) -> bool:
         return self._fs.get_file_info(path).type == fs.FileType.File
 
     def _folders(self, path: str) -> list[str]:
-        return [Path(i.path).name for i in self._list(path) if i.type == fs.FileType.Directory]
+        return [i.base_name for i in self._list(path) if i.type == fs.FileType.Directory]
 
-    def _files(self, path: str) -> list[str]:
-        """Paths of all files below `path`, relative to it."""
-        found = self._list(path, recursive=True)
-        root = path.strip("/")
-        return sorted(
-            i.path.strip("/").removeprefix(f"{root}/") for i in found if i.type == fs.FileType.File
-        )
-
-    def _list(self, path: str, *, recursive: bool = False) -> list[Any]:
-        selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
-        return self._fs.get_file_info(selector)
+    def _list(self, path: str) -> list[Any]:
+        return self._fs.get_file_info(fs.FileSelector(path, allow_not_found=True))
 
 
 def storage_of(recipe: Recipe, path: Path) -> RunStorage | None:

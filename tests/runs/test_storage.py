@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from rllib_distrl.recipe import recipe_from_tables
 from rllib_distrl.runs.checkpoints import checkpoint_scores, save_checkpoint, verify_checkpoint
@@ -142,39 +144,47 @@ for iteration in range(1, 10_000):
 """
 
 
+class EndsInBetween(MemoryFileSystem):
+    """A file system that takes so many files, and leaves the next one empty."""
+
+    protocol = "ends"
+    store: dict[str, Any] = {}
+    pseudo_dirs = [""]
+    left = 10**9
+
+    def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
+        if mode == "wb":
+            type(self).left -= 1
+            if self.left < 0:
+                super()._open(path, mode, **more).close()
+                raise OSError("the network is gone")
+        return super()._open(path, mode, **more)
+
+
 def test_an_upload_that_ends_anywhere_leaves_the_copy_before(
-    tmp_path: Path, run: RunFolder, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: RunFolder
 ) -> None:
-    """Ends in the middle of the first file, of the second, and so on to the last."""
-    uri = (tmp_path / "disk").as_uri()
+    """Ends at the first file, at the second, and so on to the last."""
+    fsspec.register_implementation("ends", EndsInBetween, clobber=True)
+    uri = "ends://disk"
     add_checkpoint(run, 1)
     RunStorage(uri, "a").upload(run, **SETTINGS)
     add_checkpoint(run, 2)
-    whole = RunStorage._copy_to
     for left in range(100):
-        files = iter(range(left))
-
-        def cut_short(self: RunStorage, file: Path, target: str, files: Any = files) -> None:
-            if next(files, None) is None:
-                half = tmp_path / "half"
-                half.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-                whole(self, half, target)
-                raise OSError("the network is gone")
-            whole(self, file, target)
-
-        monkeypatch.setattr(RunStorage, "_copy_to", cut_short)
         back = tmp_path / f"back{left}"
+        EndsInBetween.left = left
         try:
             RunStorage(uri, "a").upload(run, **SETTINGS)
         except OSError:
+            EndsInBetween.left = 10**9
             RunStorage(uri, "a").download(back, mode="max", report=no_report)
             assert checkpoint_scores(back / "checkpoints") == {1: None}
             assert (back / "progress.jsonl").read_text() in ("1\n", "2\n")
             assert RunFolder(back).recipe() == run.recipe()
         else:
             break
+    # Its own files, those of the new checkpoint, and no file of the one that is there.
     assert left == len(tree(run.path)) - len(tree(run.checkpoints / "iteration_000001")) - 1
-    monkeypatch.undo()
     RunStorage(uri, "a").download(tmp_path / "back", mode="max", report=no_report)
     assert checkpoint_scores(tmp_path / "back" / "checkpoints") == {2: None}
 
