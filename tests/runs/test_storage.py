@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import fsspec
 import pytest
@@ -148,8 +148,8 @@ class EndsInBetween(MemoryFileSystem):
     """A file system that takes so many files, and leaves the next one empty."""
 
     protocol = "ends"
-    store: dict[str, Any] = {}
-    pseudo_dirs = [""]
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
     left = 10**9
 
     def _open(self, path: str, mode: str = "rb", **more: Any) -> Any:
