@@ -49,6 +49,7 @@ MODULES = {
     "engines.handshake": "engine.weight_proof",
     "env_runners.pools": "rollout.pool_metrics",
     "learners.method": "method.pipeline",
+    "recipe_paths": "recipe",
     "run_folder": "runs.folder",
     "run_log": "runs.log",
     "run_meta": "runs.meta",

@@ -13,12 +13,12 @@ from typing import Any
 from rllib_distrl.recipe import (
     Recipe,
     load_recipe,
+    locate,
     override_tables,
     read_recipe,
     read_toml,
     recipe_from_tables,
 )
-from rllib_distrl.recipe_paths import locate
 from rllib_distrl.recipe_schema import check_names
 from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
 

@@ -28,8 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rllib_distrl.files import write_atomic
-from rllib_distrl.recipe import Recipe, load_recipe
-from rllib_distrl.recipe_paths import content_hashes
+from rllib_distrl.recipe import Recipe, content_hashes, load_recipe
 from rllib_distrl.runs.meta import commit, session, versions
 
 _FORMAT = "distrl-run-1"
