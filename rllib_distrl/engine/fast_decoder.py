@@ -213,13 +213,16 @@ class FastDecoder:
         def attend(layer: int, query: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             kv = kv.view(count, width, 2, s.kv_heads, s.head_dim)
             cache[layer].copy_(kv.permute(2, 1, 0, 3, 4))
+            keys_values = cache[layer].permute(0, 2, 3, 1, 4)
+            if ragged and self.device.type == "cuda":  # No kernel takes a mask and shared heads.
+                keys_values = keys_values.repeat_interleave(s.heads // s.kv_heads, 2)
             out = F.scaled_dot_product_attention(
                 query.view(count, width, s.heads, s.head_dim).transpose(1, 2),
-                *cache[layer].permute(0, 2, 3, 1, 4),
+                *keys_values,
                 attn_mask=mask,
                 is_causal=not ragged,
                 scale=1.0,
-                enable_gqa=s.heads != s.kv_heads,
+                enable_gqa=keys_values.shape[2] != s.heads,
             )
             return out.transpose(1, 2).reshape(count * width, -1)
 

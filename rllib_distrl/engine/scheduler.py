@@ -1,7 +1,7 @@
 """Drives a decoder through one call: rows that end leave, waiting requests take their place."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -51,6 +51,23 @@ class Decoder(Protocol):
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token (n,) to every row and returns the next logits (n, V)."""
+        ...
+
+
+@runtime_checkable
+class DrawingDecoder(Decoder, Protocol):
+    """A decoder that draws by itself, several tokens before the host looks at them."""
+
+    ahead: int
+    """Most tokens that one `draw` gives every row."""
+
+    def draw(
+        self, tokens: torch.Tensor, uniforms: np.ndarray, params: SamplingParams
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Appends a token (n,) to every row and draws the next, once per uniform (K, n).
+
+        Returns tokens (K, n), their logps, and entropies if asked for.
+        """
         ...
 
 
@@ -135,7 +152,7 @@ class Call:
                 tokens = torch.cat((tokens, self._admit(new, first)))
                 rows, counts = np.concatenate((rows, new)), np.concatenate((counts, first))
             else:
-                tokens = self._draw(self.decoder.step(tokens), rows, counts)
+                tokens = self._step(tokens, rows, counts)
 
     def _survivors(self, rows: np.ndarray, step: int) -> np.ndarray:
         """Rows to keep, a multiple of `step`; as few as possible move: the last fill the holes."""
@@ -151,22 +168,47 @@ class Call:
         logits = self.decoder.admit([self.prompts[i] for i in prompts], index)
         return self._draw(logits, new, counts)
 
+    def _step(self, tokens: torch.Tensor, rows: np.ndarray, counts: np.ndarray) -> torch.Tensor:
+        """The next tokens of all rows: one, or as many as the decoder draws ahead."""
+        if not isinstance(self.decoder, DrawingDecoder):
+            return self._draw(self.decoder.step(tokens), rows, counts)
+        most = self.params.max_tokens
+        steps = min(self.decoder.ahead, most - int(counts[rows != self.count].min()))
+        # What a row draws behind its end is thrown away.
+        ahead = np.minimum(counts + np.arange(steps)[:, None], self.uniforms.shape[1] - 1)
+        drawn, logps, entropies = self.decoder.draw(tokens, self.uniforms[rows, ahead], self.params)
+        for step in range(steps):
+            entropy = None if entropies is None else entropies[step]
+            self._record(drawn[step], logps[step], entropy, rows, counts)
+        return torch.from_numpy(drawn[-1].copy()).to(self.device)
+
     def _draw(self, logits: torch.Tensor, rows: np.ndarray, counts: np.ndarray) -> torch.Tensor:
-        """Draws and records one token per row; moves `rows` and `counts` on in place."""
+        """Draws and records one token per row, as `_record`."""
         u = torch.from_numpy(self.uniforms[rows, 0 if self.params.greedy else counts])
         tokens, logps, entropies = sample(logits, u.to(self.device), self.params)
-        drawn, drawn_logps = tokens.cpu().numpy(), logps.cpu().numpy()
-        check_logps(drawn_logps)
+        entropy = None if entropies is None else entropies.cpu().numpy()
+        self._record(tokens.cpu().numpy(), logps.cpu().numpy(), entropy, rows, counts)
+        return tokens
+
+    def _record(
+        self,
+        drawn: np.ndarray,
+        logps: np.ndarray,
+        entropies: np.ndarray | None,
+        rows: np.ndarray,
+        counts: np.ndarray,
+    ) -> None:
+        """Records one token per row; moves `rows` and `counts` on in place."""
+        check_logps(logps)
         self.tokens[rows, counts] = drawn
-        self.logps[rows, counts] = drawn_logps
+        self.logps[rows, counts] = logps
         if entropies is not None and self.entropies is not None:
-            self.entropies[rows, counts] = entropies.cpu().numpy()
+            self.entropies[rows, counts] = entropies
         counts += 1
         self.lengths[rows] = counts
         ended = self.is_eos[drawn] | (counts == self.params.max_tokens)
         rows[ended] = self.count
         counts[rows == self.count] = 0
-        return tokens
 
     def _completion(self, index: int) -> Completion:
         length = self.lengths[index]

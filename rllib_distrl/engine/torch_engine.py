@@ -12,6 +12,7 @@ from rllib_distrl.engine.compiled_decoder import CompiledDecoder, not_compiled
 from rllib_distrl.engine.fast_decoder import FastDecoder
 from rllib_distrl.engine.fast_weights import unsupported
 from rllib_distrl.engine.generic_decoder import GenericDecoder
+from rllib_distrl.engine.graph_decoder import GraphDecoder
 from rllib_distrl.engine.protocol import (
     UNKNOWN_VERSION,
     Completion,
@@ -25,8 +26,13 @@ from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-_DECODERS = {"compiled": CompiledDecoder, "fast": FastDecoder, "generic": GenericDecoder}
-DecoderName = Literal["auto", "compiled", "fast", "generic"]
+_DECODERS = {
+    "compiled": CompiledDecoder,
+    "graph": GraphDecoder,
+    "fast": FastDecoder,
+    "generic": GenericDecoder,
+}
+DecoderName = Literal["auto", "compiled", "graph", "fast", "generic"]
 
 
 def choose_decoder(
@@ -35,7 +41,9 @@ def choose_decoder(
     """What "auto" stands for."""
     if not not_compiled(config, device, dtype):
         return "compiled"
-    return "generic" if unsupported(config) else "fast"
+    if unsupported(config):
+        return "generic"
+    return "graph" if device.type == "cuda" else "fast"
 
 
 class TorchEngine:
@@ -51,7 +59,8 @@ class TorchEngine:
         device: A torch device.
         dtype: Type of weights and cache, float32 or bfloat16.
         decoder: "compiled" (Qwen2, Qwen3, Llama on CPU in float32), "fast" (the same models in
-            PyTorch's operators, on any device), "generic" (any causal LM), or "auto".
+            PyTorch's operators, on any device), "graph" (these as CUDA graphs), "generic" (any
+            causal LM), or "auto".
 
     Attributes:
         is_eos: (V,) bool, True at the tokens that end a completion.
@@ -81,7 +90,7 @@ class TorchEngine:
             raise ValueError(f"max_batch_size={max_batch_size}: must be at least 1.")
         if decoder not in ("auto", *_DECODERS):
             raise ValueError(
-                f'decoder={decoder!r}: must be "auto", "compiled", "fast" or "generic".'
+                f'decoder={decoder!r}: must be "auto", "compiled", "graph", "fast" or "generic".'
             )
         if decoder == "auto":
             decoder = choose_decoder(model_config, self.device, dtype)
