@@ -119,7 +119,7 @@ def test_prompts_in_several_chunks(decoder, monkeypatch):
     requests = [requests[i] for i in np.random.default_rng(1).permutation(len(requests))]
     want = tokens_of(make_engine(model, decoder=decoder).generate(requests, SAMPLED))
     module = {"graph": "fast"}.get(decoder, decoder)
-    monkeypatch.setattr(f"rllib_distrl.engines.{module}_decoder._PREFILL_TOKENS", 17)
+    monkeypatch.setattr(f"rllib_distrl.engine.{module}_decoder._PREFILL_TOKENS", 17)
     assert tokens_of(make_engine(model, decoder=decoder).generate(requests, SAMPLED)) == want
 
 
