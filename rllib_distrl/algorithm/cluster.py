@@ -1,5 +1,6 @@
 """What a configuration asks the cluster for, against what Ray would do with that in silence."""
 
+from functools import lru_cache
 from typing import Any
 
 import ray
@@ -42,7 +43,7 @@ def check_cluster(config: Any) -> None:
     nodes ([rollout] max_env_runners is set), they may come.
 
     Args:
-        config: an `AlgorithmConfig` that is about to be built; Ray is running.
+        config: an `AlgorithmConfig` that is about to be built. Ray is started if it does not run.
 
     Raises:
         ValueError: where there are fewer than learners and runners need.
@@ -55,6 +56,8 @@ def check_cluster(config: Any) -> None:
         )
     if config.model_config["rollout"]["max_env_runners"]:
         return
+    if not ray.is_initialized():
+        ray.init()  # As RLlib does by its first `ray.put`, unless it is asked what there is.
     present = ray.cluster_resources()
     parts = {
         "learners": _learner_needs(config),
@@ -75,6 +78,30 @@ def check_cluster(config: Any) -> None:
                 "allowed), or the number of actors. Where an autoscaler adds nodes, set "
                 "[rollout] max_env_runners."
             )
+
+
+class ClusterChecked:
+    """Mixed into an algorithm of RLlib's: `check_cluster` runs before it starts its first actor."""
+
+    config: Any
+
+    def setup(self, config: Any) -> None:
+        """Builds the algorithm; RLlib (Ray 2.60) waits for its runners in here, without an end.
+
+        Raises:
+            ValueError: as `check_cluster`.
+        """
+        check_cluster(self.config)
+        super().setup(config)  # type: ignore[misc]
+
+
+@lru_cache
+def cluster_checked(algo_class: type) -> type:
+    """``algo_class`` under its own name, with `ClusterChecked`."""
+    if issubclass(algo_class, ClusterChecked):
+        return algo_class
+    names = {"__doc__": algo_class.__doc__, "__module__": __name__}
+    return type(algo_class.__name__, (ClusterChecked, algo_class), names)
 
 
 def num_aggregators(config: Any) -> int:

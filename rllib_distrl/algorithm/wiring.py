@@ -17,7 +17,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from ray.tune.registry import ENV_CREATOR, _global_registry
 
-from rllib_distrl.algorithm.cluster import check_runner_gpus
+from rllib_distrl.algorithm.cluster import check_runner_gpus, cluster_checked
 from rllib_distrl.engine.weights import content_hash
 from rllib_distrl.model.activations import PRECISIONS
 from rllib_distrl.model.causal_lm_module import POLICY_PREFIX, CausalLMModule
@@ -108,6 +108,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     if hasattr(config, "use_kl_loss"):
         config.use_kl_loss = False
     config.env_runners(env_runner_cls=CompletionEnvRunner)
+    config.algo_class = cluster_checked(config.algo_class)
     return config.rl_module(
         rl_module_spec=RLModuleSpec(module_class=CausalLMModule),
         model_config={

@@ -1,5 +1,8 @@
 """States and weights of other algorithms by every way of RLlib; errors of runners and callbacks."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -132,17 +135,35 @@ def test_more_actors_than_cpus_are_refused():
 
 
 def test_so_are_those_of_a_stock_algorithm():
-    """As `distrl train` asks before it builds one."""
+    """RLlib starts and awaits actors before any callback: a class between asks the cluster."""
     stock = algorithm_config("IMPALA").environment(COUNTDOWN)
     stock.env_runners(num_env_runners=1).training(train_batch_size_per_learner=64)
     wire_language_model(stock, TINY, RolloutSettings(max_completion_tokens=24))
     stock.learners(num_learners=1, num_aggregator_actors_per_learner=1)
     assert cpus_needed(stock) == 3
     with pytest.raises(ValueError, match="1 for learners and 1 for aggregators and 1 for env runn"):
-        check_cluster(stock)
+        stock.build_algo()
     stock.learners(num_learners=0)  # An aggregator remains.
     assert cpus_needed(stock) == 2
     check_cluster(stock)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["DistRL", "PPO"])
+def test_nor_are_they_waited_for_where_ray_does_not_run_yet(algorithm):
+    """`ray.cluster_resources` raises before `ray.init`, which RLlib itself does not ask for."""
+    code = (
+        "from rllib_distrl import RolloutSettings, wire_language_model\n"
+        "from rllib_distrl.algorithm.registry import algorithm_config\n"
+        f"config = algorithm_config({algorithm!r}).environment({COUNTDOWN!r})\n"
+        "config.env_runners(num_env_runners=999)\n"
+        "rollout = RolloutSettings(max_completion_tokens=24)\n"
+        f"wire_language_model(config, {TINY!r}, rollout).build_algo()\n"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "ValueError: 999 for env runners: that many CPUs were asked for" in done.stderr
 
 
 @pytest.mark.slow
