@@ -1,4 +1,4 @@
-.PHONY: format lint type test slow check
+.PHONY: format lint type quick test slow docs check
 
 format:
 	ruff format .
@@ -13,6 +13,9 @@ type:
 
 test:
 	pytest -n 2 --dist loadfile
+
+docs:
+	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 slow:
 	pytest -m slow -n 2 --dist loadfile

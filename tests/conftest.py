@@ -8,6 +8,12 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
+
+import tests.shapes  # noqa: F401  (the hook names it)
+
+# Shapes and dtypes that `maths` names are checked in every call that tests make.
+install_import_hook("rllib_distrl.maths", "tests.shapes.check")
 
 torch.set_num_threads(1)
 

@@ -5,6 +5,7 @@ prefix of the row. The state after the last marked token is terminal, with value
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rllib_distrl.maths.statistics import AllReduce, identity, masked_mean_and_std, zero_padding
@@ -15,17 +16,14 @@ WHITEN_MIN_STD = 1e-4
 _ROUNDING_OF_MEAN = 32
 
 
-def discounted_sum(terms: Tensor, decay: float) -> Tensor:
+def discounted_sum(terms: Float[Tensor, "B T *N"], decay: float) -> Float[Tensor, "B T *N"]:
     """Reversed discounted cumulative sum S_t = x_t + decay · S_{t+1} along axis 1.
 
     By doubling, so log2(T) vectorised steps instead of T; sums pairwise, hence accurately.
 
     Args:
-        terms: (B, T) or (B, T, N), x, zero in the padding.
+        terms: x, zero in the padding; a column per token, or N of them.
         decay: In [0, 1].
-
-    Returns:
-        A tensor of the shape of `terms`.
     """
     total, step = terms, 1
     while step < terms.shape[1] and decay > 0.0:
@@ -35,43 +33,44 @@ def discounted_sum(terms: Tensor, decay: float) -> Tensor:
     return total
 
 
-def leads_to_state(loss_mask: Tensor) -> Tensor:
+def leads_to_state(loss_mask: Bool[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     """Marks tokens whose s_{t+1} is a state of the row, rather than its end or padding.
 
     Args:
-        loss_mask: (B, T), bool, a prefix of each row.
-
-    Returns:
-        (B, T), bool.
+        loss_mask: A prefix of each row.
     """
     return torch.cat([loss_mask[:, 1:], torch.zeros_like(loss_mask[:, :1])], dim=1)
 
 
-def next_state(per_state: Tensor, loss_mask: Tensor) -> Tensor:
+def next_state(
+    per_state: Float[Tensor, "B T *N"], loss_mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T *N"]:
     """What belongs to s_{t+1} at each t, 0 where s_{t+1} is terminal and in the padding.
 
     Args:
-        per_state: (B, T) or (B, T, N), quantities of s_t.
-        loss_mask: (B, T), bool.
-
-    Returns:
-        A tensor of the shape of `per_state`.
+        per_state: Quantities of s_t: one, or N.
+        loss_mask: True where a token counts.
     """
     valid = zero_padding(per_state, loss_mask)
     return torch.cat([valid[:, 1:], torch.zeros_like(valid[:, :1])], dim=1)
 
 
-def td_errors(per_state: Tensor, rewards: Tensor, loss_mask: Tensor, gamma: float) -> Tensor:
+def td_errors(
+    per_state: Float[Tensor, "B T *N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    gamma: float,
+) -> Float[Tensor, "B T *N"]:
     """δ_t = r_t + γ V(s_{t+1}) − V(s_t), for a value or, index by index, for quantiles.
 
     Args:
-        per_state: (B, T) values or (B, T, N) quantiles of s_t.
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool.
+        per_state: V(s_t), or N quantiles of s_t.
+        rewards: r_t.
+        loss_mask: True where a token counts.
         gamma: γ.
 
     Returns:
-        A tensor of the shape of `per_state`, 0 in the padding.
+        0 in the padding.
     """
     rewards = zero_padding(rewards, loss_mask).to(per_state.dtype)
     rewards = rewards if per_state.dim() == 2 else rewards.unsqueeze(-1)
@@ -80,39 +79,49 @@ def td_errors(per_state: Tensor, rewards: Tensor, loss_mask: Tensor, gamma: floa
 
 
 def gae(
-    values: Tensor, rewards: Tensor, loss_mask: Tensor, gamma: float = 1.0, lambda_: float = 0.95
-) -> Tensor:
+    values: Float[Tensor, "B T"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    gamma: float = 1.0,
+    lambda_: float = 0.95,
+) -> Float[Tensor, "B T"]:
     """Generalised advantage estimation, A_t = δ_t + γλ A_{t+1} (Schulman et al. 2016, eq. 16).
 
     Args:
-        values: (B, T), V(s_t), the state before token t; used without gradient.
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool, a prefix of each row.
+        values: V(s_t), the state before token t; used without gradient.
+        rewards: r_t.
+        loss_mask: A prefix of each row.
         gamma: γ in [0, 1].
         lambda_: λ in [0, 1]; 1 is the return minus the value.
 
     Returns:
-        (B, T), 0 in the padding.
+        0 in the padding.
     """
     delta = td_errors(values.detach(), rewards, loss_mask, gamma)
     return discounted_sum(delta, gamma * lambda_)
 
 
-def returns_to_go(rewards: Tensor, loss_mask: Tensor, gamma: float = 1.0) -> Tensor:
+def returns_to_go(
+    rewards: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"], gamma: float = 1.0
+) -> Float[Tensor, "B T"]:
     """Observed return from each token on, Σ_{n≥0} γⁿ r_{t+n}.
 
     Args:
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool, a prefix of each row.
+        rewards: r_t.
+        loss_mask: A prefix of each row.
         gamma: γ in [0, 1].
 
     Returns:
-        (B, T), 0 in the padding.
+        0 in the padding.
     """
     return zero_padding(discounted_sum(zero_padding(rewards, loss_mask), gamma), loss_mask)
 
 
-def whiten(advantages: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identity) -> Tensor:
+def whiten(
+    advantages: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    all_reduce: AllReduce = identity,
+) -> Float[Tensor, "B T"]:
     """(A − mean) / max(1e-4, std) with the population std, as RLlib 2.60's GAE connector does.
 
     The mean and std are over the marked tokens of all learners. RLlib also counts the artificial
@@ -121,12 +130,12 @@ def whiten(advantages: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identi
     Advantages that are all equal become exactly 0.
 
     Args:
-        advantages: (B, T).
-        loss_mask: (B, T), bool.
+        advantages: A.
+        loss_mask: True where a token counts.
         all_reduce: Sum over learners.
 
     Returns:
-        (B, T), 0 in the padding.
+        0 in the padding.
     """
     mean, std = masked_mean_and_std(advantages, loss_mask, all_reduce)
     # Equal advantages differ from their mean by its rounding alone, which is no signal.

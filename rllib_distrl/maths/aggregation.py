@@ -6,6 +6,7 @@ are to be SUMMED: DDP averages them, so multiply the loss by the number of learn
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rllib_distrl.maths.statistics import AllReduce, identity
@@ -14,13 +15,13 @@ AGGREGATIONS = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
 
 def token_weights(
-    loss_mask: Tensor,
+    loss_mask: Bool[Tensor, "B T"],
     aggregation: str = "token_mean",
     *,
     divisor: float | None = None,
     all_reduce: AllReduce = identity,
     dtype: torch.dtype = torch.float32,
-) -> Tensor:
+) -> Float[Tensor, "B T"]:
     """The weight of each token of a minibatch.
 
     `token_mean`: mean over all tokens. `sequence_mean`: mean over sequences of their token means.
@@ -28,14 +29,14 @@ def token_weights(
     `divisor` (Dr. GRPO; the divisor is the length limit). Rows without a token do not count.
 
     Args:
-        loss_mask: (B, T), bool, of the whole minibatch.
+        loss_mask: Of the whole minibatch.
         aggregation: One of the names above.
         divisor: Tokens by which `constant` divides each sequence's sum.
         all_reduce: Sum over learners.
         dtype: Of the result.
 
     Returns:
-        (B, T), 0 in the padding; the mean modes sum to 1 over all learners.
+        0 in the padding; the mean modes sum to 1 over all learners.
 
     Raises:
         ValueError: For an unknown aggregation or `constant` without a positive divisor.
@@ -56,14 +57,13 @@ def token_weights(
     return mask / (divisor * sequences)
 
 
-def weighted_sum(token_loss: Tensor, weights: Tensor) -> Tensor:
+def weighted_sum(
+    token_loss: Float[Tensor, "B T"], weights: Float[Tensor, "B T"]
+) -> Float[Tensor, ""]:
     """Σ weights · token_loss; a token of weight 0 adds nothing, even if its loss is NaN.
 
     Args:
-        token_loss: (B, T).
-        weights: (B, T).
-
-    Returns:
-        A scalar tensor.
+        token_loss: Of each token.
+        weights: See `token_weights`.
     """
     return torch.where(weights != 0, weights * token_loss, 0.0).sum()

@@ -9,6 +9,7 @@ probabilities from 0 to 1: quantiles have the edges i/N.
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from rllib_distrl.maths.group_calibration import check_unit_returns
@@ -18,17 +19,19 @@ from rllib_distrl.maths.statistics import AllReduce, identity
 _GRID = 50
 
 
-def gain_over_best(x: Tensor, atoms: Tensor, edges: Tensor, k: int) -> Tensor:
+def gain_over_best(
+    x: Float[Tensor, "B ..."], atoms: Float[Tensor, "B N"], edges: Float[Tensor, "B n_edges"], k: int
+) -> Float[Tensor, "B ..."]:
     """u(x) = Σ_i (x − z_i)₊ (e_i^{k−1} − e_{i−1}^{k−1}); x itself for k = 1.
 
     Args:
-        x: (B, …), returns.
-        atoms: (B, N), z, the law of one completion's return at the row's prompt.
-        edges: (B, N + 1), e.
+        x: Returns.
+        atoms: z, the law of one completion's return at the row's prompt.
+        edges: e.
         k: ≥ 1.
 
     Returns:
-        (B, …), the shape of `x`.
+        The shape of `x`.
     """
     if k == 1:
         return x
@@ -40,17 +43,19 @@ def gain_over_best(x: Tensor, atoms: Tensor, edges: Tensor, k: int) -> Tensor:
     return found
 
 
-def law_of_batch(returns: Tensor, all_reduce: AllReduce = identity) -> tuple[Tensor, Tensor]:
+def law_of_batch(
+    returns: Float[Tensor, " B"], all_reduce: AllReduce = identity
+) -> tuple[Float[Tensor, " 51"], Float[Tensor, " 52"]]:
     """The law of all completions' returns, whatever their prompt, on a grid of 51 points.
 
     A return counts for its two neighbours on the grid, so that the mean is exact.
 
     Args:
-        returns: (B,), in [0, 1].
+        returns: In [0, 1].
         all_reduce: Sum over learners.
 
     Returns:
-        Atoms (51,) and edges (52,).
+        Atoms and edges.
 
     Raises:
         ValueError: For a return outside [0, 1].

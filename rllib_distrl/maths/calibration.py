@@ -3,6 +3,7 @@
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rllib_distrl.maths.quantiles import midpoints
@@ -14,20 +15,20 @@ quadratic within κ, so quantiles of 0/1 returns stop a little short of 0 and 1.
 
 
 def probability_interval(
-    quantiles: Tensor, returns: Tensor, tie_width: float = 0.0
-) -> tuple[Tensor, Tensor]:
+    quantiles: Float[Tensor, "K N"], returns: Float[Tensor, " K"], tie_width: float = 0.0
+) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
     """The probabilities between which an observed return lies under the predicted law.
 
     A return that ties with quantiles covers their mass, [#{θ < y}/N, #{θ ≤ y}/N]; one that falls
     between two, or beyond the ends, lies between their levels τ (0 and 1 at the ends).
 
     Args:
-        quantiles: (K, N), θ, ordered.
-        returns: (K,), y.
+        quantiles: θ, ordered.
+        returns: y.
         tie_width: Quantiles this close to y tie with it, in units of the return.
 
     Returns:
-        Two (K,) in [0, 1], the first below the second.
+        In [0, 1], the first below the second.
     """
     n = quantiles.shape[-1]
     y = returns.unsqueeze(-1)
@@ -46,32 +47,37 @@ def _mass_within(low: Tensor, high: Tensor, start: Tensor, end: Tensor) -> Tenso
 
 
 def pit_histogram(
-    quantiles: Tensor,
-    returns: Tensor,
-    loss_mask: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    returns: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     bins: int = PIT_BINS,
     tie_width: float = 0.0,
-) -> Tensor:
+) -> Float[Tensor, " bins"]:
     """Histogram of the probability integral transform F(y): flat for a calibrated critic.
 
     Non-randomised (Czado et al. 2009): a return that ties spreads over its probabilities.
 
     Args:
-        quantiles: (B, T, N).
-        returns: (B, T), observed returns to go.
-        loss_mask: (B, T), bool.
+        quantiles: θ, ordered.
+        returns: Observed returns to go.
+        loss_mask: True where a token counts.
         bins: Number of equal bins of [0, 1].
         tie_width: See `probability_interval`.
 
     Returns:
-        (bins,), shares that sum to 1.
+        Shares that sum to 1.
     """
     low, high = probability_interval(quantiles[loss_mask], returns[loss_mask], tie_width)
     edges = torch.linspace(0, 1, bins + 1, dtype=low.dtype, device=low.device)
     return _mass_within(low[:, None], high[:, None], edges[:-1], edges[1:])
 
 
-def pit_ks(quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: float = 0.0) -> float:
+def pit_ks(
+    quantiles: Float[Tensor, "B T N"],
+    returns: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    tie_width: float = 0.0,
+) -> float:
     """Largest distance of the PIT's distribution function from that of the uniform law.
 
     The Kolmogorov-Smirnov statistic sup_u |mean_k P(U_k ≤ u) − u|, where U_k is uniform between
@@ -79,9 +85,9 @@ def pit_ks(quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: flo
     of 1/2N, between which the function is straight, so the supremum is over these.
 
     Args:
-        quantiles: (B, T, N), ordered.
-        returns: (B, T), observed returns to go.
-        loss_mask: (B, T), bool.
+        quantiles: Ordered.
+        returns: Observed returns to go.
+        loss_mask: True where a token counts.
         tie_width: See `probability_interval`.
 
     Returns:
@@ -94,9 +100,9 @@ def pit_ks(quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: flo
 
 
 def central_coverage(
-    quantiles: Tensor,
-    returns: Tensor,
-    loss_mask: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    returns: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     level: float,
     tie_width: float = 0.0,
 ) -> float:
@@ -106,9 +112,9 @@ def central_coverage(
     says nothing where they have atoms: it nearly always holds both outcomes of a 0/1 return.
 
     Args:
-        quantiles: (B, T, N).
-        returns: (B, T), observed returns to go.
-        loss_mask: (B, T), bool.
+        quantiles: θ, ordered.
+        returns: Observed returns to go.
+        loss_mask: True where a token counts.
         level: In (0, 1), such as 0.5 or 0.9.
         tie_width: See `probability_interval`.
 
@@ -120,15 +126,17 @@ def central_coverage(
     return float(_mass_within(low[:, None], high[:, None], ends[:1], ends[1:]))
 
 
-def crps(quantiles: Tensor, returns: Tensor, loss_mask: Tensor) -> float:
+def crps(
+    quantiles: Float[Tensor, "B T N"], returns: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
+) -> float:
     """Continuous ranked probability score of the N atoms, 2 mean_i (θ_i − y)(1{y < θ_i} − τ_i).
 
     Equals mean_i |θ_i − y| − ½ mean_ij |θ_i − θ_j|; for N = 1 the absolute error.
 
     Args:
-        quantiles: (B, T, N), ordered.
-        returns: (B, T), observed returns to go.
-        loss_mask: (B, T), bool.
+        quantiles: Ordered.
+        returns: Observed returns to go.
+        loss_mask: True where a token counts.
 
     Returns:
         ≥ 0, in units of the return.
@@ -138,13 +146,15 @@ def crps(quantiles: Tensor, returns: Tensor, loss_mask: Tensor) -> float:
     return float(2 * ((theta - y) * ((y < theta).to(theta.dtype) - taus)).mean())
 
 
-def explained_variance(values: Tensor, returns: Tensor, loss_mask: Tensor) -> float:
+def explained_variance(
+    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
+) -> float:
     """1 − Var(y − V)/Var(y).
 
     Args:
-        values: (B, T), V.
-        returns: (B, T), y, observed returns to go.
-        loss_mask: (B, T), bool.
+        values: V.
+        returns: y, observed returns to go.
+        loss_mask: True where a token counts.
 
     Returns:
         At most 1; NaN where the returns do not vary.
@@ -156,12 +166,12 @@ def explained_variance(values: Tensor, returns: Tensor, loss_mask: Tensor) -> fl
     return float(1 - error.var(correction=0) / y.var(correction=0))
 
 
-def crossing_rate(quantiles: Tensor, loss_mask: Tensor) -> float:
+def crossing_rate(quantiles: Float[Tensor, "B T N"], loss_mask: Bool[Tensor, "B T"]) -> float:
     """Share of neighbouring quantiles out of order; 0 by construction for the center-delta head.
 
     Args:
-        quantiles: (B, T, N).
-        loss_mask: (B, T), bool.
+        quantiles: θ.
+        loss_mask: True where a token counts.
 
     Returns:
         In [0, 1]; 0 for N = 1.
@@ -171,14 +181,14 @@ def crossing_rate(quantiles: Tensor, loss_mask: Tensor) -> float:
 
 
 def explained_variance_by_position(
-    values: Tensor, returns: Tensor, loss_mask: Tensor
+    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
 ) -> dict[str, float]:
     """Explained variance among the tokens at positions 0, 1, 2, 4, 8, … of the completion.
 
     Args:
-        values: (B, T), V.
-        returns: (B, T), observed returns to go.
-        loss_mask: (B, T), bool.
+        values: V.
+        returns: Observed returns to go.
+        loss_mask: True where a token counts.
 
     Returns:
         `quantile_explained_variance_at_…`; without positions where returns do not vary.
@@ -195,14 +205,17 @@ def explained_variance_by_position(
 
 
 def calibration_metrics(
-    quantiles: Tensor, returns: Tensor, loss_mask: Tensor, tie_width: float = TIE_WIDTH
+    quantiles: Float[Tensor, "B T N"],
+    returns: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    tie_width: float = TIE_WIDTH,
 ) -> dict[str, float]:
     """What is logged every iteration.
 
     Args:
-        quantiles: (B, T, N), θ before each token.
-        returns: (B, T), observed returns to go.
-        loss_mask: (B, T), bool.
+        quantiles: θ before each token.
+        returns: Observed returns to go.
+        loss_mask: True where a token counts.
         tie_width: Of coverage and PIT, see `probability_interval`.
 
     Returns:
@@ -230,12 +243,14 @@ def calibration_metrics(
     return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
-def state_metrics(values: Tensor, mean_returns: Tensor) -> dict[str, float]:
+def state_metrics(
+    values: Float[Tensor, " K"], mean_returns: Float[Tensor, " K"]
+) -> dict[str, float]:
     """How good V is where the truth is known up to the noise of many continuations.
 
     Args:
-        values: (K,), V.
-        mean_returns: (K,), mean return of the continuations from each state.
+        values: V.
+        mean_returns: Mean return of the continuations from each state.
 
     Returns:
         `quantile_state_rmse`, the root mean square of V − mean return, and

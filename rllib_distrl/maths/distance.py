@@ -1,25 +1,29 @@
 """How far a state's features are from those that have been seen."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
-def second_moment(features: Tensor) -> Tensor:
+def second_moment(features: Float[Tensor, "K D"]) -> Float[Tensor, "D D"]:
     """Σ φ φᵀ over K vectors.
 
     Args:
-        features: (K, D), φ.
+        features: φ.
 
     Returns:
-        (D, D), float64.
+        In float64.
     """
     features = features.double()
     return features.t() @ features
 
 
 def elliptical_distance(
-    features: Tensor, moment: Tensor, count: float, ridge: float = 1e-3
-) -> Tensor:
+    features: Float[Tensor, "... D"],
+    moment: Float[Tensor, "D D"],
+    count: float,
+    ridge: float = 1e-3,
+) -> Float[Tensor, "..."]:
     """√(φᵀ (M/n + ridge I)⁻¹ φ / D): its mean square over the vectors that made M is at most 1.
 
     The elliptical bonus of linear bandits (Abbasi-Yadkori et al. 2011) with the mean in place of
@@ -27,13 +31,13 @@ def elliptical_distance(
     that is left to the bonus's schedule.
 
     Args:
-        features: (..., D), φ.
-        moment: (D, D), M = Σ φ φᵀ of what has been seen.
+        features: φ.
+        moment: M = Σ φ φᵀ of what has been seen.
         count: n > 0, how many vectors (or their weights) are in M.
         ridge: > 0.
 
     Returns:
-        (...), float32, without unit.
+        In float32, without unit.
 
     Raises:
         ValueError: For a ridge that is not positive, or nothing seen.

@@ -6,48 +6,43 @@ which changes none of them in exact arithmetic, and leaves no rounding for a std
 """
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rllib_distrl.maths.statistics import AllReduce, identity, masked_mean_and_std
 
 
-def group_index(group: Tensor) -> tuple[Tensor, Tensor]:
+def group_index(group: Int[Tensor, " B"]) -> tuple[Int[Tensor, " B"], Int[Tensor, " P"]]:
     """Numbers the groups 0…P−1.
 
     Args:
-        group: (B,), int64, any ids.
+        group: Any ids.
 
     Returns:
-        index (B,), each row's group; sizes (P,).
+        Each row's group, and the groups' sizes.
     """
     _, index, sizes = torch.unique(group, return_inverse=True, return_counts=True)
     return index, sizes
 
 
-def group_mean(values: Tensor, group: Tensor) -> Tensor:
+def group_mean(values: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """Each row's group mean.
 
     Args:
-        values: (B,).
-        group: (B,), int64.
-
-    Returns:
-        (B,).
+        values: Of each row.
+        group: Ids of the rows' prompts.
     """
     index, sizes = group_index(group)
     sums = values.new_zeros(len(sizes)).index_add_(0, index, values)
     return (sums / sizes)[index]
 
 
-def from_first(returns: Tensor, group: Tensor) -> Tensor:
+def from_first(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """R − the return of the first row of the group: exactly 0 where all of them are equal.
 
     Args:
-        returns: (B,).
-        group: (B,), int64.
-
-    Returns:
-        (B,).
+        returns: R.
+        group: Ids of the rows' prompts.
     """
     index, sizes = group_index(group)
     rows = torch.arange(len(returns), device=returns.device)
@@ -62,21 +57,22 @@ def _centred(returns: Tensor, group: Tensor) -> Tensor:
 
 
 def grpo(
-    returns: Tensor, group: Tensor, *, scale_by_std: bool = True, std_epsilon: float = 1e-6
-) -> Tensor:
+    returns: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    *,
+    scale_by_std: bool = True,
+    std_epsilon: float = 1e-6,
+) -> Float[Tensor, " B"]:
     """(R − mean) / (std + 1e-6) over the group, with the sample std (n − 1), as in TRL.
 
     Shao et al. 2024, with `scale_by_std=False` Dr. GRPO (Liu et al. 2025). A group of one, or of
     equal returns, gets 0.
 
     Args:
-        returns: (B,), R.
-        group: (B,), int64.
+        returns: R.
+        group: Ids of the rows' prompts.
         scale_by_std: Whether to divide by the std.
         std_epsilon: Added to the std, in units of the return.
-
-    Returns:
-        (B,).
     """
     centred = _centred(returns, group)
     if not scale_by_std:
@@ -87,33 +83,32 @@ def grpo(
     return centred / (std[index] + std_epsilon)
 
 
-def leave_one_out(returns: Tensor, group: Tensor) -> Tensor:
+def leave_one_out(returns: Float[Tensor, " B"], group: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
     """R_i − mean of the others (RLOO, Ahmadian et al. 2024) = G/(G − 1) (R_i − mean).
 
     Args:
-        returns: (B,), R.
-        group: (B,), int64.
+        returns: R.
+        group: Ids of the rows' prompts.
 
     Returns:
-        (B,); 0 in a group of one.
+        0 in a group of one.
     """
     index, sizes = group_index(group)
     size = sizes[index].to(returns.dtype)
     return _centred(returns, group) * size / (size - 1).clamp(min=1)
 
 
-def opo(returns: Tensor, lengths: Tensor, group: Tensor) -> Tensor:
+def opo(
+    returns: Float[Tensor, " B"], lengths: Int[Tensor, " B"], group: Int[Tensor, " B"]
+) -> Float[Tensor, " B"]:
     """R_i − Σ_j L_j R_j / Σ_j L_j: the length-weighted, variance-optimal baseline.
 
     OPO (arXiv 2505.23585). For one epoch without clip, KL or entropy bonus.
 
     Args:
-        returns: (B,), R.
-        lengths: (B,), L, tokens.
-        group: (B,), int64.
-
-    Returns:
-        (B,).
+        returns: R.
+        lengths: L, tokens.
+        group: Ids of the rows' prompts.
     """
     lengths = lengths.to(returns.dtype)
     returns = from_first(returns, group)
@@ -130,7 +125,7 @@ def _log_choose(n: Tensor | float, k: int) -> Tensor:
     return torch.where(n >= k, value, float("-inf"))
 
 
-def maxk(returns: Tensor, group: Tensor, *, k: int) -> Tensor:
+def maxk(returns: Float[Tensor, " B"], group: Int[Tensor, " B"], *, k: int) -> Float[Tensor, " B"]:
     """Gradient weight of the expected best of k, with a leave-one-out baseline.
 
     With returns g sorted upwards: s_(i) = [C(i−1, k−1) g_(i) + Σ_{j>i} C(j−2, k−2) g_(j)] /
@@ -140,12 +135,9 @@ def maxk(returns: Tensor, group: Tensor, *, k: int) -> Tensor:
     leave-one-out over G (our choice).
 
     Args:
-        returns: (B,), g.
-        group: (B,), int64.
+        returns: g.
+        group: Ids of the rows' prompts.
         k: In 1…G.
-
-    Returns:
-        (B,).
 
     Raises:
         ValueError: For k outside 1…G of some group.
@@ -178,21 +170,21 @@ def _maxk_sorted(g: Tensor, k: int) -> Tensor:
 
 
 def bnpo(
-    returns: Tensor, group: Tensor, all_reduce: AllReduce = identity, max_scale: float = 1e6
-) -> Tensor:
+    returns: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    all_reduce: AllReduce = identity,
+    max_scale: float = 1e6,
+) -> Float[Tensor, " B"]:
     """(R − p) / BetaPDF(p; α, β) with p the group mean and a Beta law fitted to all p.
 
     m, v: mean and population variance of p over groups; a = (m(1−m)/v − 1) m, b likewise with
     1 − m; α = max(1, 1 + a/3), β = max(1, 1 + b/3). BNPO.
 
     Args:
-        returns: (B,), R in [0, 1].
-        group: (B,), int64.
+        returns: R in [0, 1].
+        group: Ids of the rows' prompts.
         all_reduce: Sum over learners.
         max_scale: Largest 1/pdf.
-
-    Returns:
-        (B,).
 
     Raises:
         ValueError: For returns outside [0, 1].

@@ -4,6 +4,7 @@ Ours, for returns in [0, 1]: the critic is poor at the prompt, the group's resul
 """
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rllib_distrl.maths.group_advantages import group_index
@@ -13,11 +14,11 @@ _PROBABILITY_FLOOR = 1e-4
 _ROUNDING = 1e-5  # sums of rewards may end a little outside
 
 
-def check_unit_returns(returns: Tensor, what: str) -> None:
+def check_unit_returns(returns: Float[Tensor, " B"], what: str) -> None:
     """Refuses returns that are no probability, or share, of success.
 
     Args:
-        returns: (B,).
+        returns: R.
         what: Who needs them, for the message.
 
     Raises:
@@ -33,20 +34,23 @@ def check_unit_returns(returns: Tensor, what: str) -> None:
 
 
 def leave_one_out_posterior(
-    prior: Tensor, returns: Tensor, group: Tensor, prior_weight: float = 2.0
-) -> Tensor:
+    prior: Float[Tensor, " B"],
+    returns: Float[Tensor, " B"],
+    group: Int[Tensor, " B"],
+    prior_weight: float = 2.0,
+) -> Float[Tensor, " B"]:
     """post_j = (n₀ V(s_0) + Σ_{l≠j} R_l) / (n₀ + G − 1).
 
     Leaves R_j out, so that a weight made of it does not bias row j's gradient.
 
     Args:
-        prior: (B,), V(s_0) of each row.
-        returns: (B,), R in [0, 1].
-        group: (B,), int64.
+        prior: V(s_0) of each row.
+        returns: R in [0, 1].
+        group: Ids of the rows' prompts.
         prior_weight: n₀ ≥ 0, in completions.
 
     Returns:
-        (B,); the prior itself where n₀ + G − 1 is 0.
+        The prior itself where n₀ + G − 1 is 0.
     """
     index, sizes = group_index(group)
     others = sizes[index] - 1
@@ -55,46 +59,47 @@ def leave_one_out_posterior(
     return torch.where(weight > 0, (prior_weight * prior + sums) / weight.clamp(min=1e-9), prior)
 
 
-def logit_shift(posterior: Tensor, prior: Tensor) -> Tensor:
+def logit_shift(
+    posterior: Float[Tensor, "*#S"], prior: Float[Tensor, "*#S"]
+) -> Float[Tensor, "*S"]:
     """The shift, logit post − logit V(s_0), both kept within [1e-4, 1 − 1e-4].
 
     Args:
-        posterior: (B,).
-        prior: (B,).
-
-    Returns:
-        (B,).
+        posterior: In [0, 1].
+        prior: V(s_0).
     """
     floor = _PROBABILITY_FLOOR
     return posterior.logit(eps=floor) - prior.logit(eps=floor)
 
 
-def shifted_edges(edges: Tensor, shift: Tensor) -> Tensor:
+def shifted_edges(
+    edges: Float[Tensor, "... n_edges"], shift: Float[Tensor, "..."]
+) -> Float[Tensor, "... n_edges"]:
     """Proportional odds: e ↦ σ(logit(e) − shift), which moves a law up where the shift is positive.
 
     A Bernoulli(p) law becomes Bernoulli(σ(logit p + shift)).
 
     Args:
-        edges: (…, N + 1), cumulative probabilities from 0 to 1.
-        shift: (…).
+        edges: Cumulative probabilities from 0 to 1.
+        shift: In logits.
 
     Returns:
-        (…, N + 1), from 0 to 1.
+        From 0 to 1.
     """
     return torch.sigmoid(edges.logit() - shift.unsqueeze(-1))
 
 
-def calibrated_edges(shift: Tensor, n: int) -> Tensor:
+def calibrated_edges(shift: Float[Tensor, " B"], n: int) -> Float[Tensor, "B n_edges"]:
     """`shifted_edges` of quantiles, whose edges are i/N, i = 0…N.
 
     The calibrated value of a state is Σ_i θ_i (e_i − e_{i−1}).
 
     Args:
-        shift: (B,).
+        shift: In logits.
         n: N, the number of quantiles.
 
     Returns:
-        (B, N + 1), from 0 to 1.
+        From 0 to 1.
     """
     levels = torch.linspace(0, 1, n + 1, dtype=shift.dtype, device=shift.device)
     return shifted_edges(levels, shift)

@@ -1,6 +1,7 @@
 """Estimators of KL(π ‖ π_ref) from the sampled tokens (Schulman, "Approximating KL", 2020)."""
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import huber_loss
 
@@ -10,8 +11,11 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
 def kl_estimate(
-    logp: Tensor, ref_logp: Tensor, estimator: str = "k3", loss_mask: Tensor | None = None
-) -> Tensor:
+    logp: Float[Tensor, "*S"],
+    ref_logp: Float[Tensor, "*S"],
+    estimator: str = "k3",
+    loss_mask: Bool[Tensor, "*S"] | None = None,
+) -> Float[Tensor, "*S"]:
     """KL to the reference at each token, from its log-ratio l = ref_logp − logp.
 
     `k1`: −l (unbiased, any sign). `k2`: l²/2. `k3`: e^l − 1 − l (unbiased, ≥ 0).
@@ -21,13 +25,13 @@ def kl_estimate(
     is cut above 10: a single token makes no infinite step.
 
     Args:
-        logp: (B, T), of the sampled tokens under π.
-        ref_logp: (B, T), of the same tokens under π_ref; carries no gradient.
+        logp: Of the sampled tokens under π.
+        ref_logp: Of the same tokens under π_ref; carries no gradient.
         estimator: "k1", "k2" or "k3".
-        loss_mask: (B, T), bool; padding gets 0. None: all count.
+        loss_mask: Padding gets 0. None: all count.
 
     Returns:
-        (B, T), in nats.
+        In nats.
 
     Raises:
         ValueError: For an unknown estimator.

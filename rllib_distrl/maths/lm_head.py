@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,15 +40,15 @@ IDENTITY = LogitMap()
 
 
 def token_logps(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " M"],
     *,
-    bias: Tensor | None = None,
+    bias: Float[Tensor, " V"] | None = None,
     temperature: float = 1.0,
     logit_map: LogitMap = IDENTITY,
     chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
     """Computes log π(target) and entropy H = −Σ_v p_v ln p_v under softmax(f(W h + b)/T).
 
     Both are differentiable, once, in hidden, weight and bias. Matrix products are in the dtype
@@ -56,16 +57,16 @@ def token_logps(
     chunk is computed again there. Autocast is ignored: what `hidden` is decides.
 
     Args:
-        hidden: (M, H), the last hidden states of M tokens.
-        weight: (V, H), the LM head; may have another dtype than `hidden`.
-        targets: (M,), int, the tokens taken.
-        bias: (V,) or None.
+        hidden: The last hidden states of M tokens.
+        weight: The LM head; may have another dtype than `hidden`.
+        targets: The tokens taken.
+        bias: Or None.
         temperature: T > 0.
         logit_map: f, what the model does to the head's output.
         chunk: Tokens per chunk; None: by vocabulary size and device.
 
     Returns:
-        logp (M,) and entropy (M,), in nats, float32 (or float64).
+        logp and entropy, in nats, float32 (or float64).
 
     Raises:
         ValueError: For a temperature that is not positive.

@@ -9,6 +9,7 @@ the learner see quite differently must not make a whole step useless (the bound 
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -32,16 +33,16 @@ def _sequence_mean(per_token: Tensor, loss_mask: Tensor | None) -> Tensor:
 
 
 def clipped_surrogate(
-    logp: Tensor,
-    action_logp: Tensor,
-    advantages: Tensor,
+    logp: Float[Tensor, "B T"],
+    action_logp: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
     *,
     clip_param: float = 0.2,
     clip_param_high: float | None = None,
     dual_clip: float | None = None,
     ratio_level: str = "token",
-    loss_mask: Tensor | None = None,
-) -> Tensor:
+    loss_mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
     """PPO's clipped surrogate, −min(ρ A, clip(ρ, 1 − ε, 1 + ε_high) A).
 
     ρ = exp(logp − action_logp) is `logp_ratio`, per token, or for a whole sequence the geometric
@@ -49,17 +50,17 @@ def clipped_surrogate(
     DAPO's; dual clip (Ye et al. 2020, eq. 5) bounds the loss of A < 0 by −c A.
 
     Args:
-        logp: (B, T), with gradient.
-        action_logp: (B, T), of the policy that sampled.
-        advantages: (B, T), A.
+        logp: With gradient.
+        action_logp: Of the policy that sampled.
+        advantages: A.
         clip_param: ε, in units of the ratio.
         clip_param_high: ε_high; None: ε.
         dual_clip: c > 1; None: off.
         ratio_level: "token" or "sequence".
-        loss_mask: (B, T), bool.
+        loss_mask: True where a token counts.
 
     Returns:
-        (B, T), the loss per token, to be minimised.
+        The loss per token, to be minimised.
 
     Raises:
         ValueError: For a dual clip of at most 1 or an unknown ratio level.
@@ -84,28 +85,28 @@ def clipped_surrogate(
 
 
 def gspo(
-    logp: Tensor,
-    action_logp: Tensor,
-    advantages: Tensor,
+    logp: Float[Tensor, "B T"],
+    action_logp: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
     *,
     clip_param: float = 3e-4,
     clip_param_high: float | None = 4e-4,
-    loss_mask: Tensor | None = None,
-) -> Tensor:
+    loss_mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
     """GSPO: the clipped surrogate on the sequence ratio exp(mean_t(logp − action_logp)).
 
     Zheng et al. 2025; defaults as TRL documents them. Meant for the `sequence_mean` aggregation.
 
     Args:
-        logp: (B, T), with gradient.
-        action_logp: (B, T).
-        advantages: (B, T), usually constant along a row.
+        logp: With gradient.
+        action_logp: Of the policy that sampled.
+        advantages: Usually constant along a row.
         clip_param: ε of the sequence ratio.
         clip_param_high: ε_high; None: ε.
-        loss_mask: (B, T), bool.
+        loss_mask: True where a token counts.
 
     Returns:
-        (B, T), the row's loss at each of its tokens.
+        The row's loss at each of its tokens.
     """
     return clipped_surrogate(
         logp,
@@ -119,36 +120,33 @@ def gspo(
 
 
 def squared_value_loss(
-    values: Tensor,
-    value_targets: Tensor,
+    values: Float[Tensor, "B T"],
+    value_targets: Float[Tensor, "B T"],
     vf_clip_param: float = math.inf,
-    loss_mask: Tensor | None = None,
-) -> Tensor:
+    loss_mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
     """The scalar critic's loss as in RLlib's PPO: min((V − target)², vf_clip_param), no ½.
 
     Args:
-        values: (B, T), with gradient.
-        value_targets: (B, T).
+        values: With gradient.
+        value_targets: Without gradient.
         vf_clip_param: Largest loss of a token, in squared units of the return.
-        loss_mask: (B, T), bool.
-
-    Returns:
-        (B, T).
+        loss_mask: True where a token counts.
     """
     (error,) = _masked(loss_mask, values - value_targets.detach())
     return error.square().clamp(0.0, vf_clip_param)
 
 
 def lad(
-    logp: Tensor,
-    action_logp: Tensor,
-    advantages: Tensor,
+    logp: Float[Tensor, "B T"],
+    action_logp: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
     *,
     divergence: str = "js",
     inverse_eta: float = 4.0,
     ratio_level: str = "sequence",
-    loss_mask: Tensor | None = None,
-) -> Tensor:
+    loss_mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
     """LAD: match the policy to the advantage distribution, e^u f(x) with x = ρ/e^u, u = A/η.
 
     f(x): `js` ½[x ln x − (x+1) ln((x+1)/2)] · `hellinger` ½(√x − 1)² · `tv` |x − 1| · `kl`
@@ -162,16 +160,16 @@ def lad(
     optimiser step, and the gradient grows with it: it is for one step per batch.
 
     Args:
-        logp: (B, T), with gradient.
-        action_logp: (B, T).
-        advantages: (B, T), A; at the sequence level a row's mean is used.
+        logp: With gradient.
+        action_logp: Of the policy that sampled.
+        advantages: A; at the sequence level a row's mean is used.
         divergence: Name of f.
         inverse_eta: 1/η > 0.
         ratio_level: "token" or "sequence".
-        loss_mask: (B, T), bool.
+        loss_mask: True where a token counts.
 
     Returns:
-        (B, T); at the sequence level the row's loss at each of its tokens, for the
+        At the sequence level the row's loss at each of its tokens, for the
         `sequence_mean` aggregation.
 
     Raises:

@@ -5,6 +5,8 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 # What a micro-batch costs by itself, as a share of the budget (our choice): small enough that
 # padding stays below 10 % where a minibatch fills the budget, large enough that a minibatch far
@@ -12,15 +14,15 @@ import torch
 _FIXED_COST = 1 / 64
 
 
-def split_by_token_budget(lengths: torch.Tensor, budget: int) -> list[torch.Tensor]:
+def split_by_token_budget(lengths: Int[Tensor, " B"], budget: int) -> list[Tensor]:
     """Groups rows of similar length so that rows x longest row <= budget, with least padding.
 
     Rows are sorted; where to cut is the exact minimum, by dynamic programming, of all
     micro-batches' tokens, padding included, plus a fixed cost for each (our choice).
 
     Args:
-        lengths: (B,) int, tokens of each row, prompt included.
-        budget: most tokens of one micro-batch, padding included.
+        lengths: Tokens of each row, prompt included.
+        budget: Most tokens of one micro-batch, padding included.
 
     Returns:
         Index tensors, shortest rows first, that together hold every row once, on the device of
@@ -64,13 +66,13 @@ class _Rectangles:
 
 
 def split_packed(
-    prompt: torch.Tensor,
-    prompt_lens: torch.Tensor,
-    lengths: torch.Tensor,
+    prompt: Int[Tensor, " B"],
+    prompt_lens: Int[Tensor, " B"],
+    lengths: Int[Tensor, " B"],
     budget: int,
     *,
     whole_rows: bool = False,
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """Groups rows so that what packed rows compute is at most ``budget`` places.
 
     Attention needs rectangles, which pad: prompts x longest prompt and rows x longest completion;
@@ -82,11 +84,11 @@ def split_packed(
     the budget is cut. Groups come in the order of their longest rows, so that little is padded.
 
     Args:
-        prompt: (B,) int64, equal for rows with the same prompt.
-        prompt_lens: (B,) int64.
-        lengths: (B,) int64, tokens of each row, prompt included.
-        budget: most places of one micro-batch.
-        whole_rows: whether attention computes each row with its own copy of the prompt.
+        prompt: Equal for rows with the same prompt.
+        prompt_lens: Tokens of each prompt.
+        lengths: Tokens of each row, prompt included.
+        budget: Most places of one micro-batch.
+        whole_rows: Whether attention computes each row with its own copy of the prompt.
 
     Returns:
         Index tensors that together hold every row once, on the device of ``lengths``.
@@ -112,7 +114,7 @@ def split_packed(
     return [torch.tensor(part, device=lengths.device) for part in parts]
 
 
-def _check_longest(lengths: torch.Tensor, budget: int) -> None:
+def _check_longest(lengths: Tensor, budget: int) -> None:
     longest = int(lengths.max())
     if longest > budget:
         raise ValueError(

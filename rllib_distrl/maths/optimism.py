@@ -8,6 +8,7 @@ that led there. It never enters the critic's targets.
 import math
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rllib_distrl.maths.advantages import leads_to_state, next_state
@@ -22,7 +23,9 @@ BONUS_SCHEDULES = ("dltv", "linear", "constant")
 _MAX_RATIO = 1e6
 
 
-def bonus_statistic(quantiles: Tensor, bonus_stat: str = "ltv_sqrt") -> Tensor:
+def bonus_statistic(
+    quantiles: Float[Tensor, "... N"], bonus_stat: str = "ltv_sqrt"
+) -> Float[Tensor, "..."]:
     """b(s), the uncertainty of a state's return.
 
     `ltv`: σ₊² = 1/(2N) Σ_{i ≥ N//2} (θ_i − θ_{N//2})², i from 0 (left truncated variance).
@@ -30,11 +33,11 @@ def bonus_statistic(quantiles: Tensor, bonus_stat: str = "ltv_sqrt") -> Tensor:
     For a Bernoulli(p) return σ₊ = √(p/2) where p < ½ and 0 above.
 
     Args:
-        quantiles: (…, N), θ, ordered.
+        quantiles: θ, ordered.
         bonus_stat: "ltv_sqrt", "ltv" or "std".
 
     Returns:
-        (…), in units of the return (`ltv`: squared).
+        In units of the return (`ltv`: squared).
 
     Raises:
         ValueError: For an unknown statistic or fewer than two quantiles.
@@ -85,13 +88,13 @@ def scheduled_coeff(
 
 
 def placed_bonus(
-    statistic: Tensor,
-    loss_mask: Tensor,
+    statistic: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     bonus_at: str = "next",
     bonus_center: bool = True,
     all_reduce: AllReduce = identity,
     width: int | None = None,
-) -> Tensor:
+) -> Float[Tensor, "B T"]:
     """B_t, what a token is credited with.
 
     `next`: b(s_{t+1}). `difference`: b(s_{t+1}) − b(s_t). `current`: b(s_t). With `bonus_center`
@@ -101,8 +104,8 @@ def placed_bonus(
     `current` does not depend on the action taken, so that ends need no exception there.
 
     Args:
-        statistic: (B, T), b(s_t) ≥ 0.
-        loss_mask: (B, T), bool, a prefix of each row.
+        statistic: b(s_t) ≥ 0.
+        loss_mask: A prefix of each row.
         bonus_at: "next", "difference" or "current".
         bonus_center: Whether to subtract the mean at each t.
         all_reduce: Sum over learners.
@@ -110,7 +113,7 @@ def placed_bonus(
             because the means are per column. None: T.
 
     Returns:
-        (B, T), 0 in the padding.
+        0 in the padding.
 
     Raises:
         ValueError: For an unknown place or a width below T.
@@ -146,9 +149,9 @@ def _column_means(
 
 
 def optimistic_advantages(
-    advantages: Tensor,
-    statistic: Tensor,
-    loss_mask: Tensor,
+    advantages: Float[Tensor, "B T"],
+    statistic: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     *,
     k: int,
     bonus_coeff: float = 3.0,
@@ -159,15 +162,15 @@ def optimistic_advantages(
     bonus_max_ratio: float | None = 0.5,
     all_reduce: AllReduce = identity,
     width: int | None = None,
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Float[Tensor, "B T"], dict[str, float]]:
     """A_t^opt = A_t + c_k B_t, before whitening.
 
     The bonus is scaled down where std(c_k B)/std(A) exceeds `bonus_max_ratio` (our choice).
 
     Args:
-        advantages: (B, T), A_t.
-        statistic: (B, T), b(s_t): `bonus_statistic` of the quantiles, or any other uncertainty.
-        loss_mask: (B, T), bool, a prefix of each row.
+        advantages: A_t.
+        statistic: b(s_t): `bonus_statistic` of the quantiles, or any other uncertainty.
+        loss_mask: A prefix of each row.
         k: Training iteration, from 1.
         bonus_coeff: c ≥ 0.
         bonus_at: See `placed_bonus`.
@@ -179,7 +182,7 @@ def optimistic_advantages(
         width: See `placed_bonus`.
 
     Returns:
-        (B, T), 0 in the padding, and the metrics `optimism_…`.
+        A_t^opt, 0 in the padding, and the metrics `optimism_…`.
     """
     coeff = scheduled_coeff(bonus_coeff, k, bonus_schedule, bonus_horizon)
     statistic = statistic.detach()

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
@@ -14,8 +15,12 @@ _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def packed_attention(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scale: float
-) -> Tensor:
+    query: Float[Tensor, "N heads D"],
+    key: Float[Tensor, "N kv_heads D"],
+    value: Float[Tensor, "N kv_heads E"],
+    packing: Packing,
+    scale: float,
+) -> Float[Tensor, "N heads E"]:
     """Softmax attention of each token to its prompt and to what precedes it in its row.
 
     A completion's token sees its own row (causal) and its prompt (whole): two attentions, whose
@@ -26,14 +31,14 @@ def packed_attention(
     The kernels want heads of one size: the narrower of queries and values get zeros behind them.
 
     Args:
-        query: (N, heads, D).
-        key: (N, kv_heads, D); heads are a multiple of kv_heads.
-        value: (N, kv_heads, E).
+        query: N tokens in a packing.
+        key: Heads are a multiple of kv_heads.
+        value: May be of another width.
         packing: of these N tokens.
         scale: of the scores.
 
     Returns:
-        (N, heads, E); differentiable once.
+        Differentiable once.
     """
     size = value.shape[-1]
     width = max(query.shape[-1], size)

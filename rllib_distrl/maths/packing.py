@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 # Attention kernels of CPUs are up to a third faster at such lengths (measured).
@@ -17,36 +18,38 @@ class Packing:
     rectangles: G prompts of P places, and B completions of C places, with padding on the right.
 
     Attributes:
-        input_ids: (N,) int64 tokens.
-        owners: (N,) int64, a row of each; of a prompt the first that has it.
-        positions: (N,) int64, place of each in its row.
-        places: (N,) int64, place of each in the rectangles: G P places, then B C.
+        input_ids: Tokens.
+        owners: A row of each; of a prompt the first that has it.
+        positions: Place of each in its row.
+        places: Place of each in the rectangles: G P places, then B C.
         prompts: (G, P), the first rectangle's shape.
         completions: (B, C), the second one's.
-        prompt: (B,) int64, which prompt each row has.
-        prompt_lens: (B,) int64.
-        rows: (B, S) int64, which of the N tokens stands at each place of each row; any in the
+        prompt: Which prompt each row has.
+        prompt_lens: Tokens of each prompt.
+        rows: Which of the N tokens stands at each place of each row; any in the
             padding, which is on the right.
     """
 
-    input_ids: Tensor
-    owners: Tensor
-    positions: Tensor
-    places: Tensor
+    input_ids: Int[Tensor, " N"]
+    owners: Int[Tensor, " N"]
+    positions: Int[Tensor, " N"]
+    places: Int[Tensor, " N"]
     prompts: tuple[int, int]
     completions: tuple[int, int]
-    prompt: Tensor
-    prompt_lens: Tensor
-    rows: Tensor
+    prompt: Int[Tensor, " B"]
+    prompt_lens: Int[Tensor, " B"]
+    rows: Int[Tensor, "B S"]
 
 
-def pack(input_ids: Tensor, prompt_lens: Tensor, lengths: Tensor) -> Packing:
+def pack(
+    input_ids: Int[Tensor, "B width"], prompt_lens: Int[Tensor, " B"], lengths: Int[Tensor, " B"]
+) -> Packing:
     """Packs rows that begin with prompts, equal ones once.
 
     Args:
-        input_ids: (B, S') int64, prompts and completions, right padding.
-        prompt_lens: (B,) int64.
-        lengths: (B,) int64, tokens of each row that are wanted, prompt included.
+        input_ids: Prompts and completions, right padding.
+        prompt_lens: Tokens of each prompt.
+        lengths: Tokens of each row that are wanted, prompt included.
     """
     first = first_of_prompt(input_ids, prompt_lens)
     rows = torch.arange(len(first), device=first.device)
@@ -82,8 +85,10 @@ def pack(input_ids: Tensor, prompt_lens: Tensor, lengths: Tensor) -> Packing:
     )
 
 
-def first_of_prompt(input_ids: Tensor, prompt_lens: Tensor) -> Tensor:
-    """(B,) int64: the first row with the same prompt as each row of (B, S) tokens."""
+def first_of_prompt(
+    input_ids: Int[Tensor, "B S"], prompt_lens: Int[Tensor, " B"]
+) -> Int[Tensor, " B"]:
+    """The first row with the same prompt as each row."""
     ids, lens = input_ids.cpu().numpy(), prompt_lens.tolist()
     seen: dict[bytes, int] = {}
     first = [seen.setdefault(ids[row, :n].tobytes(), row) for row, n in enumerate(lens)]

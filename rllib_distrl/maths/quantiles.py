@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import softplus
@@ -18,7 +19,9 @@ HEAD_CENTERS = ("mean", "median")
 PAIRINGS = ("pairwise", "matched")
 
 
-def midpoints(n: int, *, dtype: torch.dtype = torch.float32, device: Any = None) -> Tensor:
+def midpoints(
+    n: int, *, dtype: torch.dtype = torch.float32, device: Any = None
+) -> Float[Tensor, " N"]:
     """The levels τ_i = (i − ½)/N, i = 1…N, of N quantiles.
 
     Args:
@@ -27,7 +30,7 @@ def midpoints(n: int, *, dtype: torch.dtype = torch.float32, device: Any = None)
         device: Of the result.
 
     Returns:
-        (N,), ascending in (0, 1).
+        Ascending in (0, 1).
 
     Raises:
         ValueError: For n below 1.
@@ -37,7 +40,9 @@ def midpoints(n: int, *, dtype: torch.dtype = torch.float32, device: Any = None)
     return (torch.arange(n, dtype=dtype, device=device) + 0.5) / n
 
 
-def center_delta(outputs: Tensor, head_center: str = "mean") -> Tensor:
+def center_delta(
+    outputs: Float[Tensor, "... N"], head_center: str = "mean"
+) -> Float[Tensor, "... N"]:
     """Turns N free numbers into N ordered quantiles: a centre and positive differences.
 
     c = o_1, d_j = softplus(o_{j+1}), q_1 = 0, q_i = Σ_{j<i} d_j, and θ_i = c + q_i − mean(q)
@@ -45,11 +50,11 @@ def center_delta(outputs: Tensor, head_center: str = "mean") -> Tensor:
     Non-crossing as in NC-QR-DQN; the name is DistRL's, the parametrisation our choice.
 
     Args:
-        outputs: (…, N), o, any float dtype.
+        outputs: o, any float dtype.
         head_center: "mean" or "median".
 
     Returns:
-        (…, N), non-decreasing along the last axis, in float32 (float64 stays float64).
+        Non-decreasing along the last axis, in float32 (float64 stays float64).
 
     Raises:
         ValueError: For an unknown `head_center`.
@@ -65,7 +70,7 @@ def center_delta(outputs: Tensor, head_center: str = "mean") -> Tensor:
     raise ValueError(f"head_center must be one of {HEAD_CENTERS}, got {head_center!r}")
 
 
-def center_delta_bias(n: int, init_value: float, init_spread: float = 0.1) -> Tensor:
+def center_delta_bias(n: int, init_value: float, init_spread: float = 0.1) -> Float[Tensor, " N"]:
     """The head's initial bias: with zero weights θ starts evenly spread around `init_value`.
 
     b_1 = init_value, b_{j+1} = softplus⁻¹(init_spread / (N − 1)).
@@ -76,7 +81,7 @@ def center_delta_bias(n: int, init_value: float, init_spread: float = 0.1) -> Te
         init_spread: s_0 > 0, the initial θ_N − θ_1; unused for N = 1.
 
     Returns:
-        (N,), float32.
+        Float32.
 
     Raises:
         ValueError: For n below 1 or a spread that is not positive.
@@ -90,12 +95,12 @@ def center_delta_bias(n: int, init_value: float, init_spread: float = 0.1) -> Te
 
 
 def quantile_huber_loss(
-    quantiles: Tensor,
-    target_quantiles: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    target_quantiles: Float[Tensor, "B T M"],
     kappa: float = 0.1,
     pairing: str = "pairwise",
-    loss_mask: Tensor | None = None,
-) -> Tensor:
+    loss_mask: Bool[Tensor, "B T"] | None = None,
+) -> Float[Tensor, "B T"]:
     """Quantile Huber loss per token, divided by κ and averaged, not summed, over quantiles.
 
     u_ij = y_j − θ_i (target − prediction), L_κ(u) = u²/2 if |u| ≤ κ else κ(|u| − κ/2),
@@ -104,14 +109,14 @@ def quantile_huber_loss(
     No (B, T, N, M) tensor is made; y carries no gradient.
 
     Args:
-        quantiles: (B, T, N), θ.
-        target_quantiles: (B, T, M), y; `matched` needs M = N, or M = 1 for a sampled return.
+        quantiles: θ.
+        target_quantiles: y; `matched` needs M = N, or M = 1 for a sampled return.
         kappa: κ > 0, the width of the quadratic part, in units of the return.
         pairing: "pairwise" or "matched".
-        loss_mask: (B, T), bool; tokens outside get loss 0 and gradient 0. None: all count.
+        loss_mask: Tokens outside get loss 0 and gradient 0. None: all count.
 
     Returns:
-        (B, T), the loss of each token.
+        The loss of each token.
 
     Raises:
         ValueError: For κ ≤ 0, an unknown pairing, or a `matched` M that fits no N.

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 DISTORTIONS = ("mean", "cvar", "upper_cvar", "wang", "cpw")
@@ -50,7 +51,7 @@ def check_read_out(spec: Mapping[str, Any]) -> tuple[str, float]:
     return name, value
 
 
-def distortion_weights(n: int, name: str, level: float, like: Tensor) -> Tensor:
+def distortion_weights(n: int, name: str, level: float, like: Tensor) -> Float[Tensor, " N"]:
     """w_i = g(i/N) − g((i−1)/N), which sum to 1.
 
     Args:
@@ -58,9 +59,6 @@ def distortion_weights(n: int, name: str, level: float, like: Tensor) -> Tensor:
         name: One of `DISTORTIONS`.
         level: α, η or c.
         like: A tensor whose dtype and device are used.
-
-    Returns:
-        (N,).
     """
     u = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
     if name == "cvar":
@@ -76,18 +74,17 @@ def distortion_weights(n: int, name: str, level: float, like: Tensor) -> Tensor:
     return g.diff().to(like)
 
 
-def best_of_k(quantiles: Tensor, k: int, edges: Tensor | None = None) -> Tensor:
+def best_of_k(
+    quantiles: Float[Tensor, "... N"], k: int, edges: Float[Tensor, "... n_edges"] | None = None
+) -> Float[Tensor, "..."]:
     """ρ_k(s) = Σ_i θ_i (e_i^k − e_{i−1}^k), the expected best of k independent returns.
 
     1 − (1 − p)^k for Bernoulli(p) returns; 0 for k = 0. Our choice.
 
     Args:
-        quantiles: (…, N), θ, ordered.
+        quantiles: θ, ordered.
         k: ≥ 0.
-        edges: (…, N + 1), e, from 0 to 1 (see `group_calibration`); None: i/N.
-
-    Returns:
-        (…).
+        edges: e, from 0 to 1 (see `group_calibration`); None: i/N.
     """
     if edges is None:
         n = quantiles.shape[-1]
@@ -95,16 +92,18 @@ def best_of_k(quantiles: Tensor, k: int, edges: Tensor | None = None) -> Tensor:
     return (quantiles * (edges**k).diff(dim=-1)).sum(-1)
 
 
-def read_out(quantiles: Tensor, name: str = "mean", level: float | None = None) -> Tensor:
+def read_out(
+    quantiles: Float[Tensor, "... N"], name: str = "mean", level: float | None = None
+) -> Float[Tensor, "..."]:
     """The value of a state, as the actor uses it.
 
     Args:
-        quantiles: (…, N), θ, ordered.
+        quantiles: θ, ordered.
         name: One of `READ_OUTS`.
         level: See `check_read_out`. `pass_at_k` clamps V to [0, 1] (our choice).
 
     Returns:
-        (…), in units of the return.
+        In units of the return.
 
     Raises:
         ValueError: As `check_read_out`.

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -23,30 +24,30 @@ def identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def zero_padding(tensor: Tensor, loss_mask: Tensor) -> Tensor:
+def zero_padding(
+    tensor: Shaped[Tensor, "B *rest"], loss_mask: Bool[Tensor, "B *mask"]
+) -> Shaped[Tensor, "B *rest"]:
     """Replaces padding by 0, values and gradients alike, so that NaN there cannot spread.
 
     Args:
-        tensor: (B, T) or (B, T, N).
-        loss_mask: (B, T), bool.
-
-    Returns:
-        A tensor of the shape of `tensor`.
+        tensor: A number per token, or N.
+        loss_mask: True where a token counts.
     """
     mask = loss_mask if tensor.dim() == loss_mask.dim() else loss_mask.unsqueeze(-1)
     return torch.where(mask, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
-def bounded_log_ratio(logp: Tensor, action_logp: Tensor, loss_mask: Tensor | None) -> Tensor:
+def bounded_log_ratio(
+    logp: Float[Tensor, "*S"],
+    action_logp: Float[Tensor, "*S"],
+    loss_mask: Bool[Tensor, "*S"] | None,
+) -> Float[Tensor, "*S"]:
     """ln(π/π_old) of each token, kept within ±`LOG_RATIO_BOUND`; no gradient beyond.
 
     Args:
-        logp: (B, T), with gradient.
-        action_logp: (B, T), of the policy that sampled; without gradient.
-        loss_mask: (B, T), bool; padding gets 0. None: all count.
-
-    Returns:
-        (B, T).
+        logp: With gradient.
+        action_logp: Of the policy that sampled; without gradient.
+        loss_mask: Padding gets 0. None: all count.
     """
     log_ratio = logp - action_logp.detach()
     if loss_mask is not None:
@@ -54,33 +55,29 @@ def bounded_log_ratio(logp: Tensor, action_logp: Tensor, loss_mask: Tensor | Non
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
-def masked_mean(tensor: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identity) -> Tensor:
+def masked_mean(
+    tensor: Float[Tensor, "*S"], loss_mask: Bool[Tensor, "*S"], all_reduce: AllReduce = identity
+) -> Float[Tensor, ""]:
     """Mean over the valid tokens of all learners; 0 where there are none.
 
     Args:
-        tensor: (B, T).
-        loss_mask: (B, T), bool.
+        tensor: What is averaged.
+        loss_mask: True where a token counts.
         all_reduce: Sum over learners.
-
-    Returns:
-        A scalar tensor.
     """
     total = all_reduce(zero_padding(tensor, loss_mask).sum())
     return total / all_reduce(loss_mask.sum().to(total.dtype)).clamp(min=1.0)
 
 
 def masked_mean_and_std(
-    tensor: Tensor, loss_mask: Tensor, all_reduce: AllReduce = identity
-) -> tuple[Tensor, Tensor]:
+    tensor: Float[Tensor, "*S"], loss_mask: Bool[Tensor, "*S"], all_reduce: AllReduce = identity
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Mean and population standard deviation (divided by n, as NumPy's `std`) in two passes.
 
     Args:
-        tensor: (B, T).
-        loss_mask: (B, T), bool.
+        tensor: What is averaged.
+        loss_mask: True where a token counts.
         all_reduce: Sum over learners.
-
-    Returns:
-        Two scalar tensors.
     """
     mean = masked_mean(tensor, loss_mask, all_reduce)
     variance = masked_mean((tensor - mean).square(), loss_mask, all_reduce)
@@ -88,9 +85,9 @@ def masked_mean_and_std(
 
 
 def logp_mismatch(
-    logp: Tensor,
-    action_logp: Tensor,
-    loss_mask: Tensor,
+    logp: Float[Tensor, "*S"],
+    action_logp: Float[Tensor, "*S"],
+    loss_mask: Bool[Tensor, "*S"],
     clip_param: float = 0.2,
     clip_param_high: float | None = None,
 ) -> dict[str, float]:
@@ -100,9 +97,9 @@ def logp_mismatch(
     (Σw)² / (n Σw²) with w = exp(logp − action_logp), 1 when the two agree.
 
     Args:
-        logp: (B, T), the learner's log-probabilities of the sampled tokens.
-        action_logp: (B, T), those reported by what sampled.
-        loss_mask: (B, T), bool.
+        logp: The learner's log-probabilities of the sampled tokens.
+        action_logp: Those reported by what sampled.
+        loss_mask: True where a token counts.
         clip_param: ε of the clip band [1 − ε, 1 + ε_high].
         clip_param_high: ε_high; None: ε.
 
@@ -128,13 +125,13 @@ def logp_mismatch(
 
 
 def importance_weights(
-    logp: Tensor,
-    action_logp: Tensor,
-    loss_mask: Tensor,
+    logp: Float[Tensor, "B T"],
+    action_logp: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     *,
     cap: float = 2.0,
     mode: str = "truncate",
-) -> Tensor:
+) -> Float[Tensor, "B T"]:
     """Corrects the policy loss where engine and learner differ; carries no gradient.
 
     w = exp(logp − action_logp) with `logp` the *learner's* log-probabilities before the first
@@ -142,14 +139,14 @@ def importance_weights(
     1/cap ≤ w ≤ cap, else 0, so that tokens with a wild ratio teach nothing.
 
     Args:
-        logp: (B, T).
-        action_logp: (B, T).
-        loss_mask: (B, T), bool.
+        logp: Of the learner.
+        action_logp: Of what sampled.
+        loss_mask: True where a token counts.
         cap: C > 1.
         mode: "truncate" or "mask".
 
     Returns:
-        (B, T), 0 in the padding.
+        0 in the padding.
 
     Raises:
         ValueError: For a cap of at most 1 or an unknown mode.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from rllib_distrl.maths.advantages import (
@@ -24,14 +25,14 @@ from rllib_distrl.maths.statistics import zero_padding
 
 
 def comonotone(
-    quantiles: Tensor,
-    rewards: Tensor,
-    loss_mask: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     *,
     gamma: float = 1.0,
     lambda_: float = 0.95,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Float[Tensor, "B T N"]:
     """D-GAE: generalised advantage estimation of each quantile with its own index.
 
     δ_t^i = r_t + γ θ_i(s_{t+1}) − θ_i(s_t), A_t^i = δ_t^i + γλ A_{t+1}^i, y_t^i = θ_i + A_t^i.
@@ -39,15 +40,12 @@ def comonotone(
     biased for λ < 1 under a stochastic policy, because matching i to i nests quantiles.
 
     Args:
-        quantiles: (B, T, N), θ_i(s_t).
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool.
+        quantiles: Θ_i(s_t).
+        rewards: r_t.
+        loss_mask: True where a token counts.
         gamma: γ.
         lambda_: λ.
         generator: Unused.
-
-    Returns:
-        (B, T, N).
     """
     del generator
     quantiles = zero_padding(quantiles.detach(), loss_mask)
@@ -56,15 +54,15 @@ def comonotone(
 
 
 def mixture(
-    quantiles: Tensor,
-    rewards: Tensor,
-    loss_mask: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     *,
     gamma: float = 1.0,
     lambda_: float = 0.95,
     generator: torch.Generator | None = None,
     projection: str = "midpoint",
-) -> Tensor:
+) -> Float[Tensor, "B T N"]:
     """The λ-return as a mixture of laws, projected to N quantiles at every step.
 
     Z_t = r_t + γ [λ Z_{t+1} ⊕ (1 − λ) θ(s_{t+1})], the bracket a mixture of 2N weighted atoms.
@@ -74,16 +72,13 @@ def mixture(
     `bin_mean`: the mean of the law between its levels (i−1)/N and i/N, which keeps the mean.
 
     Args:
-        quantiles: (B, T, N), θ_i(s_t).
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool.
+        quantiles: Θ_i(s_t).
+        rewards: r_t.
+        loss_mask: True where a token counts.
         gamma: γ.
         lambda_: λ.
         generator: Unused.
         projection: "midpoint" or "bin_mean".
-
-    Returns:
-        (B, T, N).
     """
     del generator
     project = {"midpoint": _midpoint_projection, "bin_mean": _bin_mean_projection}[projection]
@@ -119,16 +114,16 @@ def _bin_mean_projection(atoms: Tensor, weights: Tensor, n: int) -> Tensor:
 
 
 def sample_replacement(
-    quantiles: Tensor,
-    rewards: Tensor,
-    loss_mask: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     *,
     gamma: float = 1.0,
     lambda_: float = 0.95,
     generator: torch.Generator | None = None,
     particles: int = 8,
-    uniforms: Tensor | None = None,
-) -> Tensor:
+    uniforms: Float[Tensor, "2 B T M"] | None = None,
+) -> Float[Tensor, "B T M"]:
     """M particles that go backwards and are now and then replaced by the critic's own samples.
 
     From z = 0 at the end: with probability 1 − λ, z ← θ_j(s_{t+1}) for a random j; then
@@ -136,17 +131,14 @@ def sample_replacement(
     replaced at the last token, whose next state is terminal.
 
     Args:
-        quantiles: (B, T, N), θ_i(s_t).
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool.
+        quantiles: Θ_i(s_t).
+        rewards: r_t.
+        loss_mask: True where a token counts.
         gamma: γ.
         lambda_: λ.
         generator: Where the uniforms come from; None draws from torch's global generator.
         particles: M.
-        uniforms: (2, B, T, M) in [0, 1), instead of `generator`: replace or not, and which j.
-
-    Returns:
-        (B, T, M).
+        uniforms: In [0, 1), instead of `generator`: replace or not, and which j.
     """
     b, t_max, n = quantiles.shape
     if uniforms is None:
@@ -165,26 +157,23 @@ def sample_replacement(
 
 
 def monte_carlo(
-    quantiles: Tensor,
-    rewards: Tensor,
-    loss_mask: Tensor,
+    quantiles: Float[Tensor, "B T N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
     *,
     gamma: float = 1.0,
     lambda_: float = 1.0,
     generator: torch.Generator | None = None,
-) -> Tensor:
+) -> Float[Tensor, "B T 1"]:
     """The observed return to go, y_t = Σ_{n≥0} γⁿ r_{t+n}: one sample of the law.
 
     Args:
-        quantiles: (B, T, N); only its dtype is used.
-        rewards: (B, T), r_t.
-        loss_mask: (B, T), bool.
+        quantiles: Only its dtype is used.
+        rewards: r_t.
+        loss_mask: True where a token counts.
         gamma: γ.
         lambda_: Unused: the whole return is observed.
         generator: Unused.
-
-    Returns:
-        (B, T, 1).
     """
     del lambda_, generator
     return returns_to_go(rewards, loss_mask, gamma).to(quantiles.dtype).unsqueeze(-1)

@@ -1,0 +1,5 @@
+"""The type checker of `maths`: shapes, dtypes and, as everywhere in Python, ints where floats go."""
+
+from beartype import BeartypeConf, beartype
+
+check = beartype(conf=BeartypeConf(is_pep484_tower=True))
