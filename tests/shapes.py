@@ -1,4 +1,4 @@
-"""The type checker of `maths`: shapes, dtypes and, as everywhere in Python, ints where floats go."""
+"""The type checker of `maths`: shapes, dtypes and, as usual in Python, ints where floats go."""
 
 from beartype import BeartypeConf, beartype
 

@@ -20,7 +20,10 @@ _GRID = 50
 
 
 def gain_over_best(
-    x: Float[Tensor, "B ..."], atoms: Float[Tensor, "B N"], edges: Float[Tensor, "B n_edges"], k: int
+    x: Float[Tensor, "B ..."],
+    atoms: Float[Tensor, "B N"],
+    edges: Float[Tensor, "B n_edges"],
+    k: int,
 ) -> Float[Tensor, "B ..."]:
     """u(x) = Σ_i (x − z_i)₊ (e_i^{k−1} − e_{i−1}^{k−1}); x itself for k = 1.
 
