@@ -1,4 +1,7 @@
-"""A decoder for Qwen2, Qwen3 and Llama on CPU in float32: BLAS and compiled kernels.
+"""A decoder for Qwen2, Qwen3 and Llama on CPU: BLAS and compiled kernels.
+
+In bfloat16 products take and give bfloat16 and add in float32 (AMX or AVX-512 where the processor
+has them); the residual stream, norms and attention are float32. NumPy knows bfloat16 as uint16.
 
 Prompts and completions go the same way: a batch of tokens, each with its sequence and its
 position. Rows may have any length, and join and leave at any time at no cost.
@@ -7,7 +10,7 @@ position. Rows may have any length, and join and leave at any time at no cost.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -22,7 +25,7 @@ from rllib_distrl.engine.fast_weights import (
 )
 from rllib_distrl.engine.kernels import PAGE, kernels
 from rllib_distrl.engine.lanes import LANES
-from rllib_distrl.engine.paged_cache import PagedCache, aligned_zeros, pages_of
+from rllib_distrl.engine.paged_cache import PagedCache, aligned_zeros, as_array, pages_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,13 +35,18 @@ _PREFILL_TOKENS = 256
 # The table of rotations grows by at least this many positions at a time.
 _POSITION_STEP = 64
 
+_NAMES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {
+    torch.float32: "float32",
+    torch.bfloat16: "bfloat16",
+}
+
 Prompt = tuple[int, ...]
 
 
 def not_compiled(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the compiled decoder cannot run this, or None if it can."""
-    if device.type != "cpu" or dtype != torch.float32:
-        return f"it is compiled for float32 on CPU, not for {dtype} on {device.type}"
+    if device.type != "cpu" or dtype not in _NAMES:
+        return f"it is compiled for {' and '.join(_NAMES.values())} on CPU, not {dtype} on {device}"
     reason = unsupported(config)
     if reason is None and shape_of(config).head_dim % LANES:
         return f"heads of {shape_of(config).head_dim} are no multiple of {LANES}"
@@ -49,42 +57,45 @@ class _Layer:
     """One layer's tensors: matrices (in, out) for BLAS, vectors as arrays for the kernels."""
 
     def __init__(self, weights: LayerWeights) -> None:
-        w, none = weights, np.zeros(0, dtype=np.float32)
+        w, none = weights, weights.norm_in.new_zeros(0)
         self.qkv, self.out = w.qkv.t(), w.out.t()
         self.gate_up, self.down = w.gate_up.t(), w.down.t()
-        self.norm_in, self.norm_post = w.norm_in.numpy(), w.norm_post.numpy()
-        self.qkv_bias = _bias(w.qkv_bias, self.qkv.shape[1])
-        self.gate_bias = _bias(w.gate_up_bias, self.gate_up.shape[1]).reshape(2, -1)
+        self.norm_in, self.norm_post = as_array(w.norm_in), as_array(w.norm_post)
+        self.qkv_bias = _bias(w.qkv_bias, self.qkv)
+        self.gate_bias = _bias(w.gate_up_bias, self.gate_up).reshape(2, -1)
         self.out_bias, self.down_bias = w.out_bias, w.down_bias
-        self.q_norm = none if w.q_norm is None else w.q_norm.numpy()
-        self.k_norm = none if w.k_norm is None else w.k_norm.numpy()
+        self.q_norm = as_array(none if w.q_norm is None else w.q_norm)
+        self.k_norm = as_array(none if w.k_norm is None else w.k_norm)
 
 
-def _bias(bias: torch.Tensor | None, size: int) -> np.ndarray:
-    return np.zeros(size, dtype=np.float32) if bias is None else bias.numpy()
+def _bias(bias: torch.Tensor | None, matrix: torch.Tensor) -> np.ndarray:
+    return as_array(matrix.new_zeros(matrix.shape[1]) if bias is None else bias)
 
 
 class _Buffers:
     """Activations of N tokens: tensors for BLAS, and the same memory as arrays for the kernels."""
 
-    def __init__(self, shape: Shape, tokens: int, memory: np.ndarray) -> None:
-        widths = _widths(shape)
-        pieces = np.split(memory[: tokens * sum(widths)], tokens * np.cumsum(widths[:-1]))
-        arrays = [piece.reshape(tokens, -1) for piece in pieces]
-        self.x_array, self.normed_array, qkv, attended, gate_up, self.gated_array = arrays
-        self.x, self.normed, self.qkv, self.attended, self.gate_up, self.gated = (
-            torch.from_numpy(array) for array in arrays
+    def __init__(self, shape: Shape, memory: Sequence[torch.Tensor], tokens: int) -> None:
+        self.rows = np.arange(tokens)
+        tensors = [whole[:tokens] for whole in memory]
+        self.x, self.normed, self.qkv, self.attended, self.gate_up, self.gated, self.product = (
+            tensors
+        )
+        self.x_array, self.normed_array, qkv, attended, gate_up, self.gated_array, product = map(
+            as_array, tensors
         )
         self.qkv_array = qkv.reshape(tokens, -1, shape.head_dim)
         self.attended_array = attended.reshape(tokens, -1, shape.head_dim)
         self.gate_up_array = gate_up.reshape(tokens, 2, -1)
-        self.rows = np.arange(tokens)
+        self.product_array = product
 
-
-def _widths(shape: Shape) -> tuple[int, ...]:
-    """Numbers per token of the buffers."""
-    s = shape
-    return (s.hidden, s.hidden, s.qkv, s.heads * s.head_dim, 2 * s.inner, s.inner)
+    @staticmethod
+    def memory(shape: Shape, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        """Memory of as many tokens: the residual stream in float32, what products need in dtype."""
+        s = shape
+        widths = (s.hidden, s.qkv, s.heads * s.head_dim, 2 * s.inner, s.inner, s.hidden)
+        stream = aligned_zeros((tokens, s.hidden), torch.float32)
+        return [stream, *(aligned_zeros((tokens, width), dtype) for width in widths)]
 
 
 class CompiledDecoder:
@@ -93,7 +104,7 @@ class CompiledDecoder:
     Args:
         config: A Qwen2, Qwen3 or Llama config.
         device: The CPU.
-        dtype: float32.
+        dtype: float32 or bfloat16.
 
     Raises:
         ValueError: A config, device or type that this decoder does not compute.
@@ -108,15 +119,15 @@ class CompiledDecoder:
         if reason:
             raise ValueError(f'The compiled decoder cannot run this: {reason}. Use "auto".')
         self.config, self.shape = config, shape_of(config)
-        self._kernels = kernels()
+        self.dtype, self._kernels = dtype, kernels(_NAMES[dtype])
         self.weights = FastWeights(self.shape, device, dtype)
         self._layers = [_Layer(layer) for layer in self.weights.layers]
-        self._norm, self._head = self.weights.norm.numpy(), self.weights.head.t()
+        self._norm, self._head = as_array(self.weights.norm), self.weights.head.t()
         self._eps = np.float32(self.shape.eps)
         self._rotations = np.zeros((0, 2, self.shape.head_dim), dtype=np.float32)
-        self._memory = aligned_zeros(0)
+        self._memory = _Buffers.memory(self.shape, 0, dtype)
         self._buffers: dict[int, _Buffers] = {}
-        self.cache = PagedCache(self.shape.layers, self.shape.kv_heads, self.shape.head_dim)
+        self.cache = PagedCache(self.shape.layers, self.shape.kv_heads, self.shape.head_dim, dtype)
         self.close()
 
     def canonical(self) -> Mapping[str, torch.Tensor]:
@@ -208,12 +219,11 @@ class CompiledDecoder:
 
     def _room(self, tokens: int) -> _Buffers:
         """Buffers for a batch of this size."""
-        size = tokens * sum(_widths(self.shape))
-        if size > len(self._memory):
-            self._memory = aligned_zeros(size)
+        if tokens > len(self._memory[0]):
+            self._memory = _Buffers.memory(self.shape, tokens, self.dtype)
             self._buffers.clear()
         if tokens not in self._buffers:
-            self._buffers[tokens] = _Buffers(self.shape, tokens, self._memory)
+            self._buffers[tokens] = _Buffers(self.shape, self._memory, tokens)
         return self._buffers[tokens]
 
     def _compute(
@@ -234,7 +244,7 @@ class CompiledDecoder:
             tables: Pages of the sequences, those of the tokens among them.
         """
         b, run, heads = buffers, self._kernels, self.shape.heads
-        torch.index_select(self.weights.embed, 0, tokens, out=b.x)
+        b.x.copy_(self.weights.embed.index_select(0, tokens))
         for w, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
             run.rms_norm(b.x_array, w.norm_in, self._eps, b.normed_array)
             torch.mm(b.normed, w.qkv, out=b.qkv)
@@ -253,12 +263,24 @@ class CompiledDecoder:
                 values,
                 b.attended_array,
             )
-            _add_product(b.x, b.attended, w.out, w.out_bias)
+            self._add_product(b, b.attended, w.out, w.out_bias)
             run.rms_norm(b.x_array, w.norm_post, self._eps, b.normed_array)
             torch.mm(b.normed, w.gate_up, out=b.gate_up)
             run.gate(b.gate_up_array, w.gate_bias, b.gated_array)
-            _add_product(b.x, b.gated, w.down, w.down_bias)
+            self._add_product(b, b.gated, w.down, w.down_bias)
         run.rms_norm(b.x_array, self._norm, self._eps, b.normed_array)
+
+    def _add_product(
+        self, b: _Buffers, factor: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """X += factor · matrix + bias, in place."""
+        if bias is not None:
+            b.x.add_(bias)
+        if self.dtype == torch.float32:
+            b.x.addmm_(factor, matrix)
+        else:
+            torch.mm(factor, matrix, out=b.product)
+            self._kernels.accumulate(b.x_array, b.product_array)
 
     def _prefill(self, prompts: Sequence[Prompt], pages: Sequence[np.ndarray]) -> torch.Tensor:
         """Computes prompts into their pages; returns the logits (U, V) after each."""
@@ -270,7 +292,7 @@ class CompiledDecoder:
         rows = np.repeat(np.arange(len(prompts)), lengths)
         ends = np.cumsum(lengths)
         positions = np.arange(len(rows)) - (ends - lengths)[rows]
-        last = torch.empty(len(prompts), self.shape.hidden)
+        last = torch.empty(len(prompts), self.shape.hidden, dtype=self.dtype)
         for start in range(0, len(rows), _PREFILL_TOKENS):
             part = slice(start, start + _PREFILL_TOKENS)
             buffers = self._room(len(rows[part]))
@@ -294,12 +316,3 @@ class CompiledDecoder:
         if self._kept is not None:
             self.cache.drop(self._kept[1])
             self._kept = None
-
-
-def _add_product(
-    x: torch.Tensor, factor: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None
-) -> None:
-    """X += factor · matrix + bias, in place."""
-    if bias is not None:
-        x.add_(bias)
-    x.addmm_(factor, matrix)

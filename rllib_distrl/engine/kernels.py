@@ -1,20 +1,31 @@
 """What lies between the matrix products of a decoding step, compiled for this processor.
 
-CPU, float32, one thread. Matrix products are BLAS's.
+CPU, one thread. Matrix products are BLAS's. Everything is computed in float32; what products read
+and give, and keys and values, are float32 or bfloat16 (`lanes`), like the weights.
 """
 
 # pyright: reportCallIssue=false, reportArgumentType=false, reportIndexIssue=false
 
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numba import njit
 
 from rllib_distrl.engine import lanes
 from rllib_distrl.engine.kernel_cache import compile_once
-from rllib_distrl.engine.lanes import LANES, add, add_product, fill, load, store, swap
+from rllib_distrl.engine.lanes import (
+    LANES,
+    add,
+    add_product,
+    fill,
+    load,
+    narrow,
+    store,
+    swap,
+    wide,
+)
 
 PAGE = LANES
 """Columns (tokens) per page of the key-value cache."""
@@ -55,21 +66,29 @@ def _normalise(x, weight, eps, out):
         total += x[j] * x[j]
     scale = _ONE / np.sqrt(total / np.float32(x.shape[0]) + eps)
     for j in range(x.shape[0]):
-        out[j] = x[j] * scale * weight[j]
+        out[j] = narrow(x[j] * scale * wide(weight[j]), out)
 
 
 def rms_norm(x, weight, eps, out):
-    """X / sqrt(mean(x²) + eps) · weight of every row; x and out (N, H)."""
+    """X / sqrt(mean(x²) + eps) · weight of every row; x (N, H) in float32, out (N, H)."""
     for i in range(x.shape[0]):
         _normalise(x[i], weight, eps, out[i])
+
+
+def accumulate(x, more):
+    """X += more; x (N, H) in float32."""
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            x[i, j] += wide(more[i, j])
 
 
 def gate(x, bias, out):
     """SiLU(g + b₀) · (u + b₁); x (N, 2, I) holds g and u, bias is (2, I), out (N, I)."""
     for i in range(x.shape[0]):
         for j in range(out.shape[1]):
-            g = x[i, 0, j] + bias[0, j]
-            out[i, j] = g / (_ONE + _exp(-g)) * (x[i, 1, j] + bias[1, j])
+            g = wide(x[i, 0, j]) + wide(bias[0, j])
+            u = wide(x[i, 1, j]) + wide(bias[1, j])
+            out[i, j] = narrow(g / (_ONE + _exp(-g)) * u, out)
 
 
 @njit(**_OPTIONS)
@@ -83,16 +102,16 @@ def _rotate(x, at, rotations, turn, width, out):
 
 
 @njit(**_OPTIONS)
-def _write(key, values_of, at, width, page, column, keys, values):
+def _write(key, value, at, width, page, column, keys, values):
     """Puts one head's key (D,) and value (D from `at` on) into its page."""
     first = page * width * PAGE
     for d in range(width):
-        keys[first + d * PAGE + column] = key[d]
+        keys[first + d * PAGE + column] = narrow(key[d], keys)
     if column == 0:  # the columns behind weigh nothing, and nothing times NaN is NaN
         for d in range(0, width * PAGE, LANES):
             store(values, first + d, fill(_ZERO))
     for d in range(0, width, LANES):
-        store(values, first + column * width + d, load(values_of, at + d))
+        store(values, first + column * width + d, load(value, at + d))
 
 
 @njit(**_OPTIONS)
@@ -144,7 +163,7 @@ def attend(
     """Rotates queries and keys, writes keys and values, attends to them and what came before.
 
     Args:
-        qkv: (N, heads + 2 kv_heads, D) projections; overwritten. D is a multiple of 16.
+        qkv: (N, heads + 2 kv_heads, D) projections. D is a multiple of 16.
         bias: Of the projections, flat.
         q_norm: (D,), or (0,) for a model without norms of queries and keys.
         k_norm: Likewise.
@@ -162,43 +181,45 @@ def attend(
     n, total, width = qkv.shape
     kv_heads = (total - heads) // 2
     group, scale = heads // kv_heads, _ONE / np.float32(np.sqrt(width))
-    flat, turns, result = qkv.reshape(-1), rotations.reshape(-1), out.reshape(-1)
-    turned = np.empty(width, np.float32)
+    given, turns, result = qkv.reshape(-1), rotations.reshape(-1), out.reshape(-1)
+    own = np.empty((total, width), np.float32)
+    flat, turned = own.reshape(-1), np.empty(width, np.float32)
+    scores = np.empty((heads, tables.shape[1] * PAGE), np.float32)
+    sums = np.empty(heads * width, np.float32)
     for i in range(n):
         first, turn = i * total * width, positions[i] * 2 * width
         page, column = tables[rows[i], positions[i] // PAGE], positions[i] % PAGE
         for j in range(0, total * width, LANES):
-            store(flat, first + j, add(load(flat, first + j), load(bias, j)))
+            store(flat, j, add(load(given, first + j), load(bias, j)))
         for h in range(heads + kv_heads):
             if q_norm.shape[0]:
-                _normalise(qkv[i, h], q_norm if h < heads else k_norm, eps, qkv[i, h])
-            at = first + h * width
-            _rotate(flat, at, turns, turn, width, turned)
+                _normalise(own[h], q_norm if h < heads else k_norm, eps, own[h])
+            _rotate(flat, h * width, turns, turn, width, turned)
             if h < heads:
                 for d in range(0, width, LANES):
-                    store(flat, at + d, load(turned, d))
+                    store(flat, h * width + d, load(turned, d))
             else:
-                own, value = page * kv_heads + h - heads, at + kv_heads * width
-                _write(turned, flat, value, width, own, column, keys, values)
-    scores = np.empty((heads, tables.shape[1] * PAGE), np.float32)
-    for i in range(n):
+                at, to = (h + kv_heads) * width, page * kv_heads + h - heads
+                _write(turned, flat, at, width, to, column, keys, values)
         # Every page is read once and in order.
-        length, first, to = positions[i] + 1, i * total * width, i * heads * width
+        length = positions[i] + 1
         count = -(-length // PAGE)
         for b in range(count):
             page = tables[rows[i], b] * kv_heads
             for h in range(heads):
-                own = (page + h // group) * width * PAGE
-                _score(flat, first + h * width, width, keys, own, scores[h], b * PAGE)
+                at = (page + h // group) * width * PAGE
+                _score(flat, h * width, width, keys, at, scores[h], b * PAGE)
         for h in range(heads):
             _softmax(scores[h, : count * PAGE], length, scale)
         for d in range(0, heads * width, LANES):
-            store(result, to + d, fill(_ZERO))
+            store(sums, d, fill(_ZERO))
         for b in range(count):
             page = tables[rows[i], b] * kv_heads
             for h in range(heads):
-                own = (page + h // group) * width * PAGE
-                _collect(scores[h], b * PAGE, values, own, width, result, to + h * width)
+                at = (page + h // group) * width * PAGE
+                _collect(scores[h], b * PAGE, values, at, width, sums, h * width)
+        for d in range(0, heads * width, LANES):
+            store(result, i * heads * width + d, load(sums, d))
 
 
 @njit(**_OPTIONS)
@@ -274,19 +295,30 @@ def draw(logits, u, temperature, greedy, tokens, logps, entropies):
     return -1
 
 
+# T is float32, or bfloat16 as uint16.
 _SIGNATURES = {
-    rms_norm: "void(f4[:,::1], f4[::1], f4, f4[:,::1])",
-    gate: "void(f4[:,:,::1], f4[:,::1], f4[:,::1])",
+    rms_norm: "void(f4[:,::1], T[::1], f4, T[:,::1])",
+    accumulate: "void(f4[:,::1], T[:,::1])",
+    gate: "void(T[:,:,::1], T[:,::1], T[:,::1])",
     attend: (
-        "void(f4[:,:,::1], f4[::1], f4[::1], f4[::1], f4, i8, f4[:,:,::1], i8[::1], i8[::1], "
-        "i8[:,::1], f4[::1], f4[::1], f4[:,:,::1])"
+        "void(T[:,:,::1], T[::1], T[::1], T[::1], f4, i8, f4[:,:,::1], i8[::1], i8[::1], "
+        "i8[:,::1], T[::1], T[::1], T[:,:,::1])"
     ),
-    draw: "i8(f4[:,::1], f8[::1], f4, b1, i8[::1], f4[::1], f4[::1])",
 }
+_DRAW = {draw: "i8(f4[:,::1], f8[::1], f4, b1, i8[::1], f4[::1], f4[::1])"}
 
 
 @cache
-def kernels() -> Any:
-    """The compiled functions of this module, by name; compiled or loaded at the first call."""
+def kernels(dtype: Literal["float32", "bfloat16"] = "float32") -> Any:
+    """The compiled functions of this module, by name; compiled or loaded at the first call.
+
+    Args:
+        dtype: Of weights, keys and values.
+    """
     options = {**_OPTIONS, "nogil": True}
-    return compile_once(_SIGNATURES, options, [Path(__file__), Path(str(lanes.__file__))])
+    element = {"float32": "f4", "bfloat16": "u2"}[dtype]
+    signatures = {kernel: text.replace("T", element) for kernel, text in _SIGNATURES.items()}
+    if dtype == "float32":
+        signatures.update(_DRAW)
+    sources = [Path(__file__), Path(str(lanes.__file__))]
+    return compile_once(signatures, options, sources)

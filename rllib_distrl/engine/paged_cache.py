@@ -5,7 +5,11 @@ prompt is computed and stored once; a page that is not full is copied (Kwon et a
 Memory Management for Large Language Model Serving with PagedAttention", 2023).
 """
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
+import torch
 
 from rllib_distrl.engine.kernels import PAGE
 
@@ -20,15 +24,21 @@ def pages_of(tokens):
     return -(-tokens // PAGE)
 
 
-def aligned_zeros(size: int) -> np.ndarray:
-    """(size,) float32 that begin at a cache line; memory is taken as it is written to."""
-    raw = np.zeros(size + _LINE // 4, dtype=np.float32)
-    first = -raw.ctypes.data % _LINE // 4
-    return raw[first : first + size]
+def aligned_zeros(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros that begin at a cache line; memory is taken as it is written to."""
+    size, item = math.prod(shape), dtype.itemsize
+    raw = torch.from_numpy(np.zeros(size * item + _LINE, dtype=np.uint8))
+    first = -raw.data_ptr() % _LINE
+    return raw[first : first + size * item].view(dtype).view(*shape)
+
+
+def as_array(tensor: torch.Tensor) -> np.ndarray:
+    """The same memory for kernels: bfloat16 as uint16."""
+    return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 class PagedCache:
-    """Keys and values of sequences; CPU, float32.
+    """Keys and values of sequences on CPU.
 
     Attributes:
         keys: (layers, pages · kv_heads · D · 16), a layer's in the order that `kernels.attend` has.
@@ -38,11 +48,12 @@ class PagedCache:
         layers: Number of layers.
         heads: Key heads per layer.
         head_dim: Width D of a head.
+        dtype: Of keys and values, float32 or bfloat16.
     """
 
-    def __init__(self, layers: int, heads: int, head_dim: int) -> None:
-        self._size = heads * head_dim * PAGE
-        self.keys, self.values = (aligned_zeros(0).reshape(layers, 0) for _ in range(2))
+    def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
+        self._size, self._dtype = heads * head_dim * PAGE, dtype
+        self.keys, self.values = (as_array(aligned_zeros((layers, 0), dtype)) for _ in range(2))
         self._users = np.zeros(0, dtype=np.int64)
         self.clear()
 
@@ -84,8 +95,7 @@ class PagedCache:
         self._users = np.concatenate((self._users, np.zeros(pages, dtype=np.int64)))
         self._free = np.concatenate((np.arange(old, old + pages)[::-1], self._free))
 
-    @staticmethod
-    def _grown(data: np.ndarray, size: int) -> np.ndarray:
-        new = aligned_zeros(len(data) * size).reshape(len(data), size)
+    def _grown(self, data: np.ndarray, size: int) -> np.ndarray:
+        new = as_array(aligned_zeros((len(data), size), self._dtype))
         new[:, : data.shape[1]] = data
         return new

@@ -38,12 +38,10 @@ DecoderName = Literal["auto", "compiled", "graph", "fast", "generic"]
 def choose_decoder(
     config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
 ) -> DecoderName:
-    """What "auto" stands for."""
-    if not not_compiled(config, device, dtype):
-        return "compiled"
-    if unsupported(config):
-        return "generic"
-    return "graph" if device.type == "cuda" else "fast"
+    """What "auto" stands for: kernels on CPUs, CUDA graphs, or Transformers."""
+    if device.type == "cpu":
+        return "generic" if not_compiled(config, device, dtype) else "compiled"
+    return "generic" if unsupported(config) else "graph"
 
 
 class TorchEngine:
@@ -58,9 +56,9 @@ class TorchEngine:
         max_seq_len: Longest prompt and completion together, in tokens; None: the model's window.
         device: A torch device.
         dtype: Type of weights and cache, float32 or bfloat16.
-        decoder: "compiled" (Qwen2, Qwen3, Llama on CPU in float32), "fast" (the same models in
-            PyTorch's operators, on any device), "graph" (these as CUDA graphs), "generic" (any
-            causal LM), or "auto".
+        decoder: "compiled" (Qwen2, Qwen3, Llama on CPU), "fast" (the same models in PyTorch's
+            operators, on any device), "graph" (these as CUDA graphs), "generic" (any causal LM), or
+            "auto".
 
     Attributes:
         is_eos: (V,) bool, True at the tokens that end a completion.

@@ -98,6 +98,42 @@ def test_attention_through_pages_equals_attention_by_loops(heads, kv_heads, widt
         np.testing.assert_allclose(got, want[part], rtol=1e-5, atol=1e-5)
 
 
+def bits(tensor):
+    """bfloat16 as NumPy and the kernels know it."""
+    return tensor.to(torch.bfloat16).contiguous().view(torch.uint16).numpy()
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_ties_to_even():
+    # From 30 on SiLU(g) is g: what is left is the product of two numbers of 8 bits each.
+    g = torch.arange(32, 288).repeat_interleave(256).bfloat16().view(1, -1)
+    u = (torch.arange(128, 384).repeat(256) / 64 * (-1.0) ** torch.arange(1 << 16)).bfloat16()
+    x, out = torch.stack((g, u.view(1, -1)), 1), torch.empty(1, 1 << 16, dtype=torch.bfloat16)
+    zeros = np.zeros((2, 1 << 16), np.uint16)
+    kernels("bfloat16").gate(bits(x), zeros, out.view(torch.uint16).numpy())
+    assert torch.equal(out, (g.float() * u.float()).bfloat16())
+    # A first token attends to its own value alone: projection and bias, rounded once.
+    value, bias = torch.from_numpy(numbers(8, 500, 1, 16)), torch.from_numpy(numbers(9, 16))
+    qkv = torch.cat((torch.zeros(500, 2, 16), value), 1)
+    biases = torch.cat((torch.zeros(32), bias))
+    out = torch.empty(500, 1, 16, dtype=torch.bfloat16)
+    still = np.zeros((1, 2, 16), np.float32)
+    rows, none = np.arange(500), np.zeros(0, np.uint16)
+    cache = [np.zeros(500 * 16 * PAGE, np.uint16) for _ in range(2)]
+    kernels("bfloat16").attend(
+        bits(qkv), bits(biases), none, none, EPS, 1, still, 0 * rows, rows, rows[:, None],
+        *cache, out.view(torch.uint16).numpy(),
+    )  # fmt: skip
+    assert torch.equal(out, (value.bfloat16().float() + bias.bfloat16().float()).bfloat16())
+
+
+def test_bfloat16_is_widened_exactly():
+    every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    finite = every[every.isfinite()].view(1, -1)
+    x = torch.zeros(finite.shape)
+    kernels("bfloat16").accumulate(x.numpy(), bits(finite))
+    assert torch.equal(x, finite.float())
+
+
 @pytest.mark.parametrize("vocab", [5, 64, 1500])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_the_compiled_draw_equals_the_plain_one(vocab, greedy):

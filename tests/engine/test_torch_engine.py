@@ -1,3 +1,5 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -178,9 +180,10 @@ def test_completions_end_at_eos_or_at_the_limit():
     assert [len(completion.tokens) for completion in one] == [1] * len(requests)
 
 
-@pytest.mark.parametrize("decoder", ["fast", "generic"])
-def test_bfloat16(decoder):
-    model, requests = make_model("qwen3-gqa").to(torch.bfloat16), make_requests()
+@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("decoder", ["compiled", "fast", "generic"])
+def test_bfloat16(decoder, name):
+    model, requests = make_model(name).to(torch.bfloat16), make_requests()
     engine = make_engine(model, dtype=torch.bfloat16, decoder=decoder)
     differences = [
         completion.logps - reference(model, request, completion)
@@ -190,6 +193,23 @@ def test_bfloat16(decoder):
     ]
     # bfloat16 keeps 8 bits: the mean is what separates rounding from a wrong position.
     assert np.abs(np.concatenate(differences)).mean() < 0.05
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_bfloat16_rounds_less_than_transformers_does(name):
+    """Both against the same rounded weights in float32: what only computing in bfloat16 costs."""
+    model, requests = make_model(name).to(torch.bfloat16), make_requests()
+    completions = make_engine(model, dtype=torch.bfloat16).generate(requests, SamplingParams(20))
+    exact, pairs = copy.deepcopy(model).float(), zip(requests, completions, strict=True)
+    errors = np.array(
+        [
+            [np.abs(logps - reference(exact, *pair)).mean() for logps in (pair[1].logps, theirs)]
+            for pair in pairs
+            for theirs in [reference(model, *pair)]
+        ]
+    )
+    ours, theirs = errors.mean(0)
+    assert ours < theirs and ours < 0.02
 
 
 @pytest.mark.parametrize("greedy", [False, True])
@@ -231,11 +251,11 @@ def test_construction_is_checked():
     config = CONFIGS["gpt2"]()
     with pytest.raises(ValueError, match="model_type='gpt2'"):
         TorchEngine(config, [EOS], decoder="fast")
-    with pytest.raises(ValueError, match=r"float32 on CPU, not for torch.bfloat16"):
-        TorchEngine(CONFIGS["qwen2-gqa"](), [EOS], decoder="compiled", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"float32 and bfloat16 on CPU, not torch.float16"):
+        TorchEngine(CONFIGS["qwen2-gqa"](), [EOS], decoder="compiled", dtype=torch.float16)
     odd = CONFIGS["qwen2-tied"]()
     odd.hidden_size = 32
-    assert type(TorchEngine(odd, [EOS]).decoder).__name__ == "FastDecoder"
+    assert type(TorchEngine(odd, [EOS]).decoder).__name__ == "GenericDecoder"
     with pytest.raises(ValueError, match="heads of 8 are no multiple of 16"):
         TorchEngine(odd, [EOS], decoder="compiled")
     with pytest.raises(ValueError, match="eos token 61"):
