@@ -29,7 +29,7 @@ from rllib_distrl.recipe_schema import (
     nearest,
 )
 from rllib_distrl.runs.trackers import check_trackers
-from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
+from rllib_distrl.settings import EvalTable, RolloutSettings, RunSettings
 
 if TYPE_CHECKING:
     from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
@@ -52,7 +52,7 @@ class Recipe:
 
     run: RunSettings
     rollout: RolloutSettings
-    eval: EvalSettings
+    eval: EvalTable
     tables: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
@@ -96,7 +96,10 @@ class Recipe:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Returns the recipe with our tables' defaults filled in, ready for TOML."""
-        own = {name: getattr(self, name).to_dict() for name in OWN_TABLES}
+        own = {
+            table: {k: v for k, v in getattr(self, table).to_dict().items() if v is not None}
+            for table in OWN_TABLES
+        }
         return _plain(own | dict(self.tables))
 
     def to_toml(self) -> str:
@@ -104,6 +107,17 @@ class Recipe:
         import tomli_w
 
         return tomli_w.dumps(self.to_dict())
+
+    @property
+    def eval_settings(self) -> EvalTable:
+        """The `[eval]` table with what it leaves to the other tables filled in."""
+        filled = {
+            "max_tokens": self.rollout.max_completion_tokens,
+            "seed": self.run.seed,
+            "max_batch_size": self.rollout.max_batch_size,
+        }
+        missing = {key: v for key, v in filled.items() if getattr(self.eval, key) is None}
+        return self.eval.changed(**missing)
 
     def _validation_settings(self) -> dict[str, Any]:
         """RLlib's evaluation on the validation split, sampled as in training."""
@@ -168,7 +182,7 @@ def recipe_from_tables(tables: Mapping[str, Any], name: str) -> Recipe:
     check_trackers(run.trackers)
     rollout = RolloutSettings(**tables.get("rollout", {}))
     rollout.check_machine()
-    evaluation = EvalSettings(**tables.get("eval", {}))
+    evaluation = EvalTable(**tables.get("eval", {}))
     config = algorithm_config(run.algorithm)
     builders = {table: tables[table] for table in BUILDER_TABLES if table in tables}
     for table, values in builders.items():

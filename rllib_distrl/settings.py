@@ -322,24 +322,95 @@ class RunSettings(Settings):
 
 
 class EvalSettings(Settings):
-    """`[eval]`: the evaluations before and after training, and validations in between."""
+    """How an evaluation samples, whatever model and data it is of."""
 
     table = "eval"
 
     problems: Count = 200
-    """Distinct problems of the evaluation before and after training."""
+    """The first so many distinct problems; all of a data set that has fewer."""
     n: Count = 64
-    """Completions per problem."""
+    """Completions per problem, one pool for every k."""
+    k: tuple[int, ...] = ()
+    """The k of pass@k and maj@k, each at most n; powers of two up to n where empty."""
+    split: Literal["train", "validation", "test"] = "test"
+    """Which problems of a task that has splits."""
+    max_tokens: Count | None = None
+    """Limit of a completion, EOS included; None: `rollout.max_completion_tokens` of a recipe, the
+    environment's own without one."""
+    temperature: Positive = 1.0
+    """Divides the logits."""
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
+    """Nucleus; 1 turns it off."""
+    top_k: NotNegativeInt = 0
+    """Most probable tokens kept; 0 turns it off."""
+    greedy: bool = False
+    """Takes the most probable token; n is 1 then."""
+    seed: NotNegativeInt | None = None
+    """Of the sampling; None: `run.seed` of a recipe, 0 without one."""
+    chunk: NotNegativeInt = 0
+    """Problems graded and written at a time, which is what a kill can lose; 0: a batch of rows."""
+    max_batch_size: Count | None = None
+    """Rows that the engine decodes at once; None: `rollout.max_batch_size` of a recipe, 256 without
+    one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the model's weights; auto is float32 on a CPU and bfloat16 on a GPU."""
+    distinct_by: Literal["answer", "completion"] = "answer"
+    """What tells correct solutions apart: the normalised answer, or the text where one answer is
+    right."""
+
+    @model_validator(mode="after")
+    def _samples_fit(self) -> "EvalSettings":
+        for k in self.k:
+            if not 1 <= k <= self.n:
+                raise ValueError(
+                    f"eval.k: pass@{k} needs 1 <= k <= n and eval.n is {self.n}. "
+                    "Raise eval.n or lower k."
+                )
+        if self.greedy and self.n > 1:
+            raise ValueError(
+                f"eval.greedy: greedy samples are all the same and eval.n is {self.n}. Set n = 1."
+            )
+        return self
+
+    def changed(self, **values: Any) -> typing.Self:
+        """These settings with others in their place; the k follow n where only n is given.
+
+        Args:
+            **values: Fields; None stands for "as it is".
+
+        Raises:
+            ValueError: See `Settings`.
+        """
+        given = {name: value for name, value in values.items() if value is not None}
+        if isinstance(n := given.get("n"), int) and "k" not in given:
+            given["k"] = tuple(k for k in self.k if k <= n)
+        return type(self)(**{**self.to_dict(), **given})
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The k's, ascending."""
+        from rllib_distrl.maths.pass_k import default_ks
+
+        return tuple(sorted(set(self.k))) or default_ks(self.n)
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows that the engine decodes at once."""
+        return self.max_batch_size or RolloutSettings().max_batch_size
+
+    @property
+    def problems_per_part(self) -> int:
+        """Problems graded and written at a time."""
+        return self.chunk or max(1, self.rows_at_once // self.n)
+
+
+class EvalTable(EvalSettings):
+    """`[eval]`: the evaluations before and after training, and validations in between."""
+
     k: tuple[int, ...] = (1, 8)
-    """The k of pass@k; each at most n."""
+    """The k of pass@k and maj@k, each at most n; powers of two up to n where empty."""
     before: bool = True
     """Whether the model is evaluated before training too."""
-    split: Literal["train", "validation", "test"] = "test"
-    """Which problems the evaluation before and after training uses."""
-    temperature: Positive = 1.0
-    """Sampling temperature of evaluation."""
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
-    """Nucleus of evaluation."""
     interval: NotNegativeInt = 0
     """Iterations between validations while training (RLlib's evaluation); 0 means none."""
     validation_problems: Count = 100
@@ -354,18 +425,6 @@ class EvalSettings(Settings):
     """Validation problems whose completions, one group each, are stored with what the critic
     thought at every token once training ends (`distrl view`); 0 means none."""
 
-    @model_validator(mode="after")
-    def _ks_fit(self) -> "EvalSettings":
-        if not self.k:
-            raise ValueError("eval.k is empty. List at least one k, for example k = [1, 8].")
-        for k in self.k:
-            if not 1 <= k <= self.n:
-                raise ValueError(
-                    f"eval.k: pass@{k} needs 1 <= k <= n and eval.n is {self.n}. "
-                    "Raise eval.n or lower k."
-                )
-        return self
-
 
 class PretrainingSettings(Settings):
     """`[training.critic_pretraining]`: where the completions come from, and how to learn.
@@ -379,8 +438,8 @@ class PretrainingSettings(Settings):
     rollouts: NotNegativeInt = 0
     """Completions that the initial policy is asked for; or"""
     samples: str | None = None
-    """a Parquet file of completions of `distrl train` or `distrl eval`, of problems of the split
-    that is trained on, each completed by the initial policy."""
+    """a Parquet file of completions of `distrl train`, or the folder `samples` of `distrl eval`, of
+    problems of the split that is trained on, each completed by the initial policy."""
     epochs: Count = 6
     """Passes over them."""
     lr: Rate | None = None

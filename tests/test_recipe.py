@@ -97,7 +97,6 @@ ERRORS = {
     "run.name=../up": ["run.name", "'../up'"],
     "run.algorithm=DistRLL": ["'DistRLL'", "DistRL"],
     "eval.k=[1, 100]": ["pass@100", "64"],
-    "eval.k=[]": ["eval.k", "empty"],
     "eval.k=[1, true]": ["eval.k[1]", "an integer"],
     "eval.split=tst": ["eval.split", "'tst'", "'test'"],
     "eval.top_p=0": ["eval.top_p", "0"],

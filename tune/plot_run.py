@@ -7,8 +7,8 @@ import typer
 
 from rllib_distrl.evaluation.plots import plot_pass_k
 from rllib_distrl.evaluation.result import EvalResult
-from rllib_distrl.evaluation.settings import EvalSettings
 from rllib_distrl.runs.folder import open_run
+from rllib_distrl.settings import EvalSettings
 
 
 def main(run: Path, out: Path) -> None:

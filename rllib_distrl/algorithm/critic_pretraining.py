@@ -81,19 +81,20 @@ def read_groups(algo: Any, path: str) -> Groups:
 
     Args:
         algo: whose env and model they must fit.
-        path: Parquet with the columns of `evaluation.store.SCHEMA`.
+        path: Parquet with the columns of `evaluation.store.SCHEMA`: a file, or a folder of them.
 
     Raises:
         ValueError: no such file, a file without token ids, or problems of another task or split.
     """
-    if not Path(path).is_file():
-        raise ValueError(f"critic_pretraining.samples is {path!r}, which is no file.")
-    if missing := sorted(set(_COLUMNS) - set(pq.read_schema(path).names)):
+    if not Path(path).exists():
+        raise ValueError(f"critic_pretraining.samples is {path!r}, which is no file or folder.")
+    dataset = pq.ParquetDataset(path)
+    if missing := sorted(set(_COLUMNS) - set(dataset.schema.names)):
         raise ValueError(
             f"{path} has no column {missing[0]!r}: it is not a file of samples, or an older "
             "version wrote it. Write it with `distrl eval RECIPE eval.split=train --out DIR`."
         )
-    samples = pq.read_table(path, columns=list(_COLUMNS)).to_pylist()
+    samples = dataset.read(columns=list(_COLUMNS)).to_pylist()
     env: Any = algo.env_creator(EnvContext(algo.config.env_config, worker_index=0))
     try:
         groups: dict[int, list[SingleAgentEpisode]] = {}

@@ -122,13 +122,17 @@ def evaluate(
 
     Data of your own choice: --data. The same command continues an evaluation that was stopped.
     """
-    from rllib_distrl.cli.eval import run_eval
-    from rllib_distrl.cli.eval_data import DataOptions, Rows, Sampling
+    from rllib_distrl.cli.eval import Asked, run_eval
 
-    sampling = Sampling(n, k, problems, max_tokens, temperature, top_p, seed, greedy)
-    rows = Rows(task, form, fields, on_bad_row, on_long_prompt, score)
-    options = DataOptions(data, data_dir, compare or (), overwrite, sampling, rows)
-    run_eval(target, overrides or [], model=model, out=out, options=options)
+    sampling = {
+        "n": n, "k": k, "problems": problems, "max_tokens": max_tokens,
+        "temperature": temperature, "top_p": top_p, "seed": seed, "greedy": greedy,
+    }  # fmt: skip
+    asked = Asked(data, data_dir, task, on_long_prompt, fields, form, on_bad_row, score)
+    run_eval(
+        target, overrides or [], model=model, out=out, asked=asked, sampling=sampling,
+        compare=compare or (), overwrite=overwrite,
+    )  # fmt: skip
 
 
 @app.command()

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
+from rllib_distrl.cli.results import knows_critic
 from rllib_distrl.files import replaced_folder
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import (
@@ -128,25 +128,6 @@ def restored(
             algo.stop()
 
 
-_ROWS = {
-    "quantile_explained_variance": "explained variance of returns",
-    "quantile_state_explained_variance": "explained variance of mean returns",
-    "quantile_state_rmse": "error of the value (root mean square)",
-    "quantile_crps": "continuous ranked probability score",
-    "quantile_coverage_50": "coverage of the central 50 %",
-    "quantile_coverage_90": "coverage of the central 90 %",
-    "quantile_pit_ks": "largest deviation of the PIT from uniform",
-    "quantile_crossing_rate": "crossing rate",
-    "quantile_spread": "spread",
-    "quantile_spread_error_correlation": "spread and error, rank correlation",
-    "quantile_spread_error_partial_correlation": "... given the value",
-    "quantile_spread_error_partial_correlation_given_position": "... and the position",
-    "optimism_stat_error_correlation": "bonus statistic and error",
-    "optimism_stat_error_partial_correlation": "... given the value",
-    "optimism_stat_error_partial_correlation_given_position": "... and the position",
-}
-
-
 def probe(algo: Any, recipe: Recipe) -> dict[str, float]:
     """Judges an algorithm's critic as the recipe's `[eval]` table says; {} where that is off.
 
@@ -163,7 +144,7 @@ def probe(algo: Any, recipe: Recipe) -> dict[str, float]:
         continuations=recipe.eval.critic_continuations,
         split=recipe.eval.split,
     )
-    return found if any(name in found for name in _ROWS) else {}
+    return found if knows_critic(found) else {}
 
 
 def probe_checkpoint(
@@ -174,22 +155,3 @@ def probe_checkpoint(
         return {}
     with restored(run, checkpoint, interrupts) as algo:
         return probe(algo, recipe)
-
-
-def print_critic(console: Console, found: Mapping[str, float], split: str) -> None:
-    """Prints the table of one critic; nothing where there is none."""
-    if not found:
-        return
-    table = Table()
-    table.add_column("critic")
-    table.add_column("value", justify="right")
-    for name, label in _ROWS.items():
-        if name in found:
-            table.add_row(label, f"{found[name]:.3f}")
-    kind = "training" if split == "train" else "held-out"
-    console.print(
-        f"{found['prefixes']} {kind} prefixes, {found['continuations']} continuations each:",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(table)

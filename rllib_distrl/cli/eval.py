@@ -1,13 +1,15 @@
-"""`distrl eval`: avg@n and pass@k of a run, a checkpoint or any model."""
+"""`distrl eval`: avg@n and pass@k of a run, a checkpoint or any model, on any problems."""
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -15,139 +17,276 @@ from rllib_distrl.cli.checkpoints import (
     export_checkpoint,
     find_checkpoint,
     find_policy,
-    print_critic,
     probe_checkpoint,
 )
-from rllib_distrl.cli.eval_data import DataOptions, run_data_eval
 from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.measure import evaluation_settings, measure
-from rllib_distrl.cli.ray_session import silence_libraries
-from rllib_distrl.cli.results import print_summary, problems_of
-from rllib_distrl.files import write_atomic
+from rllib_distrl.cli.measure import EvaluationProgress
+from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
+from rllib_distrl.cli.results import print_critic, print_report, problems_of
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints
-from rllib_distrl.runs.folder import RunFolder
+from rllib_distrl.runs.folder import RunFolder, is_run_folder
 
-_STOPPING = "Stopping with this chunk of problems. Ctrl-C again stops at once."
+if TYPE_CHECKING:
+    from rllib_distrl.evaluation.data import EvalData
+
+_STOPPING = "Stopping; the problems that are finished are kept. Ctrl-C again stops at once."
 _CONTINUE = "The same command continues."
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The problems of an evaluation, as the command line names them.
+
+    Attributes:
+        data: A preset, a file, `hf:name/split` or an environment id; None: the target's own.
+        data_dir: Folder with local copies of the presets.
+        task: What grades them: math, code or custom.
+        on_long_prompt: error or skip.
+        fields: `name=path` items, separated by commas.
+        form: A published form such as gsm8k.
+        on_bad_row: error or skip.
+        score: `module:function` of the task custom.
+    """
+
+    data: str | None = None
+    data_dir: Path | None = None
+    task: str | None = None
+    on_long_prompt: str | None = None
+    fields: str | None = None
+    form: str | None = None
+    on_bad_row: str | None = None
+    score: str | None = None
+
+    def resolve(self) -> EvalData:
+        """The problems that `data` stands for.
+
+        Raises:
+            ValueError: If it stands for none.
+        """
+        from rllib_distrl.evaluation.data import resolve_data
+
+        assert self.data is not None
+        return resolve_data(
+            self.data, self.data_dir, task=self.task or "math", env_config=self._env_config()
+        )
+
+    def refuse_without_data(self) -> None:
+        """Raises ValueError if something is given that only `--data` has a use for."""
+        given = [name for name, value in vars(self).items() if value is not None]
+        if given and self.data is None:
+            option = {"form": "format"}.get(given[0], given[0].replace("_", "-"))
+            raise ValueError(
+                f"--{option} needs --data: without it the recipe names the problems. Change that "
+                "with environment.env_config.task_config.KEY=VALUE."
+            )
+
+    def _env_config(self) -> dict[str, Any]:
+        task: dict[str, Any] = {
+            "format": self.form, "on_bad_row": self.on_bad_row, "score": self.score,
+        }  # fmt: skip
+        if self.fields is not None:
+            pairs = [item.partition("=") for item in self.fields.split(",")]
+            if not all(name.strip() and mark and path.strip() for name, mark, path in pairs):
+                raise ValueError(
+                    f"--fields is {self.fields!r}: give problem=NAME,answer=NAME, where NAME is "
+                    "the data's name or a path such as reward_model.ground_truth."
+                )
+            task["fields"] = {name.strip(): path.strip() for name, _, path in pairs}
+        task = {name: value for name, value in task.items() if value is not None}
+        long = {"on_long_prompt": self.on_long_prompt} if self.on_long_prompt is not None else {}
+        return ({"task_config": task} if task else {}) | long
 
 
 def run_eval(
     target: Path,
-    overrides: Sequence[str],
+    overrides: Sequence[str] = (),
     *,
-    model: str | None,
-    out: Path | None,
-    options: DataOptions | None = None,
+    model: str | None = None,
+    out: Path | None = None,
+    asked: Asked = Asked(),
+    sampling: Mapping[str, Any] | None = None,
+    compare: Sequence[Path] = (),
+    overwrite: bool = False,
 ) -> None:
-    """Runs the command.
+    """Runs the command; an interrupted evaluation in `out` continues.
 
     Args:
         target: A recipe (evaluates its starting model), a run folder or a checkpoint; a model
-            where the options name data.
-        overrides: `table.key=value` items.
+            (folder, hub id or `builtin:NAME`) where data are named.
+        overrides: `table.key=value` items of the recipe.
         model: A folder or id to evaluate in place of the target's.
-        out: Folder for `eval.json`, the samples and, with data, the plot; None writes nothing.
-        options: Data other than the recipe's, and how to sample it.
+        out: Folder for `eval.json`, `samples/` and `pass_at_k.png`; None writes nothing.
+        asked: The problems.
+        sampling: Settings of `EvalSettings` that differ from those of the problems (None: they do
+            not); k as text, separated by commas.
+        compare: Folders of earlier evaluations to draw into the plot.
+        overwrite: Replace another evaluation in `out`.
 
     Raises:
-        ValueError: For bad input.
+        ValueError: For bad input, before anything is generated.
+        Interrupted: After a signal.
     """
     silence_libraries()
     console = Console()
-    options = options or DataOptions()
-    if options.data is not None:
-        if overrides:
-            raise ValueError(
-                f"{overrides[0]} changes a recipe, which does not decide what happens with "
-                "--data: use options such as --n 64."
-            )
-        with Interrupts(_STOPPING, f"Stopped. {_CONTINUE if out else ''}") as interrupts:
-            run_data_eval(
-                target, options, model=model, out=out, console=console, interrupts=interrupts
-            )
-        return
-    options.refuse_without_data()
-    with Interrupts(_STOPPING) as interrupts, ExitStack() as held:
-        report = _Report(out, console, interrupts)
-        _eval_as_recipe(target, overrides, model, report, held)
+    asked.refuse_without_data()
+    _check_compare(compare, out)
+    if asked.data is not None and overrides:
+        raise ValueError(
+            f"{overrides[0]} changes a recipe, which does not decide what happens with "
+            "--data: use options such as --n 64."
+        )
+    words = f"Stopped. {_CONTINUE}" if out else "Stopped."
+    with Interrupts(_STOPPING, words) as interrupts, ExitStack() as held:
+        policy = _find(target, overrides, model, asked, console, held)
+        data = policy.data(asked, _settings(sampling or {}))
+        hide_loading_bars()
+        also: dict[str, Any] = {"split": data.settings.split}
+        if critic := policy.critic(console, interrupts, held):
+            also["critic"] = critic
+        name = policy.load(interrupts, held)
+        from rllib_distrl.evaluation.evaluate import REPORT, run_evaluation
+
+        with EvaluationProgress(console, "Evaluating", interrupts) as progress:
+            result = run_evaluation(
+                name, data, out=out, compare=compare, overwrite=overwrite, on_progress=progress,
+                also=also,
+            )  # fmt: skip
+    report = result.report() if out is None else json.loads((out / REPORT).read_text())
+    print_report(
+        console, report, data.name, problems_of(also) if asked.data is None else "problems"
+    )
+    print_critic(console, critic, also["split"])
+    if out is not None:
+        console.print(f"Wrote {out}", highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
-class _Report:
-    """Where the numbers of an evaluation go, and what may end it."""
+class _Policy:
+    """What is evaluated.
 
-    out: Path | None
-    console: Console
-    interrupts: Interrupts
+    Attributes:
+        name: Of a model; "" where a run's checkpoint is to be exported first.
+        recipe: Whose problems are asked unless others are named.
+        run: Where the policy was trained.
+        target: What the user named.
+        checkpoint: To take it from; None: the run's `model/`.
+    """
+
+    name: str
+    recipe: Recipe | None = None
+    run: RunFolder | None = None
+    target: Path = Path()
+    checkpoint: Path | None = None
+
+    def data(self, asked: Asked, sampling: Mapping[str, Any]) -> EvalData:
+        """The problems, and how they are sampled.
+
+        Raises:
+            ValueError: For settings that do not fit.
+        """
+        from rllib_distrl.evaluation.data import recipe_data
+
+        found = recipe_data(self.recipe) if self.recipe is not None else asked.resolve()
+        return replace(found, settings=found.settings.changed(**sampling))
+
+    def critic(self, console: Console, interrupts: Interrupts, held: ExitStack) -> dict[str, float]:
+        """What the critic of the run knows; only checkpoints hold critics."""
+        if self.run is None or self.recipe is None or not self.recipe.eval.critic_prefixes:
+            return {}
+        if not list_checkpoints(self.run.checkpoints):
+            console.print("No report on the critic: the run has no checkpoint.", highlight=False)
+            return {}
+        checkpoint = self.checkpoint or find_checkpoint(self.target, console, held)[1]
+        return probe_checkpoint(self.run, checkpoint, self.recipe, interrupts)
+
+    def load(self, interrupts: Interrupts, held: ExitStack) -> str:
+        """The name of the model to load, a checkpoint's exported for as long as it is needed."""
+        if self.run is None or self.checkpoint is None:
+            return self.name
+        folder = held.enter_context(tempfile.TemporaryDirectory(prefix="distrl-"))
+        export_checkpoint(self.run, self.checkpoint, Path(folder), interrupts)
+        return folder
 
 
-def _eval_as_recipe(
+def _find(
     target: Path,
     overrides: Sequence[str],
     model: str | None,
-    report: _Report,
+    asked: Asked,
+    console: Console,
     held: ExitStack,
-) -> None:
-    """Evaluates as the `[eval]` table of the target's recipe says."""
+) -> _Policy:
+    """What `target` names.
+
+    Raises:
+        ValueError: If it is nothing that can be evaluated.
+    """
+    own = asked.data is None
     if target.is_file():
         recipe = load_recipe(target, overrides)
-        _measure_and_report(recipe, model or recipe.run.model, report)
-        return
-    if not target.exists() or (target / "config.json").is_file():
+        return _checked(model or recipe.run.model, recipe if own else None)
+    if _in_run(target) and (model is None or own):
+        run, checkpoint = find_policy(target, console, held)
+        recipe = load_recipe(run.recipe_file, overrides) if own else None
+        if model is not None:
+            return _checked(model, recipe)
+        return _Policy(str(run.model), recipe, run, target, checkpoint)
+    if own:
         raise ValueError(
             f"{target} is neither a run folder nor a checkpoint in one, nor a recipe. To evaluate "
             "a model of this name, say on what: --data gsm8k, --data FILE.jsonl, ..."
         )
-    run, checkpoint = find_policy(target, report.console, held)
-    recipe = load_recipe(run.recipe_file, overrides)
-    if model is not None:
-        _measure_and_report(recipe, model, report)
-        return
-    evaluation_settings(recipe).validate()
-    critic = _critic(target, run, checkpoint, recipe, report, held)
-    if checkpoint is None:
-        _measure_and_report(recipe, run.model, report, critic)
-        return
-    with tempfile.TemporaryDirectory(prefix="distrl-") as folder:
-        export_checkpoint(run, checkpoint, Path(folder), report.interrupts)
-        _measure_and_report(recipe, folder, report, critic)
+    return _checked(model or str(target), None)
 
 
-def _critic(
-    target: Path,
-    run: RunFolder,
-    checkpoint: Path | None,
-    recipe: Recipe,
-    report: _Report,
-    held: ExitStack,
-) -> dict[str, float]:
-    """What the critic of a run or checkpoint knows; only checkpoints hold critics."""
-    if recipe.eval.critic_prefixes and not list_checkpoints(run.checkpoints):
-        report.console.print("No report on the critic: the run has no checkpoint.", highlight=False)
-        return {}
-    if checkpoint is None:
-        _, checkpoint = find_checkpoint(target, report.console, held)
-    return probe_checkpoint(run, checkpoint, recipe, report.interrupts)
+def _checked(name: str, recipe: Recipe | None) -> _Policy:
+    """A model that exists.
+
+    A built-in one is checked by name only: building it can wait for the check of the problems.
+    """
+    from rllib_distrl.model.builtin import PREFIX, find_spec
+    from rllib_distrl.model.loading import resolve
+
+    find_spec(name) if name.startswith(PREFIX) else resolve(name)
+    return _Policy(name, recipe)
 
 
-def _measure_and_report(
-    recipe: Recipe, model: str | Path, to: _Report, critic: dict[str, float] | None = None
-) -> None:
-    out, console = to.out, to.console
-    evaluation_settings(recipe).validate()
-    with tempfile.TemporaryDirectory(prefix="distrl-eval-") as scratch:
-        samples = (out or Path(scratch)) / "samples.parquet"
-        result = measure(
-            recipe, model, "Evaluating", console, samples=samples, interrupts=to.interrupts
+def _in_run(target: Path) -> bool:
+    """Whether `target` is a run folder or a checkpoint in one."""
+    checkpoints = target.resolve().parent
+    in_one = checkpoints.name == "checkpoints" and is_run_folder(checkpoints.parent)
+    return is_run_folder(target) or in_one
+
+
+def _settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `EvalSettings` that were given."""
+    values = {name: value for name, value in options.items() if value is not None}
+    if "k" in values:
+        try:
+            values["k"] = tuple(int(k) for k in values["k"].split(","))
+        except ValueError:
+            raise ValueError(
+                f"--k is {values['k']!r}: give whole numbers separated by commas, such as 1,2,4."
+            ) from None
+    if values.get("temperature") == 0:
+        raise ValueError(
+            "--temperature 0 divides by nothing: give --greedy --n 1 for the most probable "
+            "tokens, or a temperature above 0."
         )
-    measured = {"split": result.split, "scores": list(result.scores)}
-    kind = problems_of(measured)
-    print_summary(console, result.summary, result.problems, result.samples, kind, result.scores)
-    print_critic(console, critic or {}, result.split)
-    if out is not None:
-        report = {**result.summary, "problems": result.problems, "samples": result.samples}
-        report |= measured
-        report |= {"critic": critic} if critic else {}
-        write_atomic(out / "eval.json", json.dumps(report, indent=2) + "\n")
-        console.print(f"Wrote {out}", highlight=False)
+    return values
+
+
+def _check_compare(compare: Sequence[Path], out: Path | None) -> None:
+    """Refuses comparisons that no plot would show."""
+    if not compare:
+        return
+    if out is None:
+        raise ValueError("--compare draws into the plot, which is written with --out: give both.")
+    names = Counter(folder.resolve().name for folder in (out, *compare))
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise ValueError(
+            f"--compare and --out name two folders {twice[0]!r}, and a folder's name is that of "
+            "its curve: rename one."
+        )

@@ -7,11 +7,32 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 SHARES = (0.0, 1.0)
 """Scores within these bounds are shares, shown in %; others are shown as they are."""
 OF_SCORES = ("avg@", "best@", "maj@")
 """Metrics that average scores; the others are shares whatever the scores."""
+
+_COUNTS = {"tokens": "tokens per sample", "distinct_correct": "distinct correct solutions"}
+"""Estimates that are no shares, so not in %."""
+_OF_CRITIC = {
+    "quantile_explained_variance": "explained variance of returns",
+    "quantile_state_explained_variance": "explained variance of mean returns",
+    "quantile_state_rmse": "error of the value (root mean square)",
+    "quantile_crps": "continuous ranked probability score",
+    "quantile_coverage_50": "coverage of the central 50 %",
+    "quantile_coverage_90": "coverage of the central 90 %",
+    "quantile_pit_ks": "largest deviation of the PIT from uniform",
+    "quantile_crossing_rate": "crossing rate",
+    "quantile_spread": "spread",
+    "quantile_spread_error_correlation": "spread and error, rank correlation",
+    "quantile_spread_error_partial_correlation": "... given the value",
+    "quantile_spread_error_partial_correlation_given_position": "... and the position",
+    "optimism_stat_error_correlation": "bonus statistic and error",
+    "optimism_stat_error_partial_correlation": "... given the value",
+    "optimism_stat_error_partial_correlation_given_position": "... and the position",
+}
 
 
 def print_before_after(console: Console, results: Mapping[str, Any]) -> None:
@@ -23,52 +44,71 @@ def print_before_after(console: Console, results: Mapping[str, Any]) -> None:
     """
     before, after = results["before"], results["after"]
     scores = results.get("scores", SHARES)
-    if before is None:
-        print_summary(
-            console, after, results["problems"], results["samples"], problems_of(results), scores
-        )
-        return
-    table = Table()
-    table.add_column("metric")
-    for column in ("before", "after", "change"):
-        table.add_column(column, justify="right")
-    for name in (k for k in before if k in after):
-        change = after[name] - before[name]
-        style = "green" if change > 0 else "red" if change < 0 else ""
-        signed = shown(name, change, scores, sign="+")
-        table.add_row(
-            name,
-            shown(name, before[name], scores),
-            shown(name, after[name], scores),
-            f"[{style}]{signed}[/]" if style else signed,
-        )
-    _print(console, table, results["problems"], results["samples"], problems_of(results), scores)
+    table = _metrics("value") if before is None else _metrics("before", "after", "change")
+    for name in (k for k in after if before is None or k in before):
+        cells = [shown(name, after[name], scores)]
+        if before is not None:
+            change = after[name] - before[name]
+            style = "green" if change > 0 else "red" if change < 0 else ""
+            signed = Text(shown(name, change, scores, sign="+"), style)
+            cells = [shown(name, before[name], scores), *cells, signed]
+        table.add_row(name, *cells)
+    asked = f"{results['problems']} {problems_of(results)}, {results['samples']} samples each"
+    numbers = ", averages of scores as they are" if _is_number("avg@", scores) else ""
+    _print(console, f"{asked}, in %{numbers}:", table)
 
 
-def print_summary(
-    console: Console,
-    summary: Mapping[str, float],
-    problems: int,
-    samples: int,
-    kind: str,
-    scores: Sequence[float] = SHARES,
-) -> None:
-    """Prints the table of one evaluation.
+def print_report(console: Console, report: Mapping[str, Any], data: str, problems: str) -> None:
+    """Prints the table of one evaluation with its intervals.
 
     Args:
         console: Where to.
-        summary: Shares in [0, 1], or means of scores.
-        problems: How many.
-        samples: Completions of each.
-        kind: What problems they are; see `problems_of`.
-        scores: The lowest and the highest score.
+        report: What `EvalResult.report` returns; shares in [0, 1], shown as percentages.
+        data: What was evaluated on.
+        problems: What its problems are called.
     """
-    table = Table()
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    for name, value in summary.items():
-        table.add_row(name, shown(name, value, scores))
-    _print(console, table, problems, samples, kind, scores)
+    table = _metrics("value", "95 % interval")
+    for name, (low, high) in report["intervals"].items():
+        cells = [report[name], low, high]
+        if name in _COUNTS:
+            value, low, high = (f"{cell:.1f}" for cell in cells)
+        else:
+            value, low, high = (shown(name, cell, report["scores"]) for cell in cells)
+            value += unit_of(name, report["scores"])
+        table.add_row(_COUNTS.get(name, name), value, f"{low} to {high}")
+    samples = f"{report['samples']} sample{'s' * (report['samples'] != 1)} each"
+    _print(console, f"{data}: {report['problems']} {problems}, {samples}", table)
+
+
+def print_critic(console: Console, found: Mapping[str, float], split: str) -> None:
+    """Prints the table of one critic; nothing where there is none."""
+    if not found:
+        return
+    table = _metrics("value", first="critic")
+    for name, label in _OF_CRITIC.items():
+        if name in found:
+            table.add_row(label, f"{found[name]:.3f}")
+    prefixes = problems_of({"split": split}).replace("problems", "prefixes")
+    each = f"{found['continuations']} continuations each:"
+    _print(console, f"{found['prefixes']} {prefixes}, {each}", table)
+
+
+def knows_critic(found: Mapping[str, float]) -> bool:
+    """Whether `print_critic` has something to print of it."""
+    return any(name in found for name in _OF_CRITIC)
+
+
+def _metrics(*columns: str, first: str = "metric") -> Table:
+    """An empty table whose further columns are numbers."""
+    table = Table(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print(console: Console, header: str, table: Table) -> None:
+    console.print(header, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
 
 
 def problems_of(results: Mapping[str, Any]) -> str:
@@ -96,20 +136,3 @@ def unit_of(name: str, scores: Sequence[float]) -> str:
 
 def _is_number(name: str, scores: Sequence[float]) -> bool:
     return name.startswith(OF_SCORES) and (scores[0] < SHARES[0] or scores[1] > SHARES[1])
-
-
-def _print(
-    console: Console,
-    table: Table,
-    problems: int,
-    samples: int,
-    kind: str,
-    scores: Sequence[float],
-) -> None:
-    numbers = ", averages of scores as they are" if _is_number("avg@", scores) else ""
-    console.print(
-        f"{problems} {kind}, {samples} samples each, in %{numbers}:",
-        highlight=False,
-        soft_wrap=True,
-    )
-    console.print(table)

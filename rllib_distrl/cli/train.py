@@ -18,7 +18,7 @@ from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
 from rllib_distrl.cli.explain import check_memory, said_of_weights
 from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.measure import evaluation_settings, measure
+from rllib_distrl.cli.measure import measure
 from rllib_distrl.cli.ray_session import check_address, silence_libraries
 from rllib_distrl.cli.results import in_one_line, print_before_after
 from rllib_distrl.cli.training_session import Session, train_and_export
@@ -133,7 +133,6 @@ def _check(
     check_room(recipe, config, RunFolder(path))
     check_address()
     connect_trackers(recipe.run.trackers)
-    evaluation_settings(recipe).validate()
     problems = [*check_problems(recipe, config), *said_of_weights(recipe, config)]
     resolve(recipe.run.model)  # builds a built-in one, or says that its cache cannot be written to
     return recipe, path, problems
@@ -224,18 +223,19 @@ def _measured(session: Session, when: str, results: dict[str, Any]) -> dict[str,
     )
     low, high = measured.scores
     earlier = results.get("scores", [low, high])
+    summary = measured.summary()
     results = {
         "before": None,
         "after": None,
         **results,
-        when: measured.summary,
+        when: summary,
         "problems": measured.problems,
         "samples": measured.samples,
-        "split": measured.split,
+        "split": recipe.eval.split,
         "scores": [min(low, earlier[0]), max(high, earlier[-1])],
     }
     run.write_eval(results)
-    line = f"{when.capitalize()} training: {in_one_line(measured.summary, measured.scores)}"
+    line = f"{when.capitalize()} training: {in_one_line(summary, measured.scores)}"
     _print(console, line)
     return results
 

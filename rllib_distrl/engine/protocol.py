@@ -115,7 +115,11 @@ def check_prompts(
 
 @runtime_checkable
 class RolloutEngine(Protocol):
-    """Samples completions and proves which weights it samples them with."""
+    """Samples completions and proves which weights it samples them with.
+
+    An engine may also have ``stream(requests, params)``, which yields each request's place and its
+    completion as soon as that has ended; evaluations then show how far they are, row by row.
+    """
 
     version: int
 

@@ -1,6 +1,6 @@
 """Drives a decoder through one call: rows that end leave, waiting requests take their place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -107,14 +107,22 @@ class Call:
         self.logps = np.zeros(size, dtype=np.float32)
         self.entropies = np.zeros(size, dtype=np.float32) if params.entropy else None
         self.lengths = np.zeros(size[0], dtype=np.int64)
+        self.ended: list[int] = []  # since they were last asked for
 
-    def run(self, max_batch_size: int) -> list[Completion]:
-        """Samples every request, at most `max_batch_size` rows at a time."""
+    def run(self, max_batch_size: int) -> Iterator[tuple[int, Completion]]:
+        """Samples every request, at most `max_batch_size` rows at a time.
+
+        Yields:
+            Each request's place and its completion, once it has ended.
+        """
         order = np.argsort(self.prompt_of, kind="stable")
-        for queue in [order] if self.decoder.joins_midway else self._waves(order, max_batch_size):
-            self._run_queue(queue, max_batch_size)
-        self.decoder.close()
-        return [self._completion(index) for index in range(self.count)]
+        queues = [order] if self.decoder.joins_midway else self._waves(order, max_batch_size)
+        try:
+            for queue in queues:
+                for index in self._run_queue(queue, max_batch_size):
+                    yield index, self._completion(index)
+        finally:
+            self.decoder.close()
 
     def _waves(self, order: np.ndarray, max_batch_size: int) -> list[np.ndarray]:
         """Requests of equal prompt length, at most a batch of them each."""
@@ -126,8 +134,12 @@ class Call:
             for first in range(0, len(group), max_batch_size)
         ]
 
-    def _run_queue(self, queue: np.ndarray, max_batch_size: int) -> None:
-        """Serves the queued requests in order, refilling the batch as rows finish."""
+    def _run_queue(self, queue: np.ndarray, max_batch_size: int) -> Iterator[int]:
+        """Serves the queued requests in order, refilling the batch as rows finish.
+
+        Yields:
+            The requests that have ended.
+        """
         batch = min(max_batch_size, len(queue))
         width = max(len(self.prompts[i]) for i in self.prompt_of[queue])
         rows = counts = np.zeros(0, dtype=np.int64)
@@ -153,6 +165,8 @@ class Call:
                 rows, counts = np.concatenate((rows, new)), np.concatenate((counts, first))
             else:
                 tokens = self._step(tokens, rows, counts)
+            ended, self.ended = self.ended, []
+            yield from ended
 
     def _survivors(self, rows: np.ndarray, step: int) -> np.ndarray:
         """Rows to keep, a multiple of `step`; as few as possible move: the last fill the holes."""
@@ -206,8 +220,9 @@ class Call:
             self.entropies[rows, counts] = entropies
         counts += 1
         self.lengths[rows] = counts
-        ended = self.is_eos[drawn] | (counts == self.params.max_tokens)
-        rows[ended] = self.count
+        last = self.is_eos[drawn] | (counts == self.params.max_tokens)
+        self.ended += rows[last & (rows != self.count)].tolist()
+        rows[last] = self.count
         counts[rows == self.count] = 0
 
     def _completion(self, index: int) -> Completion:

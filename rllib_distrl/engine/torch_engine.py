@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -105,7 +105,6 @@ class TorchEngine:
             is_eos[token] = True
         return is_eos
 
-    @torch.inference_mode()
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Completion]:
         """Samples one completion per request; see `RolloutEngine.generate`.
 
@@ -121,14 +120,32 @@ class TorchEngine:
                 prompt and completion longer than the window.
             RuntimeError: No weights were loaded yet.
         """
+        ended = dict(self.stream(requests, params))
+        return [ended[index] for index in range(len(requests))]
+
+    @torch.inference_mode()
+    def stream(
+        self, requests: Sequence[Request], params: SamplingParams
+    ) -> Iterator[tuple[int, Completion]]:
+        """The same, each completion as soon as it has ended; nothing else may be asked meanwhile.
+
+        Rows are taken up in the order in which their prompts first occur in ``requests``.
+
+        Yields:
+            The place of a request among ``requests`` and its completion.
+
+        Raises:
+            ValueError: See `generate`; when the first completion is asked for.
+            RuntimeError: See `generate`.
+        """
         if self.version == UNKNOWN_VERSION:
             raise RuntimeError("The engine has no weights yet: call load_weights first.")
         params.validate()
         if not requests:
-            return []
+            return
         call = Call(self.decoder, requests, params, self.is_eos, self.device)
         check_prompts(call.prompts, params.max_tokens, self.max_seq_len, len(self.is_eos))
-        return call.run(self.max_batch_size)
+        yield from call.run(self.max_batch_size)
 
     @torch.inference_mode()
     def load_weights(self, state: Mapping[str, torch.Tensor], version: int) -> str:

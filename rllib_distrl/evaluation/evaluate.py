@@ -1,11 +1,7 @@
-"""The evaluation loop: problems in, graded samples out, in bounded memory and resumable."""
+"""One path from a model and some data to graded samples, numbers and a plot."""
 
 import sys
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from hashlib import blake2b
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,31 +10,93 @@ import pandas as pd
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from distrl_envs.task import Grade, Problem, Task, distinct_rows, grades_of
+from distrl_envs.task import Task, distinct_rows
 from distrl_envs.tasks.data_task import DataTask
-from distrl_envs.tokenizers import decode_completion
-from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine
+from rllib_distrl.engine.protocol import RolloutEngine, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weight_proof import check_engine
-from rllib_distrl.evaluation.result import EvalResult
-from rllib_distrl.evaluation.settings import EvalSettings, Progress
+from rllib_distrl.evaluation.data import EvalData, resolve_data
+from rllib_distrl.evaluation.plots import plot_pass_k
+from rllib_distrl.evaluation.result import EvalResult, load_result
+from rllib_distrl.evaluation.sampling import ProgressCallback, Prompted, Sampler
 from rllib_distrl.evaluation.store import SCHEMA, SampleStore
 from rllib_distrl.evaluation.summary import Equivalence
 from rllib_distrl.model.loading import eos_token_ids, load_config, load_model
+from rllib_distrl.settings import EvalSettings
 
+REPORT = "eval.json"
+PLOT = "pass_at_k.png"
 BUILTIN_PREFIX = "builtin:"
 ENGINES = ("torch",)
+# What may change between two calls that continue one another.
+_FREE = {"problems", "k", "chunk", "max_batch_size", "distinct_by", "max_tokens", "dtype"}
 
-ProgressCallback = Callable[[Progress], None]
 
+def run_evaluation(
+    model: str | PreTrainedModel,
+    data: str | EvalData,
+    settings: EvalSettings | Mapping[str, Any] | None = None,
+    out: Path | str | None = None,
+    *,
+    env_config: Mapping[str, Any] | None = None,
+    data_dir: Path | str | None = None,
+    task: str = "math",
+    engine: str | RolloutEngine = "torch",
+    compare: Sequence[Path | str] = (),
+    label: str | None = None,
+    overwrite: bool = False,
+    on_progress: ProgressCallback | None = None,
+    also: Mapping[str, Any] | None = None,
+) -> EvalResult:
+    """Evaluates ``model`` on ``data``: the whole of `distrl eval`.
 
-@dataclass(frozen=True)
-class Prompted:
-    """A problem with its place in the evaluation and its prompt as tokens."""
+    Writes `eval.json` (every number with its interval), `samples/part-*.parquet` and
+    `pass_at_k.png` to ``out``; an interrupted evaluation continues there.
 
-    position: int
-    problem: Problem
-    prompt_ids: Sequence[int]
+    Args:
+        model: folder, hub id, ``builtin:…``, or a loaded causal LM.
+        data: a preset's name, a file, ``hf:name/split``, an environment id, or what
+            `data.recipe_data` returns.
+        settings: all of them, or only those that differ from the data's own (None: not given).
+        out: folder to write; nothing is written when None.
+        env_config: further arguments of the environment, where ``data`` is a name.
+        data_dir: folder with the presets' files, instead of the hub.
+        task: what grades a file: "math", "code" or "custom".
+        engine: "torch" or an engine.
+        compare: folders of earlier evaluations to draw into the plot.
+        label: name of this one in the plot; the folder's by default.
+        overwrite: replace another evaluation in ``out``.
+        on_progress: called whenever a sample has ended.
+        also: further entries of `eval.json`.
+
+    Returns:
+        The graded samples; `EvalResult.report` has the numbers.
+
+    Raises:
+        ValueError: bad input, before anything is generated.
+    """
+    if isinstance(data, str):
+        data = resolve_data(data, data_dir, task=task, env_config=env_config)
+    if not isinstance(settings, EvalSettings):
+        settings = data.settings.changed(**(settings or {}))
+    others = {Path(folder).name: load_result(folder) for folder in compare}
+    result = evaluate_model(
+        model,
+        data.env_id,
+        data.env_config,
+        settings,
+        out=out,
+        engine=engine,
+        on_progress=on_progress,
+        overwrite=overwrite,
+    )
+    if out is not None:
+        folder = Path(out)
+        result.to_json(folder / REPORT, also=also)
+        subtitle = f"{data.name}, {result.problems} problems × {result.samples} samples"
+        runs = {label or folder.resolve().name: result, **others}
+        plot_pass_k(runs, folder / PLOT, subtitle=subtitle)
+    return result
 
 
 def evaluate_model(
@@ -55,12 +113,12 @@ def evaluate_model(
 ) -> EvalResult:
     """Samples every problem n times, grades the samples, and keeps them.
 
-    Problems are worked on a chunk at a time, so that memory does not grow with their number.
-    With ``out``, each finished chunk is on disk before the next begins, and a later call with
+    The engine decodes as many rows as it takes, whatever n is, and memory does not grow with the
+    number of problems. With ``out``, finished problems are on disk, and a later call with
     the same arguments continues after the last one; samples whose gold or grader has changed
     since are graded anew. A sample's randomness is addressed by
-    (seed, row, sample), so it does not matter in which process it is drawn. The score is the
-    grade's; step rewards of tasks that have them are not part of it.
+    (seed, row, sample), so it does not matter in which process it is drawn, or beside which others.
+    The score is the grade's; step rewards of tasks that have them are not part of it.
 
     Args:
         model: folder, hub id, ``builtin:…``, or a loaded causal LM.
@@ -70,7 +128,7 @@ def evaluate_model(
         settings: how to sample.
         out: folder for `evaluation.json` and `samples/part-*.parquet`; in memory when None.
         engine: "torch", or an engine for this model, which gets the model's weights.
-        on_progress: called at the start and after every chunk.
+        on_progress: called at the start, whenever a sample has ended, and after grading.
         equivalent: compares normalised answers in votes; as the task does when None.
         overwrite: forget samples of another evaluation in ``out`` instead of refusing; those of
             this one are continued all the same.
@@ -79,199 +137,93 @@ def evaluate_model(
         The graded samples.
 
     Raises:
-        ValueError: settings out of bounds, an unknown environment or engine, a task that serves
-            another split than the settings name (training problems are asked only where
-            ``split="train"``), prompts too long for the model's window, or ``out`` holding
-            another evaluation.
+        ValueError: an unknown environment or engine, a task that serves another split than the
+            settings name (training problems are asked only where ``split="train"``), prompts too
+            long for the model's window, or ``out`` holding another evaluation.
     """
     settings = settings or EvalSettings()
-    settings.validate()
     if isinstance(engine, str) and engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}.")
     env = _make_env(env_id, _env_arguments(model, env_config or {}, settings))
     try:
-        _check_split(env.get_wrapper_attr("task"), settings.split)
+        task: Task = env.get_wrapper_attr("task")
+        _check_split(task, settings.split)
         loaded = _load(model, settings) if isinstance(model, str) else model
-        run = _Evaluation(loaded, env.unwrapped, settings, engine)
-        info = {"env_id": env_id, "env_config": _plain(env_config or {}), **run.identity()}
+        sampler, weights = _sampler(loaded, env.unwrapped, settings, engine)
+        info = {
+            "env_id": env_id,
+            "env_config": _plain(env_config or {}),
+            **_identity(settings),
+            "max_tokens": sampler.params.max_tokens,
+            "task": task.name,
+            "weights": weights,
+        }
         folder = None if out is None else Path(out)
         if folder is None:
-            records = [r for part in run.parts({}, on_progress) for r in part]
+            records = [record for part in sampler.parts({}, on_progress) for record in part]
             frame = pd.DataFrame(records, columns=SCHEMA.names)
         else:
-            frame = _sample_to_disk(
-                run, SampleStore(folder, info, overwrite=overwrite), on_progress
-            )
-        if equivalent is None and isinstance(run.task, DataTask):
-            equivalent = run.task.same_answer
+            store = SampleStore(folder, info, overwrite=overwrite)
+            frame = _sample_to_disk(sampler, store, on_progress)
+        if equivalent is None and isinstance(task, DataTask):
+            equivalent = task.same_answer
         return EvalResult(frame, settings, folder, info, equivalent)
     finally:
         env.close()
 
 
-class _Evaluation:
-    """Model, engine and problems of one evaluation."""
+def _sampler(
+    model: PreTrainedModel, env: Any, settings: EvalSettings, engine: str | RolloutEngine
+) -> tuple[Sampler, str]:
+    """What samples the environment's problems with ``model``, and the hash of its weights."""
+    max_tokens: int = settings.max_tokens or env.max_completion_tokens
+    prompted = _prompts(env, settings.problems)
+    _check_window(model, prompted, max_tokens)
+    eos = eos_token_ids(model, env.tokenizer)
+    params = SamplingParams(
+        max_tokens=max_tokens,
+        temperature=settings.temperature,
+        top_p=settings.top_p,
+        top_k=settings.top_k,
+        greedy=settings.greedy,
+    )
+    own = isinstance(engine, str)
+    if own:
+        engine = _torch_engine(model, eos, settings.rows_at_once)
+    weights = engine.load_weights(model.state_dict(), 0)
+    if own:
+        dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
+        check_engine(engine, model, params, dtype)
+    sampler = Sampler(
+        prompted, settings, params, engine, env.task, env.tokenizer, eos, env.length_until_stop
+    )
+    return sampler, weights
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        env: Any,
-        settings: EvalSettings,
-        engine: str | RolloutEngine,
-    ):
-        self.settings = settings
-        self.task: Task = env.task
-        self.length_until_stop: Callable[[Sequence[int]], int] = env.length_until_stop
-        self.tokenizer: PreTrainedTokenizerBase = env.tokenizer
-        self.max_tokens: int = settings.max_tokens or env.max_completion_tokens
-        self.prompted = _prompts(env, settings.problems)
-        _check_window(model, self.prompted, self.max_tokens)
-        self.eos: Collection[int] = eos_token_ids(model, self.tokenizer)
-        own = isinstance(engine, str)
-        if own:
-            engine = _torch_engine(model, self.eos, settings.max_batch_size)
-        self.engine = engine
-        self.weights = engine.load_weights(model.state_dict(), 0)
-        if own:
-            dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
-            check_engine(engine, model, settings.sampling(self.max_tokens), dtype)
 
-    def identity(self) -> dict[str, Any]:
-        """What decides the samples, beside the environment."""
-        return {
-            **self.settings.identity(),
-            "max_tokens": self.max_tokens,
-            "task": self.task.name,
-            "weights": self.weights,
-        }
-
-    def changed(self, finished: Mapping[int, str]) -> str:
-        """Says where finished problems are not those of the data any more; "" if they all are."""
-        for prompted in self.prompted:
-            key, now = finished.get(prompted.position), prompted.problem.key
-            if key not in (None, now):
-                return f"problem {prompted.position} was {key!r} and is {now!r}"
-        return ""
-
-    def is_stale(self, position: int, grading: str | None) -> bool:
-        """Whether a stored grade is one of another gold or grader."""
-        return position < len(self.prompted) and grading != self._gradings[position]
-
-    def grade_anew(self, records: list[dict[str, Any]]) -> int:
-        """Grades stored samples again whose gold or grader is another now; how many they were.
-
-        The records are changed in place.
-        """
-        stale = [
-            (record, self.prompted[record["problem"]].problem)
-            for record in records
-            if self.is_stale(record["problem"], record["grading"])
-        ]
-        grades = grades_of(
-            self.task,
-            [problem for _, problem in stale],
-            [record["completion"] for record, _ in stale],
-            [record["finish_reason"] == "length" for record, _ in stale],
-        )
-        for (record, _), grade in zip(stale, grades, strict=True):
-            record |= _graded(grade, self._gradings[record["problem"]])
-        return len(stale)
-
-    @cached_property
-    def _gradings(self) -> list[str]:
-        """What identifies the grading of each problem."""
-        return [self.task.grading_key(prompted.problem) for prompted in self.prompted]
-
-    def parts(
-        self, finished: Collection[int], on_progress: ProgressCallback | None
-    ) -> Iterator[list[dict[str, Any]]]:
-        """Yields the samples of one chunk of unfinished problems after another."""
-        todo = [p for p in self.prompted if p.position not in finished]
-        total, resumed = len(self.prompted), len(self.prompted) - len(todo)
-        report = on_progress or (lambda progress: None)
-        report(Progress(resumed, total, resumed))
-        started, samples, tokens, score = time.perf_counter(), 0, 0, 0.0
-        size = self.settings.problems_at_once(self.max_tokens)
-        for start in range(0, len(todo), size):
-            chunk = todo[start : start + size]
-            records = self._sample(chunk)
-            yield records
-            samples += len(records)
-            tokens += sum(r["tokens"] for r in records)
-            score += sum(r["score"] for r in records)
-            seconds = time.perf_counter() - started
-            done = resumed + start + len(chunk)
-            report(Progress(done, total, resumed, samples, tokens, seconds, score / samples))
-
-    def _sample(self, chunk: Sequence[Prompted]) -> list[dict[str, Any]]:
-        """Generates and grades all samples of some problems."""
-        jobs = [(prompted, sample) for prompted in chunk for sample in range(self.settings.n)]
-        requests = [
-            Request(p.prompt_ids, (self.settings.seed, p.problem.row, sample, 0))
-            for p, sample in jobs
-        ]
-        completions = [
-            completion.cut(self.length_until_stop(completion.tokens.tolist()))
-            for completion in self.engine.generate(
-                requests, self.settings.sampling(self.max_tokens)
-            )
-        ]
-        texts = [
-            decode_completion(self.tokenizer, c.tokens.tolist(), self.eos) for c in completions
-        ]
-        truncated = [c.finish_reason == "length" for c in completions]
-        grades = grades_of(self.task, [p.problem for p, _ in jobs], texts, truncated)
-        return [
-            _record(*job, completion, text) | _graded(grade, self._gradings[job[0].position])
-            for job, completion, text, grade in zip(jobs, completions, texts, grades, strict=True)
-        ]
+def _identity(settings: EvalSettings) -> dict[str, Any]:
+    """The settings that decide what is sampled; those of training are not asked here."""
+    known = EvalSettings.model_fields.keys() - _FREE
+    values = {name: value for name, value in settings.to_dict().items() if name in known}
+    return {**values, "seed": settings.seed or 0}
 
 
 def _sample_to_disk(
-    run: _Evaluation, store: SampleStore, on_progress: ProgressCallback | None
+    sampler: Sampler, store: SampleStore, on_progress: ProgressCallback | None
 ) -> pd.DataFrame:
     """Finishes what ``store`` lacks; returns the samples of the problems asked for."""
     finished = store.finished()
-    if changed := run.changed(finished):
+    if changed := sampler.changed(finished):
         finished = store.forget(f"holds samples of other data: {changed}")
-    if regraded := store.update(run.is_stale, run.grade_anew):
+    if regraded := store.update(sampler.is_stale, sampler.grade_anew):
         print(
             f"Graded {regraded:,} stored samples anew: their gold or the grader has changed.",
             file=sys.stderr,
         )
-    for part in run.parts(finished, on_progress):
+    for part in sampler.parts(finished, on_progress):
         store.write(part)
     frame = store.light_frame()
-    wanted = frame["problem"].to_numpy() < len(run.prompted)
+    wanted = frame["problem"].to_numpy() < len(sampler.prompted)
     return frame.loc[wanted].reset_index(drop=True)
-
-
-def _graded(grade: Grade, grading: str) -> dict[str, Any]:
-    """The columns of `store.SCHEMA` that a grade decides."""
-    return {
-        "status": grade.status,
-        "score": float(grade.score),
-        "answer": grade.answer,
-        "grading": grading,
-    }
-
-
-def _record(prompted: Prompted, sample: int, completion: Completion, text: str) -> dict[str, Any]:
-    """One row of `store.SCHEMA`, its grade aside."""
-    collapsed = " ".join(text.split())
-    return {
-        "problem": prompted.position,
-        "row": prompted.problem.row,
-        "key": prompted.problem.key,
-        "sample": sample,
-        "prompt": prompted.problem.prompt,
-        "completion": text,
-        "token_ids": completion.tokens.tolist(),
-        "text_hash": blake2b(collapsed.encode(), digest_size=8).hexdigest(),
-        "tokens": len(completion.tokens),
-        "finish_reason": completion.finish_reason,
-        "logp_sum": float(completion.logps.sum(dtype="float64")),
-    }
 
 
 def _env_arguments(

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rllib_distrl.evaluation.result import EvalResult
-from rllib_distrl.evaluation.summary import SampleTable, default_ks
+from rllib_distrl.evaluation.summary import SampleTable
 from rllib_distrl.files import replaced_file
-from rllib_distrl.maths.pass_k import FloatArray, bootstrap_interval, pass_at_k
+from rllib_distrl.maths.pass_k import FloatArray, bootstrap_interval, default_ks, pass_at_k
 
 # Okabe and Ito's colours, told apart with any common colour vision; yellow is left out because it
 # vanishes on white. Markers carry the difference on paper without colour.

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from rllib_distrl.evaluation.settings import EvalSettings
 from rllib_distrl.evaluation.store import (
     LIGHT_COLUMNS,
     SCHEMA,
@@ -21,6 +20,7 @@ from rllib_distrl.evaluation.store import (
 )
 from rllib_distrl.evaluation.summary import Equivalence, per_problem, summarise
 from rllib_distrl.files import write_atomic
+from rllib_distrl.settings import EvalSettings
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,15 @@ class EvalResult:
             equivalent=self.equivalent,
         )
 
-    def to_json(self, path: Path | str, k: Sequence[int] | None = None) -> dict[str, Any]:
-        """Writes `report` and what was evaluated as one JSON object, and returns it."""
-        content = {**self.report(k), "evaluated": self.info}
+    def to_json(
+        self,
+        path: Path | str,
+        k: Sequence[int] | None = None,
+        *,
+        also: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Writes `report`, what was evaluated and ``also`` as one JSON object, and returns it."""
+        content = {**self.report(k), **(also or {}), "evaluated": self.info}
         write_atomic(Path(path), json.dumps(content, indent=2, default=str) + "\n")
         return content
 

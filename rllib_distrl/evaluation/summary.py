@@ -106,18 +106,6 @@ class SampleTable:
         return self._arranged(column).astype(np.float64).mean(axis=1)
 
 
-def default_ks(n: int) -> tuple[int, ...]:
-    """Powers of two up to n, and n itself.
-
-    Args:
-        n: samples per problem.
-
-    Returns:
-        Increasing k's, beginning with 1.
-    """
-    return tuple(sorted({1 << j for j in range(n.bit_length())} | {n}))
-
-
 def per_problem(
     frame: pd.DataFrame,
     ks: Sequence[int],

@@ -20,7 +20,7 @@ from rllib_distrl.recipe import (
     recipe_from_tables,
 )
 from rllib_distrl.recipe_schema import check_names
-from rllib_distrl.settings import EvalSettings, RolloutSettings, RunSettings
+from rllib_distrl.settings import EvalTable, RolloutSettings, RunSettings
 
 MIN_SEEDS = 2
 _NAME = re.compile(r"[\w][\w.+-]*")
@@ -58,7 +58,7 @@ def recipe_digest(tables: Mapping[str, Mapping[str, Any]]) -> str:
         tables: Of the resolved recipe, as `Recipe.to_dict` gives them.
     """
     kept = {table: dict(values) for table, values in tables.items()}
-    for table, cls in (("run", RunSettings), ("rollout", RolloutSettings), ("eval", EvalSettings)):
+    for table, cls in (("run", RunSettings), ("rollout", RolloutSettings), ("eval", EvalTable)):
         defaults = cls.defaults()
         kept[table] = {
             key: value

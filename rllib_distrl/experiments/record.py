@@ -15,7 +15,7 @@ import pandas as pd
 
 from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS
 from rllib_distrl.algorithm.validation_clock import EVALUATION, SECONDS
-from rllib_distrl.evaluation.summary import SampleTable, default_ks, per_problem
+from rllib_distrl.evaluation.summary import SampleTable, per_problem
 from rllib_distrl.experiments.plan import Contender
 from rllib_distrl.experiments.statistics import FloatArray, ValidationFit
 from rllib_distrl.files import write_atomic
@@ -320,7 +320,7 @@ def measure_samples(frame: pd.DataFrame) -> dict[str, float]:
         token}. For scores of 0 and 1 best@k is pass@k.
     """
     table = SampleTable(frame)
-    ks = default_ks(table.n)
+    ks = pass_k.default_ks(table.n)
     problems = per_problem(frame, ks, votes=False, distinct_by="completion")
     for k in ks:
         problems[f"best@{k}"] = pass_k.best_at_k(table.scores, k)

@@ -17,6 +17,18 @@ FloatArray = npt.NDArray[np.float64]
 PASSING_SCORE = 1.0
 
 
+def default_ks(n: int) -> tuple[int, ...]:
+    """Powers of two up to n, and n itself.
+
+    Args:
+        n: samples per problem.
+
+    Returns:
+        Increasing k's, beginning with 1.
+    """
+    return tuple(sorted({1 << j for j in range(n.bit_length())} | {n}))
+
+
 def passes(scores: npt.ArrayLike) -> npt.NDArray[np.bool_]:
     """Which samples count for pass@k: those with full marks.
 

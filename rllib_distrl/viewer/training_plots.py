@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rllib_distrl.evaluation.summary import SampleTable, default_ks
-from rllib_distrl.maths.pass_k import bootstrap_interval, pass_at_k
+from rllib_distrl.evaluation.summary import SampleTable
+from rllib_distrl.maths.pass_k import bootstrap_interval, default_ks, pass_at_k
 from rllib_distrl.runs.reading import EVALUATIONS, Run
 from rllib_distrl.viewer.charts import COLOURS, GREY, Chart, as_runs, chart, legend, smooth
 

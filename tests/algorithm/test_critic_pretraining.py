@@ -7,8 +7,8 @@ import torch
 from rllib_distrl.algorithm.critic_pretraining import read_groups
 from rllib_distrl.algorithm.wiring import policy_state
 from rllib_distrl.evaluation.evaluate import evaluate_model
-from rllib_distrl.evaluation.settings import EvalSettings
 from rllib_distrl.learner.pretraining import pretrain_critic
+from rllib_distrl.settings import EvalSettings
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 from tests.learner.rig import hot_config, make_learner, sample
 

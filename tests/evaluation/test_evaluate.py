@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,10 @@ import pandas as pd
 import pytest
 import torch
 
-from rllib_distrl.evaluation import store as store_module
+from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.evaluation.evaluate import evaluate_model
-from rllib_distrl.evaluation.settings import EvalSettings
 from rllib_distrl.evaluation.store import SCHEMA, load_samples, sample_parts
+from rllib_distrl.settings import EvalSettings
 from tests.evaluation.tiny_evaluation import (
     ENV_ID,
     SETTINGS,
@@ -79,17 +80,17 @@ def test_summary_is_the_mean_over_problems(whole):
 
 def test_problems_are_distinct(whole):
     assert whole.frame.groupby("problem")["key"].first().is_unique
-    everything = evaluate_tiny(settings=replace(SETTINGS, n=1, k=(1,), problems=20))
+    everything = evaluate_tiny(settings=SETTINGS.changed(n=1, k=(1,), problems=20))
     assert sorted(everything.frame["key"], key=int) == [str(i) for i in range(20)]
 
 
 def test_chunks_and_batches_do_not_change_the_samples(whole):
-    other = evaluate_tiny(settings=replace(SETTINGS, chunk=5, max_batch_size=3))
+    other = evaluate_tiny(settings=SETTINGS.changed(chunk=5, max_batch_size=3))
     assert_same_samples(whole.frame, other.frame)
 
 
 def test_another_seed_gives_other_samples(whole):
-    other = evaluate_tiny(settings=replace(SETTINGS, seed=4))
+    other = evaluate_tiny(settings=SETTINGS.changed(seed=4))
     assert (other.frame["text_hash"] != whole.frame["text_hash"]).mean() > 0.5
 
 
@@ -123,7 +124,7 @@ def test_an_evaluation_killed_midway_resumes(tmp_path, whole):
 
 
 def test_a_half_written_part_is_ignored(tmp_path, whole):
-    evaluate_tiny(tmp_path, settings=replace(SETTINGS, problems=4))
+    evaluate_tiny(tmp_path, settings=SETTINGS.changed(problems=4))
     (tmp_path / "samples" / "part-000004.tmp123").write_bytes(b"PAR1 half of it")
     seen = []
     evaluate_tiny(tmp_path, on_progress=seen.append)
@@ -133,14 +134,14 @@ def test_a_half_written_part_is_ignored(tmp_path, whole):
 
 def test_fewer_problems_can_be_read_from_a_larger_evaluation(tmp_path):
     evaluate_tiny(tmp_path)
-    fewer = evaluate_tiny(tmp_path, settings=replace(SETTINGS, problems=5))
+    fewer = evaluate_tiny(tmp_path, settings=SETTINGS.changed(problems=5))
     assert fewer.problems == 5 and len(fewer.frame) == 40
 
 
 def test_another_evaluation_in_the_folder_is_refused_or_overwritten(tmp_path):
-    small = replace(SETTINGS, problems=4)
+    small = SETTINGS.changed(problems=4)
     evaluate_tiny(tmp_path, settings=small)
-    hot = replace(small, temperature=2.0)
+    hot = small.changed(temperature=2.0)
     with pytest.raises(ValueError, match=r"temperature: there 1\.0, now 2\.0"):
         evaluate_tiny(tmp_path, settings=hot)
     seen = []
@@ -162,28 +163,74 @@ def test_changed_data_are_noticed(tmp_path):
     assert fresh.frame["key"].iloc[0] == "7" and len(fresh.frame) == 96
 
 
-def test_memory_is_bounded_by_the_chunk(tmp_path, monkeypatch):
-    sizes = []
-    write = store_module.SampleStore.write
+class CountingEngine(TorchEngine):
+    """Counts the rows that wait or run at once, and those of each step."""
 
-    def counted(self, records):
-        sizes.append(len(records))
-        return write(self, records)
+    asked: list[int]
 
-    monkeypatch.setattr(store_module.SampleStore, "write", counted)
+    def stream(self, requests, params):
+        self.asked.append(len(requests))
+        return super().stream(requests, params)
+
+
+def counting_engine(max_batch_size):
+    engine = CountingEngine(tiny_model().config, [1], max_batch_size=max_batch_size)
+    engine.asked = []
+    return engine
+
+
+def test_the_engine_gets_all_rows_that_fit_into_memory_however_few_samples_a_problem_has(
+    monkeypatch,
+):
+    few = SETTINGS.changed(n=2, k=(1,))
+    engine = counting_engine(8)
+    whole = evaluate_tiny(settings=few, engine=engine)
+    assert engine.asked == [24]  # Not one part after another.
+    monkeypatch.setattr("rllib_distrl.evaluation.sampling.MOST_TOKENS", 5 * 2 * 12)
+    engine = counting_engine(8)
+    bounded = evaluate_tiny(settings=few, engine=engine)
+    assert engine.asked == [10, 10, 4]  # Five problems of two samples of twelve tokens, …
+    assert_same_samples(whole.frame, bounded.frame)
+
+
+def test_an_engine_that_answers_all_at_once_gives_the_same_samples(whole):
+    class Batch:
+        """Without `stream`."""
+
+        def __init__(self):
+            self._engine = TorchEngine(tiny_model().config, [1])
+            self.generate, self.load_weights = self._engine.generate, self._engine.load_weights
+
+    seen = []
+    other = evaluate_tiny(engine=Batch(), on_progress=seen.append)
+    assert_same_samples(whole.frame, other.frame)
+    assert seen[-1].samples == 96
+
+
+def test_parts_hold_whole_problems_and_are_let_go(tmp_path):
     result = evaluate_tiny(tmp_path)
-    assert sizes == [16] * 6  # Two problems of eight samples, then they are let go.
+    sizes = [len(pd.read_parquet(part)) for part in sample_parts(tmp_path)]
+    assert sizes == [16] * 6  # Two problems of eight samples.
     assert not {"prompt", "completion"} & set(result.frame.columns)
-    assert len(sample_parts(tmp_path)) == 6
+    assert EvalSettings(n=4).problems_per_part == 64  # A batch of rows.
+    assert EvalSettings(n=1024).problems_per_part == 1
 
 
-def test_the_chunk_shrinks_with_the_tokens():
-    small = EvalSettings(problems=200, n=64)
-    assert small.problems_at_once(32) == 25
-    assert replace(small, n=1024).problems_at_once(3072) == 1
-    assert replace(small, chunk=7).problems_at_once(3072) == 7
-    for max_tokens in (8, 512, 4096):
-        assert small.problems_at_once(max_tokens) * 64 * max_tokens <= 2**22
+def test_what_is_finished_is_kept_when_a_signal_ends_it(tmp_path, whole):
+    def stop(progress):
+        if progress.samples == 60:
+            raise KeyboardInterrupt
+
+    large = SETTINGS.changed(chunk=100, max_batch_size=8)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_tiny(tmp_path, settings=large, on_progress=stop)
+    kept = load_samples(tmp_path)
+    assert 5 <= kept["problem"].nunique() <= 7
+    assert_same_samples(kept, whole.frame[: len(kept)])
+    seen = []
+    evaluate_tiny(tmp_path, settings=large, on_progress=seen.append)
+    assert seen[0].resumed == kept["problem"].nunique()
+    assert_same_samples(load_samples(tmp_path), whole.frame)
 
 
 def test_files_are_complete(tmp_path, whole):
@@ -199,27 +246,28 @@ def test_files_are_complete(tmp_path, whole):
 
 
 def test_the_environment_limits_completions_where_nothing_is_set():
-    result = evaluate_tiny(settings=replace(SETTINGS, max_tokens=None, problems=2))
+    result = evaluate_tiny(settings=SETTINGS.changed(problems=2))
     assert result.info["max_tokens"] == FirstNumber.max_completion_tokens
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"n": 0}, "n must be at least 1"),
-        ({"k": (9,)}, r"pass@9 needs 1 <= k <= n and n is 8"),
-        ({"split": "dev"}, "split must be"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"top_p": 1.5}, "top_p"),
-        ({"greedy": True}, "set n = 1"),
-        ({"dtype": "float64"}, "dtype must be"),
-        ({"distinct_by": "tokens"}, "distinct_by"),
+        ({"n": 0}, "eval.n is 0; it must be >= 1"),
+        ({"k": (9,)}, r"pass@9 needs 1 <= k <= n and eval.n is 8"),
+        ({"split": "dev"}, "eval.split is 'dev'"),
+        ({"temperature": 0.0}, "eval.temperature is 0.0; it must be above 0"),
+        ({"top_p": 1.5}, "eval.top_p is 1.5"),
+        ({"greedy": True}, "Set n = 1"),
+        ({"dtype": "float64"}, "eval.dtype is"),
+        ({"distinct_by": "tokens"}, "eval.distinct_by is"),
+        ({"temprature": 1.0}, "nearest one is 'temperature'"),
         ({"max_tokens": 63}, "set max_tokens to at most"),
     ],
 )
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        evaluate_tiny(settings=replace(SETTINGS, **change))
+        evaluate_tiny(settings=SETTINGS.changed(**change))
 
 
 def test_an_unknown_engine_is_refused():
@@ -236,12 +284,18 @@ def test_countdown_is_evaluated_on_its_test_split():
     assert all(split_of(key) == "test" for key in result.frame["key"])
 
 
-def test_progress_estimates_the_time_left():
+def test_progress_counts_samples_as_they_end():
     seen = []
     evaluate_tiny(on_progress=seen.append)
-    assert [p.problems_done for p in seen] == [0, 2, 4, 6, 8, 10, 12]
+    assert [p.samples_done for p in seen if p.samples_in_all == 96] == sorted(
+        [*range(97), *[p.samples for a, p in pairwise(seen) if p.problems_done > a.problems_done]]
+    )
+    assert [p.problems_done for a, p in pairwise(seen) if p.problems_done > a.problems_done] == [
+        2, 4, 6, 8, 10, 12,
+    ]  # fmt: skip
     assert seen[0].seconds_left is None and seen[-1].seconds_left == 0.0
-    assert seen[3].seconds_left == pytest.approx(seen[3].seconds)
+    quarter = next(p for p in seen if p.samples_done == 24)
+    assert quarter.seconds_left == pytest.approx(3 * quarter.seconds)
 
 
 def test_a_model_in_a_folder_brings_its_tokenizer(tmp_path):
@@ -262,7 +316,7 @@ def test_training_problems_are_asked_only_where_that_is_said():
 
     with pytest.raises(ValueError, match="serves the split 'train', but the evaluation asks for"):
         evaluate_tiny(task=Training())
-    assert evaluate_tiny(task=Training(), settings=replace(SETTINGS, split="train")).problems == 12
+    assert evaluate_tiny(task=Training(), settings=SETTINGS.changed(split="train")).problems == 12
 
 
 def test_a_corrected_gold_is_graded_anew(tmp_path, capsys):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rllib_distrl.evaluation.plots import LABEL_GAP, pass_k_curve, plot_pass_k, spread_labels
 from rllib_distrl.evaluation.result import EvalResult
-from rllib_distrl.evaluation.settings import EvalSettings
+from rllib_distrl.settings import EvalSettings
 
 
 def result(seed, problems=20, n=16):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from rllib_distrl.evaluation.run import run_evaluation
+from rllib_distrl.evaluation.evaluate import run_evaluation
 from rllib_distrl.evaluation.store import load_samples
 from tests.evaluation.tiny_evaluation import ENV_ID, tiny_model
 

@@ -3,7 +3,8 @@
 import pandas as pd
 import pytest
 
-from rllib_distrl.evaluation.summary import default_ks, per_problem, summarise
+from rllib_distrl.evaluation.summary import per_problem, summarise
+from rllib_distrl.maths.pass_k import default_ks
 
 
 def samples(*problems):

@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from distrl_envs.task import Grade, Problem, Task
 from distrl_envs.tokenizers import VOCABULARY, small_tokenizer
 from rllib_distrl.evaluation.evaluate import evaluate_model
-from rllib_distrl.evaluation.settings import EvalSettings
+from rllib_distrl.settings import EvalSettings
 
 ENV_ID = "distrl_envs:distrl/Countdown-v0"
 SETTINGS = EvalSettings(problems=12, n=8, k=(1, 4), max_tokens=12, chunk=2, seed=3)
@@ -65,7 +65,7 @@ def evaluate_tiny(out=None, settings=SETTINGS, **kwargs):
 
 def say_and_wait(progress):
     print(progress.problems_done, flush=True)
-    time.sleep(0.2)
+    time.sleep(0.025)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`distrl eval MODEL --data`: a model from a folder on a file, end to end."""
+"""`distrl eval`: a model from a folder on a file or a recipe's problems, end to end."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_file(model: Path, data: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert json.loads((out / "eval.json").read_text())["avg@4"] == 0.5
     first = parts(out)
-    assert len(first) == 2
+    assert len(first) == 1
 
     result = evaluate(model, "--data", data, "--out", out)
     assert result.exit_code == 0, result.output
@@ -185,7 +185,7 @@ BAD = {
     "rows without data": (["MODEL", "--format", "trl"], "--format needs --data"),
     "a model alone": (["MODEL"], "say on what: --data"),
     "a model's name alone": (["builtin:countdown-tiny"], "say on what: --data"),
-    "an option without data": (["MODEL", "--top-p", "0.5"], "--top-p needs --data"),
+    "an option without data": (["MODEL", "--data-dir", "x"], "--data-dir needs --data"),
 }
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from distrl_envs.tasks import make_task
-from rllib_distrl.evaluation.presets import MATH_ENV_ID, PRESETS, resolve_data, with_overrides
-from rllib_distrl.evaluation.settings import EvalSettings
+from rllib_distrl.evaluation.data import MATH_ENV_ID, PRESETS, recipe_data, resolve_data
+from rllib_distrl.recipe import recipe_from_tables
+from rllib_distrl.settings import EvalSettings
 
 BESIDE = Path(__file__).resolve().parents[3] / "shared" / "data" / "benchmarks"
 BENCHMARKS = Path(os.environ.get("DISTRL_BENCHMARKS", BESIDE))
@@ -17,7 +18,6 @@ BENCHMARKS = Path(os.environ.get("DISTRL_BENCHMARKS", BESIDE))
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_validates_and_names_a_split(name):
     preset = PRESETS[name]
-    preset.settings.validate()
     assert 3 <= len(preset.hub.split("/")) <= 4
     data = resolve_data(name)
     assert data.env_id == MATH_ENV_ID
@@ -100,8 +100,23 @@ def test_anything_else_is_refused(data, message):
 
 
 def test_users_settings_replace_a_presets():
-    merged = with_overrides(PRESETS["aime24"].settings, {"n": 1024, "top_p": None, "seed": 5})
+    merged = PRESETS["aime24"].settings.changed(n=1024, top_p=None, seed=5)
     assert (merged.n, merged.top_p, merged.seed) == (1024, 0.95, 5)
-    assert with_overrides(EvalSettings(n=64, k=(1, 8, 64)), {"n": 8}).k == (1, 8)
-    with pytest.raises(ValueError, match="did you mean 'temperature'"):
-        with_overrides(EvalSettings(), {"temprature": 1.0})
+    assert EvalSettings(n=64, k=(1, 8, 64)).changed(n=8).k == (1, 8)
+    with pytest.raises(ValueError, match="nearest one is 'temperature'"):
+        EvalSettings().changed(temprature=1.0)
+
+
+def test_a_recipe_fills_in_what_its_eval_table_leaves_out():
+    tables = {
+        "run": {"model": "builtin:countdown-tiny", "seed": 7},
+        "rollout": {"max_completion_tokens": 24, "max_batch_size": 32},
+        "environment": {"env": "distrl_envs:distrl/Countdown-v0"},
+    }
+    data = recipe_data(recipe_from_tables(tables, "small"))
+    found = data.settings
+    assert (data.name, data.env_id) == ("Countdown-v0", "distrl_envs:distrl/Countdown-v0")
+    assert (found.seed, found.max_tokens, found.max_batch_size, found.k) == (7, 24, 32, (1, 8))
+    own = {"eval": {"seed": 1, "max_tokens": 9, "k": [], "n": 4}}
+    found = recipe_data(recipe_from_tables(tables | own, "small")).settings
+    assert (found.seed, found.max_tokens, found.ks) == (1, 9, (1, 2, 4))

@@ -1,4 +1,4 @@
-r"""Benchmarks by name, and what ``--data`` may be.
+r"""What an evaluation asks: a recipe's problems, benchmarks by name, files, environments.
 
 Sampling follows what the field compares: temperature 0.6 and top-p 0.95 (DeepSeek-R1; Yue et al.
 2025, "Does reinforcement learning really incentivize reasoning capacity"), many samples where
@@ -9,13 +9,14 @@ are called was read from public evaluation code.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from distrl_envs.data_files import READERS
-from rllib_distrl.evaluation.settings import EvalSettings
+from rllib_distrl.recipe import Recipe
 from rllib_distrl.recipe_schema import ALIKE, nearest
+from rllib_distrl.settings import EvalSettings
 
 MATH_ENV_ID = "distrl_envs:distrl/Math-v0"
 ENV_IDS = {
@@ -43,7 +44,7 @@ MATH_SETTINGS = EvalSettings(
     top_p=0.95,
     distinct_by="completion",
 )
-BROAD_SETTINGS = replace(MATH_SETTINGS, n=8, k=PASS_K_MANY)
+BROAD_SETTINGS = MATH_SETTINGS.changed(n=8, k=PASS_K_MANY)
 
 
 @dataclass(frozen=True)
@@ -102,19 +103,25 @@ PRESETS: dict[str, Preset] = {
 
 @dataclass(frozen=True)
 class EvalData:
-    """What ``--data`` stands for.
+    """Problems, and how they are sampled unless the user says otherwise.
 
     Attributes:
         name: For titles.
         env_id: Gymnasium id.
         env_config: Arguments of the environment.
-        settings: How it is sampled unless the user says otherwise.
+        settings: How it is sampled.
     """
 
     name: str
     env_id: str
     env_config: dict[str, Any]
     settings: EvalSettings
+
+
+def recipe_data(recipe: Recipe) -> EvalData:
+    """What a recipe's `[eval]` table asks."""
+    name = recipe.env_id.rpartition("/")[2]
+    return EvalData(name, recipe.env_id, recipe.env_config, recipe.eval_settings)
 
 
 def resolve_data(
@@ -177,31 +184,6 @@ def _resolve(
         f"data {data!r} is neither a preset ({', '.join(PRESETS)}), nor a file "
         f"({', '.join(FILE_ENDINGS)}), nor hf:name/split, nor an environment id.{hint}"
     )
-
-
-def with_overrides(settings: EvalSettings, overrides: Mapping[str, Any]) -> EvalSettings:
-    """Settings with the user's own in place; k follows n where only n is given.
-
-    Args:
-        settings: a preset's.
-        overrides: fields of `EvalSettings`; None stands for "not given".
-
-    Returns:
-        The merged settings.
-
-    Raises:
-        ValueError: a field that does not exist.
-    """
-    known = [f.name for f in fields(EvalSettings)]
-    given = {name: value for name, value in overrides.items() if value is not None}
-    for name in given:
-        if name not in known:
-            near = nearest(name, known, ALIKE)
-            hint = f": did you mean {near!r}?" if near else f": known are {', '.join(known)}."
-            raise ValueError(f"{name!r} is no evaluation setting{hint}")
-    if "n" in given and "k" not in given:
-        given["k"] = tuple(k for k in settings.k if k <= given["n"])
-    return replace(settings, **given)
 
 
 def _preset_data(name: str, preset: Preset, data_dir: Path | str | None) -> EvalData:
