@@ -212,7 +212,10 @@ def export(
 def view(
     source: Annotated[
         Path,
-        typer.Argument(metavar="RUN|SAMPLES", help="A run folder, or a Parquet file of samples."),
+        typer.Argument(
+            metavar="RUN|SAMPLES",
+            help="A run folder, a Parquet file of samples, or the folder of an evaluation.",
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="HTML file; view.html in the run if not given.")

@@ -26,8 +26,13 @@ def run_view(source: Path, out: Path | None) -> None:
         run = load_run(source)
         table, note = _table_of_run(run)
         title, default = run.name, run.path / "view.html"
+    elif source.is_dir() and not (source / "samples").is_dir():
+        raise ValueError(
+            f"{source} is not a run folder. Give a run, an evaluation, or a Parquet file of samples."
+        )
     elif source.is_dir():
-        raise ValueError(f"{source} is not a run folder. Give a run, or a Parquet file of samples.")
+        table, note = table_of_samples(source / "samples"), ""
+        title, default = source.resolve().name, source / "view.html"
     else:
         table, note = table_of_samples(source), ""
         title, default = source.stem, source.with_suffix(".html")

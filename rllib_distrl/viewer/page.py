@@ -96,7 +96,7 @@ def table_of_samples(path: str | Path) -> TokenTable:
     """Reads completions for the viewer: a token table, or graded completions without tokens.
 
     Args:
-        path: `samples/tokens.parquet`, or `samples.parquet` of an evaluation.
+        path: `samples/tokens.parquet` of a run, or the file or folder of an evaluation's samples.
 
     Raises:
         ValueError: If it is neither.
@@ -105,10 +105,10 @@ def table_of_samples(path: str | Path) -> TokenTable:
     import pyarrow.parquet as pq
 
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise ValueError(f"There is no file {path}.")
     try:
-        names = pq.read_schema(path).names
+        names = pq.ParquetDataset(path).schema.names
     except (pa.ArrowInvalid, OSError):
         raise ValueError(f"{path} is not a Parquet file.") from None
     if "token" in names:
