@@ -28,7 +28,8 @@ def run_view(source: Path, out: Path | None) -> None:
         title, default = run.name, run.path / "view.html"
     elif source.is_dir() and not (source / "samples").is_dir():
         raise ValueError(
-            f"{source} is not a run folder. Give a run, an evaluation, or a Parquet file of samples."
+            f"{source} is not a run folder. Give a run, the folder of an evaluation, or a Parquet "
+            "file of samples."
         )
     elif source.is_dir():
         table, note = table_of_samples(source / "samples"), ""
