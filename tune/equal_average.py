@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from rllib_distrl.cli.errors import exit_code_of
-from rllib_distrl.experiments.sweep import at_equal_average, read_fronts
+from rllib_distrl.experiments.sweep import at_equal_average, read_validations
 from rllib_distrl.files import write_atomic
 
 
@@ -32,12 +32,14 @@ def main(
     """Prints a row per combination of settings, the best first; means over trials and levels."""
     settings = by.split(",")
     try:
-        fronts = [
-            front for source in sources for front in _read(source, settings, metrics.split(","))
+        validations = [
+            one for source in sources for one in _read(source, settings, metrics.split(","))
         ]
-        table = at_equal_average(fronts, settings, [float(level) for level in levels.split(",")])
+        table = at_equal_average(
+            validations, settings, [float(level) for level in levels.split(",")]
+        )
         if save is not None:
-            write_atomic(save, "[\n" + ",\n".join(map(json.dumps, fronts)) + "\n]\n")
+            write_atomic(save, "[\n" + ",\n".join(map(json.dumps, validations)) + "\n]\n")
     except (ValueError, OSError) as error:
         raise typer.Exit(exit_code_of(error)) from error
     print(table.to_string(index=False, float_format="{:.3f}".format))
@@ -46,7 +48,7 @@ def main(
 def _read(source: Path, settings: list[str], metrics: list[str]) -> list[dict]:
     if source.is_file():
         return json.loads(source.read_text(encoding="utf-8"))
-    return read_fronts(source, [*settings, "run.seed"], metrics)
+    return read_validations(source, [*settings, "run.seed"], metrics)
 
 
 if __name__ == "__main__":

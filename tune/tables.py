@@ -135,9 +135,9 @@ def ignorance() -> str:
 
 def search() -> str:
     """The trials of the search at equal averages, as tune/equal_average.py prints them."""
-    fronts = json.loads((RESULTS / "headline-search.json").read_text(encoding="utf-8"))
+    validations = json.loads((RESULTS / "headline-search.json").read_text(encoding="utf-8"))
     by = [f"{group}.{name}" for group, name in SEARCHED]
-    table = at_equal_average(fronts, by, [0.24, 0.26, 0.28])
+    table = at_equal_average(validations, by, [0.24, 0.26, 0.28])
     printed = table.to_string(index=False, float_format="{:.3f}".format)
     return f"```text\n{printed}\n```"
 

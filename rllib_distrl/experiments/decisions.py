@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rllib_distrl.experiments.equal_average import front_metrics, levels, matched_mean
+from rllib_distrl.experiments.equal_average import equal_average_metrics, levels, mean_at_levels
 from rllib_distrl.experiments.results import Results, Row, number
 from rllib_distrl.experiments.statistics import (
     SIGNIFICANT,
@@ -63,8 +63,8 @@ def decide(results: Results) -> Decisions:
             problems = results.problem_differences(row, metric, list(differences))
             found[_AFTER, row.name, metric] = differences, problems
         if over := levels(results):
-            for metric in front_metrics(results):
-                equal = matched_mean(results, row, metric, over)
+            for metric in equal_average_metrics(results):
+                equal = mean_at_levels(results, row, metric, over)
                 found[_EQUAL, row.name, metric] = equal.by_seed, equal.problems
     found = {key: one for key, one in found.items() if len(one[0]) > 1}
     seeds = sorted({seed for differences, _ in found.values() for seed in differences})
@@ -91,7 +91,7 @@ def claims(results: Results, decisions: Decisions) -> list[str]:
     there are too few seeds to tell anything, that stands first.
     """
     found = [_together(decisions)]
-    for metric in front_metrics(results):
+    for metric in equal_average_metrics(results):
         one = _sentence(results, metric, decisions.at_equal_average)
         found += [f"{metric} at equal average score: {one}."] if one else []
     for metric in results.main_metrics:

@@ -23,7 +23,7 @@ _SMALL_K = 16
 
 
 @dataclass(frozen=True)
-class Matched:
+class AtEqualAverage:
     """One metric of one recipe at one level.
 
     Attributes:
@@ -50,7 +50,7 @@ class Matched:
         return estimate(list(self.by_seed.values()), self.problems) if self.pairs > 1 else None
 
 
-def front_metrics(results: Results) -> list[str]:
+def equal_average_metrics(results: Results) -> list[str]:
     """pass@16 and the largest pass@k of the validations; best@k too where scores are graded."""
     known = results.validation_metrics
     kept = []
@@ -86,12 +86,14 @@ def _multiples(low: float, high: float, step: float) -> list[float]:
     return [round(number * step, 6) for number in range(first, last + 1)]
 
 
-def matched(results: Results, row: Row, metric: str, level: float) -> Matched:
+def at_level(results: Results, row: Row, metric: str, level: float) -> AtEqualAverage:
     """One metric of a recipe where it and the baseline have the same average score."""
-    return matched_mean(results, row, metric, [level])
+    return mean_at_levels(results, row, metric, [level])
 
 
-def matched_mean(results: Results, row: Row, metric: str, over: Sequence[float]) -> Matched:
+def mean_at_levels(
+    results: Results, row: Row, metric: str, over: Sequence[float]
+) -> AtEqualAverage:
     """The same as the mean over the levels that a run and the baseline's of its seed reach."""
     baseline = {record.seed: record for record in results.baseline.records}
     ours: dict[int, float] = {}
@@ -110,8 +112,8 @@ def matched_mean(results: Results, row: Row, metric: str, over: Sequence[float])
                 problems.append(np.stack(tables))
     differences = {seed: ours[seed] - theirs[seed] for seed in ours}
     if not ours:
-        return Matched(differences, len(shared), None)
+        return AtEqualAverage(differences, len(shared), None)
     table = np.stack(problems, axis=1) if problems else None
     value = estimate(list(ours.values()), None if table is None else table[0])
     apart = None if table is None else table[0] - table[1]
-    return Matched(differences, len(shared), value, apart)
+    return AtEqualAverage(differences, len(shared), value, apart)

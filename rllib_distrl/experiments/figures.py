@@ -10,7 +10,7 @@ from matplotlib.ticker import EngFormatter
 
 from rllib_distrl.evaluation.plots import spread_labels
 from rllib_distrl.experiments.decisions import Decisions
-from rllib_distrl.experiments.equal_average import front_metrics
+from rllib_distrl.experiments.equal_average import equal_average_metrics
 from rllib_distrl.experiments.record import Record
 from rllib_distrl.experiments.results import Results, Row
 from rllib_distrl.experiments.statistics import PairedTest
@@ -169,8 +169,8 @@ def _label_tokens(panel: Any) -> None:
 def _validated(results: Results) -> list[str]:
     """The average and the largest pass@k and best@k of the validations while training."""
     known = results.validation_metrics
-    largest = [name for name in front_metrics(results) if name.startswith("pass@")][-1:]
-    largest += [name for name in front_metrics(results) if name.startswith("best@")][-1:]
+    largest = [name for name in equal_average_metrics(results) if name.startswith("pass@")][-1:]
+    largest += [name for name in equal_average_metrics(results) if name.startswith("best@")][-1:]
     return [name for name in known if name.startswith(_AVERAGE)] + largest
 
 
@@ -226,24 +226,24 @@ def plot_differences(results: Results, decisions: Decisions) -> Chart:
     return whiskers(results.rows[1:], metrics, decisions.after)
 
 
-def plot_matched(results: Results, decisions: Decisions) -> Chart:
+def plot_equal_average(results: Results, decisions: Decisions) -> Chart:
     """Dots and whiskers: the same at equal average score, as the mean over the levels."""
-    return whiskers(results.rows[1:], front_metrics(results), decisions.at_equal_average)
+    return whiskers(results.rows[1:], equal_average_metrics(results), decisions.at_equal_average)
 
 
-def plot_front(results: Results) -> Chart:
+def plot_against_average(results: Results) -> Chart:
     """A metric over the average score along training: higher at the same place is better.
 
     Many recipes get a panel each, with the baseline in ink and the others in grey; of the
     metrics there then is the largest k alone.
     """
-    metrics = front_metrics(results)
+    metrics = equal_average_metrics(results)
     if len(results.rows) > _MOST_TOGETHER:
         metric = metrics[-1]
         figure, axes = chart([row.name for row in results.rows[1:]], columns=5, height=0.8)
         figure.suptitle(f"{metric} (%) over average score (%)", fontsize=10, color=INK)
         for number, panel in enumerate(axes, start=1):
-            _front_beside_others(panel, results, number, metric)
+            _path_beside_others(panel, results, number, metric)
         figure.set_size_inches(11.5, 2.1 * -(-len(axes) // 5) + 0.4)
         return figure
     groups = _panels(results)
@@ -253,24 +253,26 @@ def plot_front(results: Results) -> Chart:
     drawn = ((metric, rows) for rows in groups.values() for metric in metrics)
     for panel, (metric, rows) in zip(axes, drawn, strict=True):
         for number, row in enumerate(rows):
-            x, y = _front(row, metric)
+            x, y = _mean_path(row, metric)
             panel.plot(x, y, label=row.name, markersize=4, **row_style(number))
         panel.set_xlabel("average score (%), validation")
     legend(figure, axes)
     return figure
 
 
-def _front_beside_others(panel: Any, results: Results, number: int, metric: str) -> None:
+def _path_beside_others(panel: Any, results: Results, number: int, metric: str) -> None:
     for row in results.rows[1:]:
-        panel.plot(*_front(row, metric), color=GRID, linewidth=1.0)
-    panel.plot(*_front(results.baseline, metric), markersize=3, **row_style(0))
+        panel.plot(*_mean_path(row, metric), color=GRID, linewidth=1.0)
+    panel.plot(*_mean_path(results.baseline, metric), markersize=3, **row_style(0))
     style = {**row_style(number), "linestyle": "-"}
-    panel.plot(*_front(results.rows[number], metric), markersize=4, linewidth=2.0, **style)
+    panel.plot(*_mean_path(results.rows[number], metric), markersize=4, linewidth=2.0, **style)
 
 
-def _front(row: Row, metric: str) -> tuple[np.ndarray, np.ndarray]:
+def _mean_path(row: Row, metric: str) -> tuple[np.ndarray, np.ndarray]:
     """Average score and metric in %, mean over the seeds validation by validation."""
-    paths = [record.front(metric) for record in row.records if record.front(metric)]
+    paths = [
+        record.against_average(metric) for record in row.records if record.against_average(metric)
+    ]
     shortest = min((len(path) for path in paths), default=0)
     if not shortest:
         return np.empty(0), np.empty(0)

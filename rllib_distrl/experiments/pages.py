@@ -17,8 +17,8 @@ from rllib_distrl.experiments.tables import (
     Table,
     costs_table,
     differences_table,
+    equal_average_table,
     failures_table,
-    matched_table,
     pass_k_table,
     results_table,
 )
@@ -126,7 +126,7 @@ def _intervals_there(results: Results) -> str:
 
 
 def _at_equal_average(results: Results, decisions: Decisions) -> list[Section]:
-    table, baseline = matched_table(results, decisions), results.baseline.name
+    table, baseline = equal_average_table(results, decisions), results.baseline.name
     if table is None:
         return []
     return [
@@ -139,14 +139,14 @@ def _at_equal_average(results: Results, decisions: Decisions) -> list[Section]:
             f"{_COLOURS} In the table: {_CELLS} for that mean, and how many seeds reach the level "
             f"with both; the line of {baseline} has its values. {_intervals_there(results)}",
             table,
-            figures.plot_matched(results, decisions),
+            figures.plot_equal_average(results, decisions),
             "matched",
         ),
         Section(
             "On the way there",
             "Each point is a validation, the mean over the seeds; higher at the same place is "
             f"better. Black: {baseline}.",
-            figure=figures.plot_front(results),
+            figure=figures.plot_against_average(results),
             picture="front",
         ),
     ]

@@ -112,7 +112,7 @@ class Record:
         """[[tokens, value], …] of one metric of the validations."""
         return [[v["tokens"], v[metric]] for v in self.validation if metric in v]
 
-    def front(self, metric: str) -> list[list[float]]:
+    def against_average(self, metric: str) -> list[list[float]]:
         """[[average score, value], …] along training, of the validations."""
         return [[average, value] for _, average, value in self._with_average(metric).values()]
 

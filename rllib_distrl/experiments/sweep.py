@@ -222,7 +222,9 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else value
 
 
-def read_fronts(out: Path, settings: Sequence[str], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def read_validations(
+    out: Path, settings: Sequence[str], metrics: Sequence[str]
+) -> list[dict[str, Any]]:
     """The validations of a sweep's trials.
 
     Args:
@@ -254,12 +256,12 @@ def read_fronts(out: Path, settings: Sequence[str], metrics: Sequence[str]) -> l
 
 
 def at_equal_average(
-    fronts: Sequence[dict[str, Any]], by: Sequence[str], levels: Sequence[float]
+    validations: Sequence[dict[str, Any]], by: Sequence[str], levels: Sequence[float]
 ) -> pd.DataFrame:
     """Every metric where trials have the same average scores, on a `ValidationFit` of each.
 
     Args:
-        fronts: From `read_fronts`.
+        validations: From `read_validations`.
         by: Settings that make a row; trials that share them (seeds) are averaged.
         levels: Average scores in [0, 1].
 
@@ -269,11 +271,11 @@ def at_equal_average(
         metric over those.
     """
     rows = []
-    for front in fronts:
-        path = front["validation"]
+    for trial in validations:
+        path = trial["validation"]
         average = next(name for name in path[0] if name.startswith(AVERAGE))
         fit = ValidationFit(*(tuple(p[name] for p in path) for name in (TOKENS, average)))
-        shown = {key: _shown(front["settings"][key]) for key in by}
+        shown = {key: _shown(trial["settings"][key]) for key in by}
         metrics = [name for name in path[0] if name not in (TOKENS, average)]
         read = {name: fit.read(levels, [point[name] for point in path]) for name in metrics}
         rows += [{**shown, **{name: read[name][i] for name in metrics}} for i in range(len(levels))]

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from rllib_distrl.experiments.decisions import Decisions
 from rllib_distrl.experiments.equal_average import (
-    Matched,
-    front_metrics,
+    AtEqualAverage,
+    at_level,
+    equal_average_metrics,
     levels,
-    matched,
-    matched_mean,
+    mean_at_levels,
 )
 from rllib_distrl.experiments.results import Results, Row, number
 from rllib_distrl.experiments.statistics import Estimate, PairedTest
@@ -122,7 +122,7 @@ def pass_k_table(results: Results) -> Table:
     return Table(["recipe", *metrics], lines)
 
 
-def matched_table(results: Results, decisions: Decisions) -> Table | None:
+def equal_average_table(results: Results, decisions: Decisions) -> Table | None:
     """Metrics at the same average score along training, and their paired difference.
 
     One line per recipe and metric: the mean over the levels, then every level. None where no
@@ -131,11 +131,13 @@ def matched_table(results: Results, decisions: Decisions) -> Table | None:
     over = levels(results)
     head = ["recipe", "metric", "mean over levels", *(f"at {100 * x:g} %" for x in over)]
     lines, compared = [], False
-    for metric in front_metrics(results):
+    for metric in equal_average_metrics(results):
         for row in results.rows:
-            mean = matched_mean(results, row, metric, over)
-            found = [matched(results, row, metric, level) for level in over]
-            cells = [_matched_cell(metric, one, row is results.baseline) for one in (mean, *found)]
+            mean = mean_at_levels(results, row, metric, over)
+            found = [at_level(results, row, metric, level) for level in over]
+            cells = [
+                _equal_average_cell(metric, one, row is results.baseline) for one in (mean, *found)
+            ]
             if test := decisions.at_equal_average(row, metric):
                 cells[0] = f"{tested(metric, test)}; {mean.pairs} of {mean.seeds}"
                 compared = True
@@ -143,7 +145,7 @@ def matched_table(results: Results, decisions: Decisions) -> Table | None:
     return Table(head, lines) if compared else None
 
 
-def _matched_cell(metric: str, found: Matched, baseline: bool) -> str:
+def _equal_average_cell(metric: str, found: AtEqualAverage, baseline: bool) -> str:
     """The baseline's value, or the difference to it, and how many seeds reach the level."""
     count = f"{found.pairs} of {found.seeds}"
     if baseline and found.value is not None:

@@ -8,12 +8,17 @@ from dataclasses import replace
 import pytest
 
 from rllib_distrl.experiments.decisions import decide
-from rllib_distrl.experiments.equal_average import front_metrics, levels, matched, matched_mean
+from rllib_distrl.experiments.equal_average import (
+    at_level,
+    equal_average_metrics,
+    levels,
+    mean_at_levels,
+)
 from rllib_distrl.experiments.pages import sections
 from rllib_distrl.experiments.record import Record
 from rllib_distrl.experiments.results import Results, arrange
 from rllib_distrl.experiments.statistics import estimate
-from rllib_distrl.experiments.tables import matched_table
+from rllib_distrl.experiments.tables import equal_average_table
 from tests.experiments.made_records import record, records
 
 # Average scores along training: a 0.1 to 0.5 with both seeds, b 0.2 to 0.6 and 0.3 to 0.7, while
@@ -31,24 +36,24 @@ def found() -> Results:
 
 def test_levels_are_round_and_shared(found: Results) -> None:
     assert levels(found) == [0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
-    assert front_metrics(found) == ["pass@2"]
+    assert equal_average_metrics(found) == ["pass@2"]
     apart = arrange(records({"a": [0.2], "b": [0.7]}), ["a", "b"], [0])
     assert levels(apart) == []
-    assert matched_table(apart, decide(apart)) is None
+    assert equal_average_table(apart, decide(apart)) is None
     blind = arrange(records({"a": [0.2], "b": [0.2]}, validation=[]), ["a", "b"], [0])
-    assert matched_table(blind, decide(blind)) is None
+    assert equal_average_table(blind, decide(blind)) is None
     once = arrange(records({"a": [0.3, 0.3], "b": [0.4, 0.9]}), ["a", "b"], [0, 1])
-    assert levels(once) and matched_table(once, decide(once)) is None
+    assert levels(once) and equal_average_table(once, decide(once)) is None
 
 
 def test_differences_by_hand(found: Results) -> None:
     baseline, row = found.rows
-    at = matched(found, row, "pass@2", 0.3)
+    at = at_level(found, row, "pass@2", 0.3)
     assert (at.pairs, at.seeds) == (2, 2)
     assert at.value is not None
     assert at.value.mean == pytest.approx((0.575 + 0.6) / 2)
     assert at.by_seed == {0: pytest.approx(0.025), 1: pytest.approx(0.05)}
-    own = matched(found, baseline, "pass@2", 0.3)
+    own = at_level(found, baseline, "pass@2", 0.3)
     assert own.value is not None
     assert own.value.mean == pytest.approx(0.55)
     assert own.by_seed == {0: 0.0, 1: 0.0}
@@ -56,15 +61,15 @@ def test_differences_by_hand(found: Results) -> None:
 
 def test_a_level_that_a_seed_does_not_reach_is_counted_not_extrapolated(found: Results) -> None:
     row = found.rows[1]
-    at = matched(found, row, "pass@2", 0.25)
+    at = at_level(found, row, "pass@2", 0.25)
     assert (at.pairs, at.seeds, at.difference) == (1, 2, None)
-    beyond = matched(found, row, "pass@2", 0.6)
+    beyond = at_level(found, row, "pass@2", 0.6)
     assert (beyond.pairs, beyond.value, beyond.difference) == (0, None, None)
 
 
 def test_the_mean_over_levels_weighs_seeds_alike(found: Results) -> None:
     # Seed 0 reaches seven levels and seed 1 five; their differences are 0.025 and 0.05.
-    over = matched_mean(found, found.rows[1], "pass@2", levels(found))
+    over = mean_at_levels(found, found.rows[1], "pass@2", levels(found))
     assert over.by_seed == {0: pytest.approx(0.025), 1: pytest.approx(0.05)}
     test = decide(found).at_equal_average(found.rows[1], "pass@2")
     assert test is not None
@@ -74,7 +79,7 @@ def test_the_mean_over_levels_weighs_seeds_alike(found: Results) -> None:
 def test_only_seeds_of_both_are_paired() -> None:
     made = [*records({"a": [0.3, 0.3]}), record("b", 1, 0.4), record("b", 2, 0.4)]
     found = arrange(made, ["a", "b"], [0, 1, 2])
-    at = matched(found, found.rows[1], "pass@2", 0.3)
+    at = at_level(found, found.rows[1], "pass@2", 0.3)
     assert (at.pairs, at.seeds, at.difference) == (1, 1, None)
 
 
@@ -107,7 +112,7 @@ def test_where_problems_are_kept_they_are_drawn_again_with_the_seeds() -> None:
     assert at.tolist() == [pytest.approx([1 - 0.25, 1 - 0.25, 0.5 + 0.25, 0.5 + 0.25])]
     test = decide(found).at_equal_average(found.rows[1], "pass@2")
     assert test is not None
-    over = matched_mean(found, found.rows[1], "pass@2", levels(found))
+    over = mean_at_levels(found, found.rows[1], "pass@2", levels(found))
     assert over.problems is not None and over.problems.shape == (3, 4)
     assert over.problems.mean(1) == pytest.approx(list(over.by_seed.values()))
     assert test.difference == estimate(list(over.by_seed.values()), over.problems)
@@ -128,7 +133,7 @@ def test_where_some_run_does_not_keep_them_intervals_are_over_the_seeds(spoil: s
     made[-1] = replace(made[-1], validation_problems=other[spoil])
     found = arrange(made, ["a", "b"], [0, 1])
     assert not found.problems_validated
-    assert matched_mean(found, found.rows[1], "pass@2", [0.5]).problems is None
+    assert mean_at_levels(found, found.rows[1], "pass@2", [0.5]).problems is None
     assert "Student's over the seeds" in words(found)
     assert "not all records keep the same ones" in words(found)
 
@@ -138,7 +143,7 @@ def words(found: Results) -> str:
 
 
 def test_the_table(found: Results) -> None:
-    table = matched_table(found, decide(found))
+    table = equal_average_table(found, decide(found))
     assert table is not None
     assert table.head[:5] == ["recipe", "metric", "mean over levels", "at 20 %", "at 25 %"]
     baseline, row = (dict(zip(table.head, line, strict=True)) for line in table.lines)

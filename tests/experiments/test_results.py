@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from rllib_distrl.experiments.decisions import decide
-from rllib_distrl.experiments.equal_average import front_metrics
-from rllib_distrl.experiments.results import arrange
+from rllib_distrl.experiments.equal_average import equal_average_metrics
+from rllib_distrl.experiments.results import arrange, number
 from rllib_distrl.experiments.tables import (
     Table,
     costs_table,
     differences_table,
-    number,
     results_table,
 )
 from tests.experiments.made_records import failed, record, records
@@ -56,7 +55,7 @@ def test_best_k_is_shown_only_where_it_differs() -> None:
     found = arrange(records({"a": [0.2], "b": [0.2]}, **both), ["a", "b"], [0])
     assert found.metrics == list(graded)
     assert found.validation_metrics == ["avg@2", "best@1", "best@2", "pass@1", "pass@2"]
-    assert front_metrics(found) == ["pass@2", "best@2"]
+    assert equal_average_metrics(found) == ["pass@2", "best@2"]
     both = {"metrics": binary, "validation": [{"tokens": 1.0, **binary}]}
     found = arrange(records({"a": [0.2], "b": [0.2]}, **both), ["a", "b"], [0])
     assert found.metrics == ["avg@2", "pass@1", "pass@2"]
