@@ -14,6 +14,10 @@ from pathlib import Path
 
 TEMPORARY = ".tmp-"
 _BLOCK = 1 << 20  # bytes hashed at once
+_SAMPLE, _SAMPLES = 1 << 16, 64  # bytes and number of the blocks within a large file
+_MODEL_FILES = frozenset(
+    {".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja", ".tiktoken"}
+)
 
 
 @contextmanager
@@ -68,7 +72,41 @@ def remove_folder(path: Path) -> None:
 def remove_temporaries(folder: Path) -> None:
     """Removes what an interrupted write or removal has left in a folder."""
     for path in folder.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(path)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def model_hash(folder: str | Path) -> str | None:
+    """BLAKE2b, 32 hexadecimal digits, of the files of a model's folder, of large ones in samples.
+
+    Of each its name, size, first and last megabyte, and blocks evenly between: weights that were
+    trained further or exchanged differ, and gigabytes need a fraction of a second. Notes, and what
+    lies in folders below, do not count.
+
+    Returns:
+        None where there is no such folder.
+    """
+    if not Path(folder).is_dir():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted(Path(folder).iterdir()):
+        if file.suffix not in _MODEL_FILES or not file.is_file():
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(_BLOCK))
+            for number in range(1, _SAMPLES):
+                at = size * number // _SAMPLES
+                if at >= _BLOCK:
+                    stream.seek(at)
+                    digest.update(stream.read(_SAMPLE))
+            if size > _BLOCK:
+                stream.seek(max(_BLOCK, size - _BLOCK))
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distrl_envs.data_files import HUB_PREFIX
-from rllib_distrl.files import content_hash
+from rllib_distrl.files import content_hash, model_hash
 from rllib_distrl.recipe_schema import (
     BUILDER_TABLES,
     builder_parameters,
@@ -306,8 +306,9 @@ def _plain(value: Any) -> Any:
 _FILES = (".jsonl", ".csv", ".parquet")
 # Settings whose value may be a path, in any table.
 _PATHS = ("data", "model", "tokenizer", "samples", "critic_checkpoint")
-# Those whose content decides what is learned, beside the model.
+# Those whose content decides what is learned.
 _CONTENT = ("data", "samples")
+_MODELS = ("model", "tokenizer")
 
 
 def locate(tables: dict[str, Any], folder: Path, leave: frozenset[str] = frozenset()) -> None:
@@ -330,13 +331,15 @@ def locate(tables: dict[str, Any], folder: Path, leave: frozenset[str] = frozens
 
 
 def content_hashes(tables: Mapping[str, Any]) -> dict[str, str]:
-    """Hashes of the data that a recipe learns from, by "table.key" of the setting.
+    """Hashes of the data and models that a recipe learns from, by "table.key" of the setting.
 
-    Data on the hub have none: the hub's address says what they are.
+    What is on the hub has none: the hub's address says what it is.
     """
     found = {}
     for table, key, dotted in _paths(tables, ""):
         place = _split_hub(table[key])[1]
+        if key in _MODELS and Path(place).is_absolute() and (digest := model_hash(place)):
+            found[dotted] = digest
         decides = any(name in _CONTENT for name in dotted.split("."))
         if decides and Path(place).is_absolute() and Path(place).exists():
             found[dotted] = content_hash(Path(place))

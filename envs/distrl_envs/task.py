@@ -35,6 +35,7 @@ LARGEST_SCORE = 3.4e38
 
 STATUSES = (
     "correct", "wrong", "no_answer", "too_long", "timeout", "worker_died", "unchecked",
+    "verifier_error",
 )  # fmt: skip
 
 

@@ -86,6 +86,21 @@ class DistRL(Algorithm):
     env_runner_group: Any
     _built = False  # `on_algorithm_init` restores checkpoints before `setup` is done
 
+    def __init__(self, config: Any = None, *args: Any, **kwargs: Any):
+        """RLlib's, which lets ``from_checkpoint`` fall back to a class without its settings.
+
+        Raises:
+            ValueError: without a configuration.
+        """
+        if config is None:
+            raise ValueError(
+                f"{type(self).__name__} got no configuration. If this is from_checkpoint: the "
+                "settings in the checkpoint are of another version and cannot be read. Give them, "
+                "from_checkpoint(PATH, config=CONFIG); its weights and state are kept. "
+                "`distrl train RUN --resume` does it by itself."
+            )
+        super().__init__(config, *args, **kwargs)
+
     @classmethod
     def get_default_config(cls) -> DistRLConfig:
         """`DistRLConfig`."""

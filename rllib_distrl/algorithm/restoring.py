@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow.fs
 
+from rllib_distrl.files import model_hash
 from rllib_distrl.maths.optimism import LEARNED_STATS
 from rllib_distrl.model.lora import DEFAULTS as LORA_DEFAULTS
 from rllib_distrl.settings import DistanceSettings, EnsembleSettings
@@ -14,6 +15,8 @@ from rllib_distrl.settings import DistanceSettings, EnsembleSettings
 UNCERTAINTIES = {"ensemble": EnsembleSettings, "distance": DistanceSettings}
 SETTINGS = "module_settings"
 WEIGHTS = "policy_weights"
+# Beside the model's name in a checkpoint: which files it had, wherever they lie.
+_MODEL_FILES = "model_files"
 # What decides which tensors there are and what they mean; anything else may be changed.
 _SHAPING = ("model", "critic", "n_quantiles", "head_center", "lora", "ensemble", "distance")
 
@@ -21,6 +24,7 @@ _SHAPING = ("model", "critic", "n_quantiles", "head_center", "lora", "ensemble",
 def module_settings(config: Any) -> dict[str, Any]:
     """The settings of ``config`` that a checkpoint must agree with."""
     found = {name: config.model_config.get(name) for name in _SHAPING}
+    found[_MODEL_FILES] = model_hash(str(found["model"]))
     if lora := found["lora"]:
         lora = {**LORA_DEFAULTS, **lora}
         if not isinstance(lora["targets"], str):
@@ -64,6 +68,8 @@ def check_settings(config: Any, saved: Mapping[str, Any], what: str) -> None:
         ValueError: with every setting that differs.
     """
     present = module_settings(config)
+    if saved.get(_MODEL_FILES) and saved[_MODEL_FILES] == present[_MODEL_FILES]:
+        saved = {**saved, "model": present["model"]}  # The folder was moved, or copied.
     lines = [
         f"  {name}: {saved[name]!r} in the checkpoint, {present[name]!r} now"
         for name in _SHAPING

@@ -17,7 +17,7 @@ from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.ray_session import hide_loading_bars, ray_session
 from rllib_distrl.cli.scale import take_scale_request
 from rllib_distrl.experiments.training import Row, RunLength, Training, TrainingCheckpoints
-from rllib_distrl.files import replaced_folder
+from rllib_distrl.files import remove_temporaries, replaced_folder
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import TrainingStopped, checkpoint_iteration
 from rllib_distrl.runs.folder import RunFolder
@@ -231,6 +231,7 @@ def _try_export(algo: Any, run: RunFolder) -> None:
     """
     from rllib_distrl.algorithm.wiring import export_policy
 
+    remove_temporaries(run.path)  # of a process that was killed in here
     with TemporaryDirectory(prefix=".tmp-export-", dir=run.path) as folder:
         try:
             export_policy(algo, folder)

@@ -196,7 +196,7 @@ def create_run(
         "commit": commit(),
         "versions": versions(),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
-        "data": content_hashes(recipe.tables),
+        "data": content_hashes(recipe.to_dict()),
         "sessions": [session(command)],
     }
     write_atomic(run.meta_file, json.dumps(meta, indent=2) + "\n")
@@ -236,10 +236,8 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
         ValueError: If there is no run, or if the recipe differs (the message shows where).
     """
     run = open_run(path)
-    check_same_recipe(run, recipe)
-    hashes = content_hashes(recipe.tables)
+    hashes = check_same_recipe(run, recipe)
     meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
-    check_same_data(meta.get("data", {}), hashes, recipe)
     meta["data"] = hashes
     run.scale_file.unlink(missing_ok=True)  # asked of a process that has ended
     write_atomic(run.recipe_file, recipe.to_toml())
@@ -248,13 +246,18 @@ def resume_run(path: Path, recipe: Recipe, command: Sequence[str]) -> RunFolder:
     return run
 
 
-def check_same_recipe(run: RunFolder, new: Recipe) -> None:
+def check_same_recipe(run: RunFolder, new: Recipe) -> dict[str, str]:
     """Checks that a run may be continued with `new`.
+
+    Returns:
+        The present hashes of `new`'s data and models.
 
     Raises:
         ValueError: If anything but raised iterations, a raised budget of tokens or the place of the
-            same data differs.
+            same data or model differs, or if these have changed.
     """
+    meta = json.loads(run.meta_file.read_text(encoding="utf-8"))
+    began, now = meta.get("data", {}), content_hashes(new.to_dict())
     before, after = _dotted(run.recipe().to_dict()), _dotted(new.to_dict())
     missing = "(not set)"
     grown = {key for key in _MAY_GROW if before.get(key) and after.get(key)}
@@ -263,8 +266,7 @@ def check_same_recipe(run: RunFolder, new: Recipe) -> None:
         for key in before.keys() | after.keys()
         if key not in (*grown, *_MAY_CHANGE) and before.get(key, missing) != after.get(key, missing)
     }
-    if differ:
-        differ -= _moved_data(run, new)
+    differ -= {key for key, digest in began.items() if now.get(key) == digest}
     lines = [
         f"  {key}: {before.get(key, missing)!r} in the run, {after.get(key, missing)!r} now"
         for key in sorted(differ)
@@ -280,34 +282,21 @@ def check_same_recipe(run: RunFolder, new: Recipe) -> None:
             raise ValueError(
                 f"{key} can only be raised on resume: {before[key]} in the run, {after[key]} now."
             )
+    _check_same_files(began, now, after)
+    return now
 
 
-def _moved_data(run: RunFolder, new: Recipe) -> set[str]:
-    """Settings whose data are those that the run began with, wherever they lie now."""
-    began = json.loads(run.meta_file.read_text(encoding="utf-8")).get("data", {})
-    now = content_hashes(new.tables)
-    return {key for key, digest in began.items() if now.get(key) == digest}
-
-
-def check_same_data(old: Mapping[str, str], new: Mapping[str, str], recipe: Recipe) -> None:
-    """Checks that a run goes on with the data that it began with.
-
-    Args:
-        old: Hashes of `content_hashes` when the run began; what a run of an earlier version lacks
-            is not looked at.
-        new: Those of now.
-        recipe: Whose data they are.
-
-    Raises:
-        ValueError: If data have changed or are gone.
-    """
-    for key, digest in old.items():
-        if new.get(key) != digest:
-            place = _dotted({name: dict(table) for name, table in recipe.tables.items()}).get(key)
-            what = "have changed since the run began" if key in new else "are gone"
+def _check_same_files(
+    began: Mapping[str, str], now: Mapping[str, str], places: Mapping[str, Any]
+) -> None:
+    """Refuses data and models that have changed or are gone; earlier versions noted fewer."""
+    for key, digest in began.items():
+        if now.get(key) != digest:
+            what = "have changed since the run began" if key in now else "are gone"
             raise ValueError(
-                f"{key}: the data of {place} {what}, so the run cannot go on as it was. Put them "
-                "back as they were, or start another run with --out."
+                f"{key}: the files of {places.get(key)} {what}, so the run cannot go on as it was. "
+                f"Put them back as they were, say where they are now with {key}=PLACE, or start "
+                "another run with --out."
             )
 
 

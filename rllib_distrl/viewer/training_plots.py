@@ -50,6 +50,7 @@ _STATUS_COLOURS = {
     "timeout": "#D55E00",
     "worker_died": "#CC79A7",
     "unchecked": "#F0E442",
+    "verifier_error": "#0072B2",
 }
 
 

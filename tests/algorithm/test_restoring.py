@@ -170,6 +170,36 @@ def test_a_models_folder_may_be_named_from_elsewhere(tmp_path, monkeypatch):
             check_settings(now, {"model": other}, "The checkpoint")
 
 
+def test_settings_of_another_version_are_given_anew(algo, tmp_path):
+    """RLlib falls back to the class alone where it cannot read them."""
+    path = algo.save_to_path(str(tmp_path / "c"))
+    gone = b"crllib_distrl.no_such_settings\nSettings\n."
+    (tmp_path / "c" / "class_and_ctor_args.pkl").write_bytes(gone)
+    with pytest.raises(ValueError, match=r"of another version.*from_checkpoint\(PATH, config="):
+        DistRL.from_checkpoint(path)
+    other = DistRL.from_checkpoint(path, config=algo.config.copy(copy_frozen=False))
+    try:
+        assert other.iteration == algo.iteration
+    finally:
+        other.stop()
+
+
+def test_a_models_folder_may_have_moved(tmp_path):
+    """Its files say which it is: those of a checkpoint, not its place."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    (old / "config.json").write_text("{}")
+    (old / "README.md").write_text("before")
+    saved = module_settings(distrl_config(model=str(old)))
+    old.rename(new)
+    (new / "README.md").write_text("after")
+    now = distrl_config(model=str(new))
+    check_settings(now, saved, "The checkpoint")
+    (new / "config.json").write_text('{"vocab_size": 1}')
+    with pytest.raises(ValueError, match=f"model: '{old}' in the checkpoint, '{new}' now"):
+        check_settings(now, saved, "The checkpoint")
+
+
 def test_a_learner_that_was_not_restored_is_an_error(algo, tmp_path):
     path = algo.save_to_path(str(tmp_path / "c"))
     algo.train()

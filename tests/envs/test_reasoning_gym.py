@@ -21,6 +21,8 @@ NO_ANSWER = {"boxnet", "rush_hour"}
 CONFIGS = {
     "composite": {"datasets": [{"name": "lcm", "weight": 1.0}, {"name": "gcd", "weight": 1}]}
 }
+RAISES = {"prime_factorization"}
+"""Generators whose verifiers raise over words."""
 BROKEN = {"game_of_life_halting"}
 """Generators that are refused: their verifiers take anything for right."""
 
@@ -39,7 +41,12 @@ def check(name):
     assert [(grade.score, grade.status) for grade in own] == [(1.0, "correct")] * 2
     for problem in problems:
         grade = task.grade(problem, "<answer>surely not this</answer>")
-        assert 0.0 <= grade.score < 1.0 and grade.status == "wrong"
+        assert 0.0 <= grade.score < 1.0
+        assert grade.status == ("verifier_error" if name in RAISES else "wrong")
+
+
+def test_a_verifier_that_raises_is_counted_apart():
+    check("prime_factorization")
 
 
 @pytest.mark.parametrize("name", QUICK)

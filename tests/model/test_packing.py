@@ -81,6 +81,63 @@ def repeated(query, *tensors):
     return (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in tensors)
 
 
+OPT = {"ffn_dim": 64, "word_embed_proj_dim": 32, "init_std": 0.3}
+# The 350M model's: norms after the blocks, and embeddings of another width.
+OPT_350M = {**OPT, "word_embed_proj_dim": 16, "do_layer_norm_before": False}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [OPT, OPT_350M], ids=["125m", "350m"])
+@pytest.mark.parametrize("share", [True, False], ids=["shared prompts", "prompts apart"])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradients_of_opt_are_those_of_its_own_forward_pass(settings, share, seed):
+    """Of every weight by itself, to the rounding of float32; docs/models.md has the numbers.
+
+    A bias of keys moves all scores of a query alike and has no gradient but rounding: measured
+    against itself, that alone is an error of 100 %.
+    """
+    model = make_model("OPT", **settings)
+    ids, prompt_lens, lengths = rows()
+    if not share:
+        apart = torch.Generator().manual_seed(seed + 1)
+        ids = torch.randint(2, 50, ids.shape, generator=apart)
+    packing = pack(ids, prompt_lens, lengths)
+    assert (len(packing.input_ids) < int(lengths.sum())) == share
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))  # biases and norms are not neutral
+    expected = opt_gradients(model, ids, prompt_lens, lengths, None)
+    let_pack_rows(model)
+    assert packs_rows(model.base_model)
+    found = opt_gradients(model, ids, prompt_lens, lengths, packing)
+    whole = torch.cat([gradient.flatten() for gradient in expected.values()]).norm()
+    for name, gradient in expected.items():
+        if name.endswith("k_proj.bias"):
+            assert gradient.norm() < 1e-6 * whole and found[name].norm() < 1e-6 * whole
+        else:
+            error = (found[name] - gradient).norm() / gradient.norm()
+            assert error < 1e-5, (name, float(error))
+
+
+def opt_gradients(model, ids, prompt_lens, lengths, packing):
+    """Gradients, by name, of the sum of weighted logps of all completion tokens."""
+    weights = torch.randn(ids.shape, generator=torch.Generator().manual_seed(9))
+    total = torch.zeros(())
+    if packing is not None:
+        states = packed_states(model.model, packing)
+    for row, (start, end) in enumerate(zip(prompt_lens, lengths, strict=True)):
+        if packing is None:
+            logits = model(input_ids=ids[row : row + 1, :end], use_cache=False).logits[0]
+        else:
+            logits = model.lm_head(states[packing.rows[row, :end]])
+        logps = logits[start - 1 : end - 1].log_softmax(-1)
+        picked = logps.gather(-1, ids[row, start:end, None])[:, 0]
+        total = total + (weights[row, start:end] * picked).sum()
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(total, parameters), strict=True))
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [

@@ -178,7 +178,7 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(tmp_path: Path) -> 
     run = create_run(tmp_path / "run", recipe, [])
     assert resume_run(run.path, recipe, []).path == run.path
     data.write_text('{"problem": "1 + 1 =", "answer": "3"}\n')
-    with pytest.raises(ValueError, match=rf"task_config.data: the data of {data} have changed"):
+    with pytest.raises(ValueError, match=rf"task_config.data: the files of {data} have changed"):
         resume_run(run.path, recipe, [])
     data.unlink()
     with pytest.raises(ValueError, match="are gone"):
@@ -188,6 +188,28 @@ def test_a_run_goes_on_only_with_the_data_that_it_began_with(tmp_path: Path) -> 
     del meta["data"]  # a run of an earlier version
     run.meta_file.write_text(json.dumps(meta))
     assert resume_run(run.path, recipe, []).path == run.path
+
+
+def test_a_run_goes_on_only_with_the_model_that_it_began_with(tmp_path: Path) -> None:
+    model, file = tmp_path / "mine", tmp_path / "own.toml"
+    model.mkdir()
+    (model / "config.json").write_text("{}")
+    weights = model / "model.safetensors"
+    weights.write_bytes(bytes(3 << 20))
+    file.write_text(RECIPE)
+    recipe = load_recipe(file, [f"run.model={model}"])
+    run = create_run(tmp_path / "run", recipe, [])
+    with weights.open("r+b") as stream:
+        stream.seek((3 << 20) - 1)
+        stream.write(b"1")  # of the last weight
+    with pytest.raises(ValueError, match=rf"run.model: the files of {model} have changed"):
+        resume_run(run.path, recipe, [])
+    weights.write_bytes(bytes(3 << 20))
+    moved = model.rename(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=r"are gone.*with run\.model=PLACE"):
+        resume_run(run.path, recipe, [])
+    elsewhere = load_recipe(run.recipe_file, [f"run.model={moved}"])
+    assert resume_run(run.path, elsewhere, []).recipe().run.model == str(moved)
 
 
 def test_the_same_data_may_lie_elsewhere_on_resume(tmp_path: Path) -> None:

@@ -123,8 +123,8 @@ def make(name: str, config: str, level: str, index: int) -> list[Any]:
     return [str(entry["question"]), text]
 
 
-def score(name: str, config: str, level: str, index: int, answer: str) -> float:
-    """The generator's own score of an answer."""
+def score(name: str, config: str, level: str, index: int, answer: str) -> float | None:
+    """The generator's own score of an answer; None where its verifier raises."""
     dataset = _dataset(name, config, level)
     entry = _entry(dataset, index)
     try:
@@ -132,8 +132,7 @@ def score(name: str, config: str, level: str, index: int, answer: str) -> float:
     except MemoryError:
         raise
     except Exception:
-        # Malformed text, in whatever way it shows, is not the answer.
-        return 0.0
+        return None
 
 
 def main() -> None:

@@ -136,7 +136,7 @@ class ReasoningGymTask(Task):
         return "Problems are made up; a hash of each decides its split: 70, 15 and 15 %"
 
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
-        """The verifier's score; `correct` where it is 1."""
+        """The verifier's score; `correct` where it is 1, `verifier_error` where it raises."""
         return self.grade_many([problem], [completion], [truncated])[0]
 
     def grade_many(
@@ -157,6 +157,8 @@ class ReasoningGymTask(Task):
         except (WorkerTimedOut, WorkerDied) as failure:
             status = "timeout" if isinstance(failure, WorkerTimedOut) else "worker_died"
             return Grade(0.0, status, answer)
+        if score is None:  # Most often malformed text, and never a silent "wrong".
+            return Grade(0.0, "verifier_error", answer)
         return Grade(score, "correct" if score >= RIGHT else "wrong", answer)
 
     def _ask(self, what: str, index: int, timeout: float, *answer: str) -> Any:
