@@ -101,8 +101,10 @@ class Bench:
             part(self, *arguments)
         except Exception as error:
             traceback.print_exc()
-            case = f"{arguments}: {type(error).__name__}: {str(error)[:200]}"
+            short = [x for x in arguments if not isinstance(x, list)]
+            case = f"{short}: {type(error).__name__}: {str(error)[:200]}"
             self.rows.append({"part": part.__name__, "case": case, "failed": 1})
+        self.fresh()
         print(f"  ({part.__name__} took {time.perf_counter() - started:.1f} s)", flush=True)
 
 
@@ -122,11 +124,11 @@ def model_config(size: str) -> Any:
     )  # fmt: skip
 
 
-def make_model(config: Any, device: torch.device) -> Any:
-    """Random weights, drawn on the device: to write gigabytes to a disk would take longer."""
+def make_model(config: Any, device: torch.device, *, drawn_on: str | None = None) -> Any:
+    """Random weights; drawn on the device unless another one has to draw the same."""
     torch.manual_seed(0)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.device(drawn_on or device):
+        return transformers.AutoModelForCausalLM.from_config(config).eval().to(device)
 
 
 def ceilings(bench: Bench) -> None:
@@ -204,8 +206,13 @@ def sync(bench: Bench, size: str) -> None:
     bench.add("sync", f"{size}, float32 to bfloat16 by way of the host", **parts)
 
 
-def learner_of(bench: Bench, config: Any, device: str, **training: Any) -> Any:
-    """A learner of a model with random weights, without actors."""
+def learner_of(
+    bench: Bench, config: Any, device: str, drawn_on: str | None = None, **training: Any
+) -> Any:
+    """A learner of a model with random weights, without actors.
+
+    The weights never pass a disk: to write gigabytes would take longer than to measure.
+    """
     folder = bench.folder / "model"
     config.save_pretrained(folder)
     small_tokenizer().save_pretrained(folder)
@@ -213,7 +220,9 @@ def learner_of(bench: Bench, config: Any, device: str, **training: Any) -> Any:
     settings.learners(num_gpus_per_learner=1 if device == "cuda" else 0)
     settings.rollout(max_completion_tokens=TOKENS, torch_threads=torch.get_num_threads())
     original = causal_lm_module.load_model
-    causal_lm_module.load_model = lambda name: make_model(config, torch.device(device))
+    causal_lm_module.load_model = lambda name: make_model(
+        config, torch.device(device), drawn_on=drawn_on
+    )
     try:
         settings.validate()
         return make_learner(settings)
@@ -234,26 +243,31 @@ def episodes_of(bench: Bench, rows: int) -> list[Any]:
 
 def update(bench: Bench, size: str) -> None:
     """One optimiser step on completions of random tokens: tokens per second, share of peak."""
-    config = model_config(size)
     rows, tokens = (8, 24) if bench.small else (256 if size == "135m" else 96, TOKENS)
     episodes = episodes_of(bench, rows)
-    cases = [(False, 16_384), (False, 65_536), (True, 65_536)]
+    cases = [(False, 16_384), (True, 16_384), (True, 65_536)]
+    if size == "135m":
+        cases.append((False, 65_536))
     for checkpointing, budget in cases[: 1 if bench.small else None]:
-        bench.fresh()
-        learner = learner_of(
-            bench, config, bench.device.type, precision="bf16", critic="shared",
-            activation_checkpointing=checkpointing, micro_batch_tokens=budget,
-        )  # fmt: skip
-        parameters = sum(p.numel() for p in learner._policy_module.policy.parameters())
-        columns, step = a_step(learner, episodes, tokens)
-        seconds = bench.seconds(step, 1)
-        count = int(columns["loss_mask"].sum() + columns["prompt_lens"].sum())
-        word = "recomputed" if checkpointing else "kept"
-        bench.add(
-            "update", f"{size}, activations {word}, {budget // 1024}k at a time",
-            seconds=seconds, tokens_per_s=count / seconds, flops=8 * parameters * count / seconds,
-        )  # fmt: skip
-        del learner, step
+        bench.attempt(one_update, size, episodes, tokens, checkpointing, budget)
+
+
+def one_update(
+    bench: Bench, size: str, episodes: list[Any], tokens: int, checkpointing: bool, budget: int
+) -> None:
+    learner = learner_of(
+        bench, model_config(size), bench.device.type, precision="bf16", critic="shared",
+        activation_checkpointing=checkpointing, micro_batch_tokens=budget,
+    )  # fmt: skip
+    parameters = sum(p.numel() for p in learner._policy_module.policy.parameters())
+    columns, step = a_step(learner, episodes, tokens)
+    seconds = bench.seconds(step, 1)
+    count = int(columns["loss_mask"].sum() + columns["prompt_lens"].sum())
+    word = "recomputed" if checkpointing else "kept"
+    bench.add(
+        "update", f"{size}, activations {word}, {budget // 1024}k at a time",
+        seconds=seconds, tokens_per_s=count / seconds, flops=8 * parameters * count / seconds,
+    )  # fmt: skip
 
 
 def a_step(learner: Any, episodes: list[Any], tokens: int) -> tuple[dict[str, Any], Any]:
@@ -321,7 +335,7 @@ def learner_numerics(bench: Bench, size: str) -> None:
         ("bf16", bench.device.type, "bf16"),
     ):  # fmt: skip
         learner = learner_of(
-            bench, config, device, precision=precision, critic="shared", grad_clip=None,
+            bench, config, device, "cpu", precision=precision, critic="shared", grad_clip=None,
             entropy_coeff=0.01, micro_batch_tokens=2048,
         )  # fmt: skip
         columns, step = a_step(learner, episodes, 48)

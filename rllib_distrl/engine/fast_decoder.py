@@ -54,6 +54,9 @@ class FastDecoder:
         self.shape = s = shape_of(config)
         self.weights = FastWeights(s, device, dtype)
         self._rotations = torch.empty(0, 3, 1, device=device, dtype=torch.complex64)
+        # Which of the three rotations each head has.
+        counts = torch.tensor([s.heads, s.kv_heads, s.kv_heads])
+        self._kinds = torch.arange(3).repeat_interleave(counts).to(device)
         self.cache = KVCache(s.layers, s.kv_heads, s.head_dim, device, dtype)
         self.close()
 
@@ -154,18 +157,17 @@ class FastDecoder:
             (N, H) before the last norm.
         """
         s, n = self.shape, len(x)
-        q_rotation, kv_rotation = rotations[:, :1], rotations[:, 1:].unsqueeze(2)
+        rotations = rotations.index_select(1, self._kinds)
         for w in self.weights.layers:
             qkv = F.linear(self._norm(x, w.norm_in), w.qkv, w.qkv_bias)
             if w.q_norm is not None and w.k_norm is not None:
                 self._normalise(qkv, w.q_norm, w.k_norm)
             pairs = qkv.float().view(torch.complex64).view(n, -1, s.head_dim // 2)
-            q, kv = pairs.split((s.heads, 2 * s.kv_heads), 1)
-            q = (q * q_rotation).view(torch.float32).to(self.dtype)
-            kv = (kv.view(n, 2, s.kv_heads, -1) * kv_rotation).view(torch.float32)
-            x.add_(F.linear(attend(w.index, q, kv), w.out, w.out_bias))
+            turned = pairs.mul_(rotations).view(torch.float32).to(self.dtype)
+            q, kv = turned.split((s.heads, 2 * s.kv_heads), 1)
+            _add_linear(x, attend(w.index, q, kv.view(n, 2, s.kv_heads, -1)), w.out, w.out_bias)
             gate, up = F.linear(self._norm(x, w.norm_post), w.gate_up, w.gate_up_bias).chunk(2, -1)
-            x.add_(F.linear(F.silu(gate).mul_(up), w.down, w.down_bias))
+            _add_linear(x, F.silu(gate).mul_(up), w.down, w.down_bias)
         return x
 
     def _norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -238,3 +240,12 @@ class FastDecoder:
         allowed = (columns >= starts[:, None, None]) & (columns <= columns[:, None])
         # A padding query sees itself: without any key it would be NaN and poison the cache.
         return (allowed | torch.eye(width, dtype=torch.bool))[:, None].to(self.device)
+
+
+def _add_linear(
+    x: torch.Tensor, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    """Adds a linear layer's output to x in place, in the product's own kernel."""
+    x.addmm_(inputs, weight.t())
+    if bias is not None:
+        x.add_(bias)

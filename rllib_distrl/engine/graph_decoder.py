@@ -156,7 +156,8 @@ class GraphDecoder(FastDecoder):
         self._make_buffers(0)
         self._graphs: dict[tuple[int, SamplingParams], torch.cuda.CUDAGraph] = {}
         self._recorded_for: tuple[int, ...] = ()
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        # The graphs' memory: one of them runs at a time.
+        self._pool: tuple[int, int] | None = None
 
     def open(self, batch: int, width: int, length: int) -> None:
         """Starts empty; see `FastDecoder.open`."""
@@ -208,6 +209,8 @@ class GraphDecoder(FastDecoder):
         if addresses != self._recorded_for:
             self._graphs.clear()
             self._recorded_for = addresses
+            # A pool ends with its last graph.
+            self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
     def _replay(self, rows: int, params: SamplingParams) -> None:
         """One step and its draw; the first of its kind runs as it is, and is then recorded."""
@@ -244,7 +247,7 @@ class GraphDecoder(FastDecoder):
     def _write(self, layer: int, places: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Puts the tokens' keys and values into the cache; a layer's, (2, rows, columns, ...)."""
         cache = self.cache.data[layer]
-        cache.flatten(1, 2).index_copy_(1, places, kv.transpose(0, 1).to(self.dtype))
+        cache.flatten(1, 2).index_copy_(1, places, kv.transpose(0, 1))
         return cache
 
     def _attention(self, rows: int, starts: torch.Tensor, columns: torch.Tensor) -> Attend:
@@ -267,20 +270,23 @@ class GraphDecoder(FastDecoder):
 
     def _flash_attention(self, rows: int, starts: torch.Tensor, columns: torch.Tensor) -> Attend:
         """Attention of rows of unequal length, each read from its start to its column."""
-        width = self.cache.data.shape[3]
+        s, width = self.shape, self.cache.data.shape[3]
         begins = self._rows[: rows + 1] * width
         places = begins[:rows] + columns
         begins[:rows] += starts
-        of_keys, of_queries = begins.int(), self._rows[: rows + 1].int()
+        # The queries that share a key head stand where a sequence has its tokens: read once.
+        shared = s.heads // s.kv_heads
+        of_keys, of_queries = begins.int(), (self._rows[: rows + 1] * shared).int()
         lengths = (columns - starts + 1).int()
 
         def attend(layer: int, query: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
             keys, values = self._write(layer, places, kv).flatten(1, 2)
+            query = query.view(rows, s.kv_heads, shared, -1).transpose(1, 2).flatten(0, 1)
             out = torch.ops.aten._flash_attention_forward(
-                query, keys, values, of_queries, of_keys, 1, width, 0.0, False, False,
+                query, keys, values, of_queries, of_keys, shared, width, 0.0, False, False,
                 scale=1.0, seqused_k=lengths,
-            )  # fmt: skip
-            return out[0].view(rows, -1)
+            )[0]  # fmt: skip
+            return out.view(rows, shared, s.kv_heads, -1).transpose(1, 2).reshape(rows, -1)
 
         return attend
 
