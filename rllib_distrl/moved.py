@@ -55,7 +55,7 @@ MODULES = {
     "recipe_paths": "recipe",
     "run_folder": "runs.folder",
     "run_log": "runs.log",
-    "run_meta": "runs.meta",
+    "run_meta": "runs.log",
     "run_requests": "cli.scale",
     "run_storage": "runs.storage",
     "sweeps.fronts": "experiments.sweep",

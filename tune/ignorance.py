@@ -22,7 +22,7 @@ from rllib_distrl import DistRLConfig
 from rllib_distrl.algorithm.critic_probe import probe_critic
 from rllib_distrl.experiments.training import RunLength, Training
 from rllib_distrl.files import write_atomic
-from rllib_distrl.runs.meta import commit
+from rllib_distrl.runs.log import commit
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "ensemble, prior 0.3": {"bonus_stat": "ensemble", "ensemble": {"prior_scale": 0.3}},

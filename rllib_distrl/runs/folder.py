@@ -29,7 +29,7 @@ from typing import Any
 
 from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, content_hashes, load_recipe
-from rllib_distrl.runs.meta import commit, session, versions
+from rllib_distrl.runs.log import commit, session, versions
 
 _FORMAT = "distrl-run-1"
 _MAY_GROW = ("run.iterations", "run.budget_tokens")

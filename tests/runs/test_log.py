@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.runs.log import RunLog, flatten_result, read_progress, truncate_progress
+from rllib_distrl.runs.log import (
+    RunLog,
+    commit,
+    flatten_result,
+    read_progress,
+    truncate_progress,
+)
 
 
 def test_flatten_keeps_scalars_under_joined_keys() -> None:
@@ -114,3 +121,14 @@ def test_numbers_of_any_size_reach_both_logs(tmp_path: Path, size: float) -> Non
     assert sum(atoms.bucket) == atoms.num == 50
     largest = 3.4028234663852886e38  # of single precision, in which scalars are kept
     assert events.Scalars("loss")[0].value == pytest.approx(min(max(size, -largest), largest))
+
+
+def test_the_commit_is_that_of_the_source_tree() -> None:
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        assert commit() is None
+        return
+    head = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+    )
+    assert (commit() or "").removesuffix("+changes") == head.stdout.strip()
