@@ -13,7 +13,7 @@ from rllib_distrl.maths.optimism import BONUS_STATS
 from rllib_distrl.maths.read_outs import check_read_out
 from rllib_distrl.method.pipeline import OPTIMISM
 from rllib_distrl.method.registry import Stage, resolve
-from rllib_distrl.model.critic_folder import check_critic
+from rllib_distrl.model.critics import check_critic
 from rllib_distrl.model.loading import load_config
 from rllib_distrl.model.lora import check_lora
 from rllib_distrl.settings import DistanceSettings, EnsembleSettings, PretrainingSettings

@@ -19,10 +19,10 @@ from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from rllib_distrl.algorithm.cluster import check_runner_gpus, cluster_checked
 from rllib_distrl.engine.weights import content_hash
-from rllib_distrl.model.activations import PRECISIONS
+from rllib_distrl.model.attention import PRECISIONS
+from rllib_distrl.model.causal_lm import trunk_name
 from rllib_distrl.model.causal_lm_module import POLICY_PREFIX, CausalLMModule
-from rllib_distrl.model.critic_folder import HEAD, TRUNK, save_critic
-from rllib_distrl.model.lm_parts import trunk_name
+from rllib_distrl.model.critics import HEAD, TRUNK, save_critic
 from rllib_distrl.model.loading import (
     GENERATION_CONFIG,
     eos_token_ids,
@@ -329,7 +329,7 @@ def check_export(model: str) -> None:
 
 
 def export_critic(algo: Any, path: str | Path) -> None:
-    """Writes the critic alone, trunk and head; see `rllib_distrl.model.critic_folder`.
+    """Writes the critic alone, trunk and head; see `rllib_distrl.model.critics`.
 
     The trunk of a critic that shares the policy's states is the policy's.
 

@@ -81,7 +81,7 @@ def check_room(recipe: Recipe, config: Any, run: RunFolder) -> None:
 
 def _parameters(model: str, settings: dict[str, Any]) -> tuple[int, int]:
     """Parameters that a checkpoint holds for the sake of the policy, and those that learn."""
-    from rllib_distrl.model.lm_parts import without_weights
+    from rllib_distrl.model.causal_lm import without_weights
     from rllib_distrl.model.loading import load_config
     from rllib_distrl.model.lora import count_adapter_parameters
 

@@ -123,7 +123,7 @@ def shape_of(name: str) -> ModelShape:
 
 def model_shape(config: Any) -> ModelShape:
     """Reads a model's shape from its Hugging Face configuration, without allocating it."""
-    from rllib_distrl.model.lm_parts import trunk_of, without_weights
+    from rllib_distrl.model.causal_lm import trunk_of, without_weights
 
     model = without_weights(config)
     text = config.get_text_config()

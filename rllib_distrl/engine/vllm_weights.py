@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rllib_distrl.model.lm_parts import without_weights
+from rllib_distrl.model.causal_lm import without_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from rllib_distrl.engine.protocol import Request, RolloutEngine, SamplingParams
-from rllib_distrl.model.lm_parts import gist, ordinary_tokens, own_logits
+from rllib_distrl.model.causal_lm import gist, ordinary_tokens, own_logits
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from rllib_distrl.maths.micro_batches import split_by_token_budget
 from rllib_distrl.maths.optimism import LEARNED_STATS
 from rllib_distrl.maths.statistics import masked_mean
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.model.ensemble import Ensemble
+from rllib_distrl.model.critics import Ensemble
 from rllib_distrl.model.sequences import Sequences, from_columns
 from rllib_distrl.settings import DistanceSettings, EnsembleSettings
 

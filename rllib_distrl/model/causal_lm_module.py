@@ -17,16 +17,15 @@ from rllib_distrl.engine.sampling import sample
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.micro_batches import split_by_token_budget, split_packed
 from rllib_distrl.maths.packing import first_of_prompt
-from rllib_distrl.model.activations import autocast, checkpoint_activations
-from rllib_distrl.model.critic_folder import load_critic
-from rllib_distrl.model.distributions import SampledTokenDistribution
-from rllib_distrl.model.lm_parts import last_states, logit_map_of, trunk_of
+from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
+from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
+from rllib_distrl.model.critics import load_critic
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.model.lora import add_adapters, merged_state, trunk_beside
-from rllib_distrl.model.packing import packs_rows
 from rllib_distrl.model.self_check import prepare_policy
 from rllib_distrl.model.sequences import (
     INPUT_IDS,
+    SampledTokenDistribution,
     Sequences,
     from_columns,
     from_incremental_obs,

@@ -12,8 +12,7 @@ import torch
 
 from distrl_envs import tokenizers
 from rllib_distrl.model.builtin import PREFIX, builtin_folder, find_spec
-from rllib_distrl.model.lm_parts import gist
-from rllib_distrl.model.warm_start import no_progress_bars
+from rllib_distrl.model.causal_lm import gist, no_progress_bars
 
 if TYPE_CHECKING:
     from transformers import (

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
-from rllib_distrl.model.lm_parts import is_causal_lm, trunk_of, without_weights
+from rllib_distrl.model.causal_lm import is_causal_lm, trunk_of, without_weights
 from rllib_distrl.recipe_schema import nearest
 
 if TYPE_CHECKING:

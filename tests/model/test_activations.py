@@ -4,7 +4,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
 from rllib_distrl.learner.minibatches import minibatch
-from rllib_distrl.model.activations import checkpoint_activations
+from rllib_distrl.model.attention import checkpoint_activations
 from tests.learner.rig import hot_config, make_learner, sample
 
 QWEN = Qwen2Config(

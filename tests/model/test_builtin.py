@@ -14,7 +14,15 @@ from distrl_envs.tasks.countdown import CountdownTask
 from distrl_envs.tokenizers import EOS, VOCABULARY, small_tokenizer
 from rllib_distrl.engine.protocol import Request, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
-from rllib_distrl.model.builtin import SPECS, BuiltinSpec, builtin_folder, find_spec
+from rllib_distrl.model.builtin import (
+    SPECS,
+    VALIDATION_EXAMPLES,
+    BuiltinSpec,
+    builtin_folder,
+    example_batches,
+    find_spec,
+    learning_rate,
+)
 from rllib_distrl.model.loading import (
     eos_token_ids,
     load_generation_config,
@@ -22,7 +30,6 @@ from rllib_distrl.model.loading import (
     load_tokenizer,
     resolve,
 )
-from rllib_distrl.model.warm_start import VALIDATION_EXAMPLES, example_batches, learning_rate
 
 SHORT = replace(SPECS["countdown-tiny"], steps=40)
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rllib_distrl.model.ensemble import Ensemble
+from rllib_distrl.model.critics import Ensemble
 
 
 def ensemble(prior_scale=0.5, **settings):

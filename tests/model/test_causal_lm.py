@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rllib_distrl.maths.lm_head import IDENTITY, LogitMap
-from rllib_distrl.model.lm_parts import last_states, logit_map_of, ordinary_tokens, trunk_of
+from rllib_distrl.model.causal_lm import last_states, logit_map_of, ordinary_tokens, trunk_of
 
 SIZES = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,

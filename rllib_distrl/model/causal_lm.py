@@ -7,6 +7,7 @@ the model runs it, and what follows the head (a factor, a soft cap) is measured.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,20 @@ _MEASURED_TOKENS = 4
 
 class _HeadReached(Exception):
     """Ends a forward pass at the LM head."""
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """Transformers shows no bars inside: for models that load at once they are only noise."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def without_weights(config: PreTrainedConfig) -> Any:

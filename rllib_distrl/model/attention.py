@@ -1,8 +1,15 @@
-"""Which models can compute packed rows, and the attention with which they do."""
+"""How a model computes: attention over packed rows, precision, and what is computed again."""
 
+import contextlib
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    CheckpointImpl,
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 
 from rllib_distrl.maths.packed_attention import packed_attention
 from rllib_distrl.maths.packing import Packing
@@ -75,10 +82,10 @@ def _attention(
     if query.device.type == "cpu":
         scale = kwargs.get("scaling") or query.shape[-1] ** -0.5
         return packed_attention(queries, keys, values, packing, scale).unsqueeze(0), None
-    return _attention_of_rows(module, queries, keys, values, packing, **kwargs).unsqueeze(0), None
+    return attention_of_rows(module, queries, keys, values, packing, **kwargs).unsqueeze(0), None
 
 
-def _attention_of_rows(
+def attention_of_rows(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packing: Packing, **kwargs: Any
 ) -> Tensor:
     """PyTorch's own attention (N, heads, D) on any device, prompts attended once per row."""
@@ -87,3 +94,46 @@ def _attention_of_rows(
     q, k, v = (x[packing.rows].transpose(1, 2) for x in (query, key, value))
     seen, _ = sdpa_attention_forward(module, q, k, v, None, **kwargs)
     return seen[packing.owners, packing.positions]
+
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context of a trunk's forward pass: weights stay float32, products are in bfloat16.
+
+    Args:
+        precision: One of `PRECISIONS`; with "fp32" nothing is cast.
+        device: Where the trunk is.
+    """
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Lets each block keep its input alone; the backward pass runs it once more.
+
+    Transformers' own switch acts in training mode only, where blocks may drop out. Names in
+    state dicts stay as they are.
+
+    Args:
+        model: A Hugging Face model, changed in place.
+
+    Raises:
+        ValueError: If Transformers marks none of its blocks as fit for it.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    if not any(isinstance(part, GradientCheckpointingLayer) for part in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has no blocks that can be computed again. "
+            "Leave activation_checkpointing out."
+        )
+    apply_activation_checkpointing(
+        model,
+        checkpoint_wrapper_fn=lambda block: checkpoint_wrapper(
+            block, CheckpointImpl.NO_REENTRANT, preserve_rng_state=False
+        ),
+        check_fn=lambda part: isinstance(part, GradientCheckpointingLayer),
+    )
