@@ -1,9 +1,10 @@
 """Running a comparison: every run is a `distrl train` process, resumable one by one.
 
-Not on Ray Tune, which would lose what these runs have: after SIGTERM, or where this process is
-killed, they finish their iteration and write a checkpoint (Tune 2.60 goes back to the last one, and
-acts on SIGINT alone); later calls may add seeds and recipes (`Tuner.restore` runs the grid that it
-was given); each is a run folder on this machine's disk like any other, wherever its actors are.
+Not on Ray Tune, which would lose what these runs have: after a signal, or where this process is
+killed, they finish their iteration and write a checkpoint (Tune 2.60 ends at once on SIGTERM, and
+leaves an actor 5 s after SIGINT, tune_controller.py:802); later calls may add seeds and recipes
+(`Tuner.restore` runs the grid that it was given); each is a run folder on this machine's disk like
+any other, wherever its actors are.
 """
 
 from __future__ import annotations
@@ -105,8 +106,7 @@ class Comparison:
         Raises:
             KeyboardInterrupt: After a signal, once the runs in progress have checkpointed.
         """
-        records = {job: self._record(*job) for job in self.plan.jobs()}
-        waiting = [job for job, found in records.items() if found is None or not found.finished]
+        waiting = [job for job in self.plan.jobs() if not self._finished(*job)]
         running: list[_Running] = []
         with _signals_raise():
             try:
@@ -120,6 +120,10 @@ class Comparison:
             except KeyboardInterrupt:
                 _stop([one.process for one in running])
                 raise
+
+    def _finished(self, contender: Contender, seed: int) -> bool:
+        found = self._record(contender, seed)
+        return found is not None and found.finished
 
     def _record(self, contender: Contender, seed: int) -> Record | None:
         file = self.record_file(contender, seed)

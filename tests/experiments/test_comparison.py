@@ -140,6 +140,18 @@ def test_other_settings_under_the_same_name_are_refused(tmp_path: Path) -> None:
     assert [r.seed for r in Comparison(plan, tmp_path / "out").records()] == [1]
 
 
+def test_what_is_finished_is_not_run_again(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    (tmp_path / "variants.toml").write_text(VARIANTS)
+    plan = make_plan([tmp_path / "variants.toml"], [], seeds=2, first_seed=0, budget_tokens=900)
+    comparison = Comparison(plan, tmp_path / "out")
+    for contender, seed in plan.jobs():
+        made = Record(contender.name, "", seed, contender.digest, 900, "finished")
+        made.write(comparison.record_file(contender, seed))
+    comparison.run(1, lambda record: pytest.fail(f"{record.name} was run"))
+    assert len(comparison.records()) == 4
+
+
 def graded_samples() -> pd.DataFrame:
     return pd.DataFrame(
         {
