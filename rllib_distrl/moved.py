@@ -38,6 +38,10 @@ MODULES = {
     "cli.quiet": "cli.ray_session",
     "cli.training_checkpoints": "experiments.training",
     "cli.training_loop": "cli.training_session",
+    "cli.eval_data": "cli.eval",
+    "cli.eval_progress": "cli.measure",
+    "cli.report": "cli.pages",
+    "cli.view": "cli.pages",
     "comparison.claims": "experiments.decisions",
     "comparison.drawing": "experiments.figures",
     "comparison.execution": "experiments.comparison",
@@ -48,6 +52,7 @@ MODULES = {
     "engines.engine": "engine.protocol",
     "engines.handshake": "engine.weight_proof",
     "env_runners.pools": "rollout.pool_metrics",
+    "evaluation.plots": "figures.pass_k",
     "evaluation.presets": "evaluation.data",
     "evaluation.run": "evaluation.evaluate",
     "evaluation.settings": "settings",
@@ -69,6 +74,10 @@ MODULES = {
     "sweeps.search": "experiments.space",
     "token_table": "method.token_table",
     "trackers": "runs.trackers",
+    "viewer.charts": "figures.look",
+    "viewer.packing": "viewer.token_blocks",
+    "viewer.page": "viewer.token_page",
+    "viewer.report": "viewer.run_report",
 }
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
 LAYERS = [
     {"maths", "recipe_schema", "files", "moved"},
-    {"settings"},
+    {"settings", "figures"},
     {"method"},
     {"engine", "model"},
     {"learner", "rollout", "algorithm"},
@@ -69,7 +69,7 @@ def test_layers_import_downwards():
     ("name", "absent"),
     [
         ("explain", "matplotlib numba pandas ray torch transformers"),
-        ("view", "matplotlib numba ray sklearn torch transformers"),
+        ("pages", "matplotlib numba ray sklearn torch transformers"),
     ],
 )
 def test_commands_start_without_what_they_do_not_need(name, absent):

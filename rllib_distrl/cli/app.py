@@ -222,7 +222,7 @@ def view(
     ] = None,
 ) -> None:
     """Write a page that shows what the critic believed at every token."""
-    from rllib_distrl.cli.view import run_view
+    from rllib_distrl.cli.pages import run_view
 
     run_view(source, out)
 
@@ -235,7 +235,7 @@ def report(
     ] = None,
 ) -> None:
     """Write a page with settings, curves, calibration, time and failures of runs."""
-    from rllib_distrl.cli.report import run_report
+    from rllib_distrl.cli.pages import run_report
 
     run_report(runs, out)
 

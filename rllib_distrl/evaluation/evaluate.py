@@ -16,7 +16,6 @@ from rllib_distrl.engine.protocol import RolloutEngine, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weight_proof import check_engine
 from rllib_distrl.evaluation.data import EvalData, resolve_data
-from rllib_distrl.evaluation.plots import plot_pass_k
 from rllib_distrl.evaluation.result import EvalResult, load_result
 from rllib_distrl.evaluation.sampling import ProgressCallback, Prompted, Sampler
 from rllib_distrl.evaluation.store import SCHEMA, SampleStore
@@ -91,6 +90,8 @@ def run_evaluation(
         overwrite=overwrite,
     )
     if out is not None:
+        from rllib_distrl.figures.pass_k import plot_pass_k  # Matplotlib takes its time.
+
         folder = Path(out)
         result.to_json(folder / REPORT, also=also)
         subtitle = f"{data.name}, {result.problems} problems × {result.samples} samples"

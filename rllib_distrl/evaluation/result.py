@@ -18,8 +18,9 @@ from rllib_distrl.evaluation.store import (
     read_part,
     sample_parts,
 )
-from rllib_distrl.evaluation.summary import Equivalence, per_problem, summarise
+from rllib_distrl.evaluation.summary import Equivalence, SampleTable, per_problem, summarise
 from rllib_distrl.files import write_atomic
+from rllib_distrl.maths.pass_k import Curve, pass_k_curve
 from rllib_distrl.settings import EvalSettings
 
 
@@ -91,6 +92,11 @@ class EvalResult:
             distinct_by=self.settings.distinct_by,
             equivalent=self.equivalent,
         )
+
+    def curve(self, label: str, ks: Sequence[int] | None = None) -> Curve:
+        """pass@k with its interval, for plots; see `maths.pass_k.pass_k_curve`."""
+        table = SampleTable(self.frame)
+        return pass_k_curve(label, table.n, table.correct, ks)
 
     def to_json(
         self,

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from rllib_distrl.evaluation.plots import spread_labels
 from rllib_distrl.experiments.decisions import Decisions
 from rllib_distrl.experiments.equal_average import equal_average_metrics
 from rllib_distrl.experiments.record import Record
 from rllib_distrl.experiments.results import Results, Row
 from rllib_distrl.experiments.statistics import PairedTest
-from rllib_distrl.viewer.charts import COLOURS, GREY, GRID, INK, MARKERS, Chart, chart, legend
+from rllib_distrl.figures.look import COLOURS, GREY, GRID, INK, MARKERS, PAPER, Chart, chart, legend
+from rllib_distrl.figures.pass_k import draw_pass_k, label_curves
+from rllib_distrl.maths.pass_k import Curve
 
 _HUES = COLOURS[:6]  # the baseline has the ink
 _DASHES = ("-", "--", ":", "-.")
-_LABEL_SIZE = 8.5
 _WHISKER_COLUMNS = 4
 _WHISKER_INCHES = (2.3, 0.27)  # width of a panel, height of a row
 
@@ -35,29 +35,6 @@ def row_style(number: int) -> dict[str, Any]:
         "marker": MARKERS[1 + hue],
         "linestyle": _DASHES[turn % len(_DASHES)],
     }
-
-
-def label_ends(panel: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
-    """Names lines at the right edge, moved apart where the names would overlap.
-
-    Args:
-        panel: Axes with everything drawn; its limits are kept from here on.
-        ends: (name, x, y, colour) of each line's last point.
-    """
-    bottom, top = panel.get_ylim()
-    panel.set_ylim(bottom, top)
-    panel.set_xlim(panel.get_xlim())
-    height = panel.figure.get_size_inches()[1] * panel.get_position().height * 72
-    shares = (np.asarray([y for _, _, y, _ in ends]) - bottom) / (top - bottom)
-    places = spread_labels(shares, 1.25 * _LABEL_SIZE / height)
-    for (name, x, y, colour), place in zip(ends, places, strict=True):
-        panel.annotate(
-            name, xy=(x, y), xycoords="data", xytext=(1.04, place), textcoords="axes fraction",
-            va="center", ha="left", fontsize=_LABEL_SIZE, color=colour, annotation_clip=False,
-            parse_math=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.7,
-                        "shrinkA": 1, "shrinkB": 3, "relpos": (0.0, 0.5)},
-        )  # fmt: skip
 
 
 def whiskers(rows: Sequence[Row], metrics: Sequence[str], test_of: TestOf) -> Chart:
@@ -83,7 +60,7 @@ def whiskers(rows: Sequence[Row], metrics: Sequence[str], test_of: TestOf) -> Ch
 def _whisker(panel: Any, test: PairedTest, place: int) -> None:
     found = test.difference
     colour = GREY if found.holds_zero else COLOURS[0] if found.mean > 0 else COLOURS[1]
-    inside = colour if test.clear else "white"
+    inside = colour if test.clear else PAPER
     width = 1.8 if test.clear else 1.0
     panel.plot([100 * found.low, 100 * found.high], [place, place], color=colour, linewidth=width)
     panel.plot([100 * found.mean], [place], "o", color=colour, markerfacecolor=inside, markersize=5)
@@ -195,29 +172,22 @@ def _labelled_pass_k(results: Results) -> Chart:
     tall = max(4.0, 1.2 + _ROW_INCHES * len(results.rows))
     figure.set_size_inches(7.2 * len(kinds), tall)
     for panel, kind in zip(axes, kinds, strict=True):
-        label_ends(panel, _pass_k_panel(panel, results.rows, results, kind))
+        label_curves(panel, _pass_k_panel(panel, results.rows, results, kind))
     return figure
 
 
-def _pass_k_panel(
-    panel: Any, rows: Sequence[Row], results: Results, kind: str
-) -> list[tuple[str, float, float, str]]:
-    """Draws a panel; returns where the lines end."""
-    ks = [int(name.removeprefix(kind)) for name in results.metrics if name.startswith(kind)]
-    ends = []
-    for number, row in enumerate(rows):
+def _pass_k_panel(panel: Any, rows: Sequence[Row], results: Results, kind: str) -> list[Curve]:
+    """Draws a panel; returns its curves."""
+    ks = tuple(int(name.removeprefix(kind)) for name in results.metrics if name.startswith(kind))
+    curves = []
+    for row in rows:
         estimates = [found for k in ks if (found := row.estimate(f"{kind}{k}"))]
-        bands = 100 * np.asarray([[e.low, e.mean, e.high] for e in estimates]).T
-        style = row_style(number)
-        panel.plot(ks, bands[1], label=row.name, linewidth=1.5, markersize=4, **style)
-        if len(rows) <= _MOST_BANDS:
-            _band(panel, ks, bands[0], bands[2], style["color"])
-        ends.append((row.name, ks[-1], bands[1][-1], style["color"]))
-    panel.set_xscale("log", base=2)
-    panel.set_xticks(ks, labels=[str(k) for k in ks])
-    panel.set_xlabel("k, samples per problem")
-    panel.set_ylabel("pass@k (% of problems)" if kind == "pass@" else "best@k (%)")
-    return ends
+        low, mean, high = np.asarray([[e.low, e.mean, e.high] for e in estimates]).T
+        curves.append(Curve(row.name, ks, mean, low, high))
+    styles = [row_style(number) for number in range(len(rows))]
+    unit = "pass@k (% of problems)" if kind == "pass@" else "best@k (%)"
+    draw_pass_k(panel, curves, styles, bands=len(rows) <= _MOST_BANDS, unit=unit)
+    return curves
 
 
 def plot_differences(results: Results, decisions: Decisions) -> Chart:

@@ -14,7 +14,6 @@ from rllib_distrl.experiments.decisions import Decisions, claims, decide
 from rllib_distrl.experiments.record import read_records
 from rllib_distrl.experiments.results import Results, arrange
 from rllib_distrl.experiments.tables import (
-    Table,
     costs_table,
     differences_table,
     equal_average_table,
@@ -22,9 +21,9 @@ from rllib_distrl.experiments.tables import (
     pass_k_table,
     results_table,
 )
+from rllib_distrl.figures.look import Chart
 from rllib_distrl.files import write_atomic
-from rllib_distrl.viewer.charts import Chart
-from rllib_distrl.viewer.page import fill_template, policy, read_asset
+from rllib_distrl.viewer.html import Table, report_page, section
 
 _COLOURS = (
     "Filled blue: above zero, filled orange: below, clear after correction; hollow: the interval "
@@ -205,27 +204,17 @@ def html_page(
     results: Results, parts: Sequence[Section], title: str, note: str, command: str
 ) -> str:
     """The page to look at: figures first, tables below them."""
-    body = [f"<p>{html.escape(note)}</p>"] if note else []
+    body = []
     for number, part in enumerate(parts):
-        words = f"<p>{html.escape(part.words)}</p>" if part.words else ""
         figure = part.figure.to_svg(f"figure{number}") if part.figure else ""
         points = "".join(f"<li>{html.escape(point)}</li>" for point in part.points)
-        words += f"<ul>{points}</ul>" if points else ""
+        points = f"<ul>{points}</ul>" if points else ""
         table = part.table.to_html() if part.table else ""
         if figure and table:
             table = f"<details><summary>Numbers</summary>{table}</details>"
-        body.append(f"<section><h2>{html.escape(part.title)}</h2>{words}{figure}{table}</section>")
-    made = f"<p>{html.escape(_made_by(results, command))}</p><code>{html.escape(command)}</code>"
-    body.append(f"<section><h2>How it was made</h2>{made}</section>")
-    return fill_template(
-        "report.html",
-        {
-            "POLICY": policy(None, None),
-            "TITLE": html.escape(title),
-            "STYLE": read_asset("report.css"),
-            "BODY": "\n".join(body),
-        },
-    )
+        body.append(section(part.title, f"{points}{figure}{table}", part.words))
+    made = f"<p>{html.escape(_made_by(results, command))}</p><pre>{html.escape(command)}</pre>"
+    return report_page(title, [*body, section("How it was made", made)], note)
 
 
 ABOUT_FILE = "comparison.json"
@@ -303,7 +292,7 @@ def write_outputs(folder: Path, page: Path | None = None, baseline: str = "") ->
     for part in parts:
         if part.figure is not None:
             pictures.append(folder / f"{part.picture}.png")
-            part.figure.savefig(pictures[-1], dpi=_DPI, facecolor="white")
+            part.figure.save(pictures[-1], dpi=_DPI)
     return [page, report, *pictures]
 
 

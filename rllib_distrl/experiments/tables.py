@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Sequence
-from dataclasses import dataclass
-
 from rllib_distrl.experiments.decisions import Decisions
 from rllib_distrl.experiments.equal_average import (
     AtEqualAverage,
@@ -16,41 +12,9 @@ from rllib_distrl.experiments.equal_average import (
 )
 from rllib_distrl.experiments.results import Results, Row, number
 from rllib_distrl.experiments.statistics import Estimate, PairedTest
+from rllib_distrl.viewer.html import Table
 
 _NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells as text.
-
-    Attributes:
-        head: Names of the columns.
-        lines: One per row; the first cell names it.
-        wraps: Whether cells are texts that may be broken into lines.
-    """
-
-    head: Sequence[str]
-    lines: Sequence[Sequence[str]]
-    wraps: bool = False
-
-    def to_markdown(self) -> str:
-        """A Markdown table."""
-        rows = [self.head, ["---"] * len(self.head), *self.lines]
-        cells = ([cell.replace("|", "\\|") for cell in row] for row in rows)
-        return "\n".join("| " + " | ".join(row) + " |" for row in cells)
-
-    def to_html(self) -> str:
-        """A `<table>`."""
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in self.head)
-        body = "".join(
-            f"<tr><th>{html.escape(line[0])}</th>"
-            + "".join(f"<td>{html.escape(cell)}</td>" for cell in line[1:])
-            + "</tr>"
-            for line in self.lines
-        )
-        kind = "" if self.wraps else ' class="numbers"'
-        return f"<table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def results_table(results: Results) -> Table:

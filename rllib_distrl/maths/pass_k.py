@@ -8,6 +8,7 @@ best@k average; a sample *passes* when its score is at least 1, which is what pa
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -192,3 +193,45 @@ def _matrix(scores: npt.ArrayLike) -> FloatArray:
     if table.ndim != 2 or table.shape[1] == 0:
         raise ValueError(f"scores must be (problems, samples), got shape {table.shape}")
     return table
+
+
+@dataclass(frozen=True)
+class Curve:
+    """pass@k over k.
+
+    Attributes:
+        label: Its name in a plot.
+        ks: (K,) ascending.
+        mean: (K,) in [0, 1].
+        low: (K,) lower end of the interval.
+        high: (K,) upper end of the interval.
+    """
+
+    label: str
+    ks: tuple[int, ...]
+    mean: FloatArray
+    low: FloatArray
+    high: FloatArray
+
+
+def pass_k_curve(
+    label: str,
+    n: int,
+    correct: npt.ArrayLike,
+    ks: Sequence[int] | None = None,
+    *,
+    level: float = 0.95,
+) -> Curve:
+    """Mean pass@k with a bootstrap interval over problems.
+
+    Args:
+        label: name in a plot.
+        n: samples per problem.
+        correct: (P,) passing samples of each problem.
+        ks: powers of two up to n, and n, when None.
+        level: of the interval.
+    """
+    points = tuple(ks) if ks is not None else default_ks(n)
+    values = np.stack([pass_at_k(n, correct, k) for k in points], axis=1)
+    low, high = bootstrap_interval(values, level=level, shares=True)
+    return Curve(label, points, values.mean(axis=0), low, high)

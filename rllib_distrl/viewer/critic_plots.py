@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from rllib_distrl.figures.look import COLOURS, GREY, INK, Chart, chart, legend
 from rllib_distrl.maths.rank_correlation import ignorance_metrics
 from rllib_distrl.method.token_table import TokenTable
 from rllib_distrl.runs.reading import Run
-from rllib_distrl.viewer.charts import COLOURS, GREY, INK, Chart, as_runs, chart, legend
-from rllib_distrl.viewer.training_plots import plot_metrics
+from rllib_distrl.viewer.training_plots import as_runs, plot_metrics
 
 Tables = TokenTable | Mapping[str, TokenTable]
 _LEARNER = "learners/default_policy/"

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from rllib_distrl.evaluation.summary import SampleTable
-from rllib_distrl.maths.pass_k import bootstrap_interval, default_ks, pass_at_k
+from rllib_distrl.figures.look import COLOURS, GREY, Chart, chart, legend, line_style, smooth
+from rllib_distrl.figures.pass_k import draw_pass_k
+from rllib_distrl.maths.pass_k import pass_k_curve
 from rllib_distrl.runs.reading import EVALUATIONS, Run
-from rllib_distrl.viewer.charts import COLOURS, GREY, Chart, as_runs, chart, legend, smooth
 
 Runs = Run | Iterable[Run]
 _LEARNER = "learners/default_policy/"
@@ -52,6 +53,18 @@ _STATUS_COLOURS = {
     "unchecked": "#F0E442",
     "verifier_error": "#0072B2",
 }
+
+
+def as_runs(runs: Runs) -> list[Run]:
+    """One run or several, as a list.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    found = [runs] if isinstance(runs, Run) else list(runs)
+    if not found:
+        raise ValueError("there is nothing to plot: give at least one run")
+    return found
 
 
 def plot_metrics(runs: Runs, metrics: Mapping[str, str], *, least_range: float = 0.0) -> Chart:
@@ -121,34 +134,24 @@ def plot_pass_at_k(runs: Runs) -> Chart:
     Raises:
         ValueError: If no run has graded completions.
     """
-    figure, (panel,) = chart(["Solved within k samples"], height=1.4)
+    figure, (panel,) = chart(["Solved within k samples"])
     figure.set_size_inches(7.2, 3.9)
+    curves, styles = [], []
     for number, run in enumerate(as_runs(runs)):
         columns = ["problem", "sample", "score", "status", "finish_reason", "answer"]
         episodes = run.read_episodes(columns)
         for when in EVALUATIONS:
             part: Any = episodes[episodes["when"] == when]
             if len(part):
-                _pass_at_k(panel, SampleTable(part), run.name, when, COLOURS[number % len(COLOURS)])
-    if not panel.lines:
+                table = SampleTable(part)
+                curves.append(pass_k_curve(f"{run.name}, {when}", table.n, table.correct))
+                dashed = {"linestyle": "--"} if when == "before" else {}
+                styles.append({**line_style(number), **dashed})
+    if not curves:
         raise ValueError("no run has been evaluated yet")
-    panel.set_xscale("log", base=2)
-    ticks = sorted({int(k) for line in panel.lines for k in np.asarray(line.get_xdata())})
-    panel.set_xticks(ticks, labels=[str(k) for k in ticks])
-    panel.set_xlabel("k, samples per problem")
-    panel.set_ylabel("share of problems")
+    draw_pass_k(panel, curves, styles)
     legend(figure, [panel])
     return figure
-
-
-def _pass_at_k(panel: Any, table: SampleTable, name: str, when: str, colour: str) -> None:
-    ks = default_ks(table.n)
-    values = np.stack([pass_at_k(table.n, table.correct, k) for k in ks], axis=1)
-    low, high = bootstrap_interval(values, shares=True)
-    style = "--" if when == "before" else "-"
-    panel.plot(ks, values.mean(0), style, color=colour, linewidth=1.7, marker="o", markersize=4,
-               label=f"{name}, {when}")  # fmt: skip
-    panel.fill_between(ks, low, high, color=colour, alpha=0.12, linewidth=0)
 
 
 def plot_timing(runs: Runs) -> Chart:

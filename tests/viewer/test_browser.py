@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from rllib_distrl.viewer.page import table_of_samples, write_viewer
+from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
 from tests.viewer.tables import HOSTILE, make_table
 
 pytestmark = pytest.mark.slow

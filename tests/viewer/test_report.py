@@ -15,7 +15,7 @@ from rllib_distrl.recipe import recipe_from_tables
 from rllib_distrl.runs.folder import create_run
 from rllib_distrl.viewer import critic_plots, training_plots
 from rllib_distrl.viewer.critic_plots import reliability, shared_states
-from rllib_distrl.viewer.report import write_report
+from rllib_distrl.viewer.run_report import write_report
 from tests.viewer.tables import make_table
 
 RECIPE = {
@@ -152,7 +152,7 @@ def test_a_page_is_drawn_without_ray_and_torch(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from rllib_distrl.cli.report import run_report
+from rllib_distrl.cli.pages import run_report
 run_report([Path(sys.argv[1])], None)
 print(*sorted(sys.modules))
 """

@@ -1,10 +1,11 @@
-"""The look of all figures, and a figure that notebooks show by themselves."""
+"""The look of all figures: colours, panels, legends, names at lines' ends, and SVG for pages."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -12,14 +13,21 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from rllib_distrl.evaluation.plots import COLOURS, GREY, GRID, INK, MARKERS
-from rllib_distrl.runs.reading import Run
+from rllib_distrl.files import replaced_file
+from rllib_distrl.maths.pass_k import FloatArray
 
-__all__ = ["COLOURS", "GREY", "GRID", "INK", "MARKERS", "Chart", "as_runs", "chart", "smooth"]
-
+# Okabe and Ito's colours, told apart with any common colour vision; yellow is left out because it
+# vanishes on white. Markers carry the difference on paper without colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+INK, GREY, GRID, PAPER = "#222222", "#666666", "#E6E6E6", "#FFFFFE"
 PANEL_INCHES = (3.9, 2.7)
 # A page in the dark replaces these by its own.
-_PAGE_COLOURS = {INK: "var(--ink)", GREY: "var(--soft)", GRID: "var(--line)"}
+_PAGE_COLOURS = {
+    INK: "var(--ink)", GREY: "var(--soft)", GRID: "var(--line)", PAPER: "var(--card)",
+    COLOURS[-1]: "var(--ink)",
+}  # fmt: skip
+_LABEL_SIZE = 8.5
 
 
 class Chart(Figure):
@@ -29,6 +37,12 @@ class Chart(Figure):
         image = io.BytesIO()
         self.savefig(image, format="png", dpi=110, facecolor="white")
         return image.getvalue()
+
+    def save(self, path: Path, dpi: int = 130) -> Path:
+        """Writes the figure as an image, in one step; the path's ending is the format."""
+        with replaced_file(path) as partial:
+            self.savefig(partial, dpi=dpi, facecolor="white")
+        return path
 
     def to_svg(self, name: str) -> str:
         """The figure as an SVG element whose ink and grid follow the colours of the page.
@@ -90,6 +104,11 @@ def chart(
     return figure, axes
 
 
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and marker of the line of that number."""
+    return {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
 def legend(figure: Chart, axes: Sequence[Any]) -> None:
     """One legend below the panels, each label once."""
     entries: dict[str, Any] = {}
@@ -112,13 +131,51 @@ def smooth(values: Iterable[float]) -> np.ndarray:
     return np.asarray(means, dtype=np.float64)
 
 
-def as_runs(runs: Run | Iterable[Run]) -> list[Run]:
-    """One run or several, as a list.
+def label_ends(panel: Any, ends: Sequence[tuple[str, float, float, str]]) -> None:
+    """Names lines at the right edge, moved apart where the names would overlap.
 
-    Raises:
-        ValueError: If there is none.
+    Args:
+        panel: Axes with everything drawn; its limits are kept from here on.
+        ends: (name, x, y, colour) of each line's last point.
     """
-    found = [runs] if isinstance(runs, Run) else list(runs)
-    if not found:
-        raise ValueError("there is nothing to plot: give at least one run")
-    return found
+    bottom, top = panel.get_ylim()
+    panel.set_ylim(bottom, top)
+    panel.set_xlim(panel.get_xlim())
+    height = panel.figure.get_size_inches()[1] * panel.get_position().height * 72
+    shares = (np.asarray([y for _, _, y, _ in ends]) - bottom) / (top - bottom)
+    places = spread_labels(shares, 1.25 * _LABEL_SIZE / height)
+    for (name, x, y, colour), place in zip(ends, places, strict=True):
+        panel.annotate(
+            name, xy=(x, y), xycoords="data", xytext=(1.04, place), textcoords="axes fraction",
+            va="center", ha="left", fontsize=_LABEL_SIZE, color=colour, annotation_clip=False,
+            parse_math=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "alpha": 0.5, "linewidth": 0.7,
+                        "shrinkA": 1, "shrinkB": 3, "relpos": (0.0, 0.5)},
+        )  # fmt: skip
+
+
+def spread_labels(heights: FloatArray, gap: float) -> FloatArray:
+    """Moves labels apart, as little as possible in the sense of least squares, keeping order.
+
+    Args:
+        heights: (L,) wanted positions in [0, 1].
+        gap: smallest distance between neighbours.
+
+    Returns:
+        (L,) positions at least ``gap`` apart, shifted down together where they pass 1.
+    """
+    order = np.argsort(heights, kind="stable")
+    offsets = gap * np.arange(len(order))
+    # Isotonic regression by pooling: blocks of (sum, count) whose means must increase.
+    blocks: list[list[float]] = []
+    for value in np.asarray(heights, dtype=np.float64)[order] - offsets:
+        blocks.append([value, 1])
+        while len(blocks) > 1 and blocks[-2][0] / blocks[-2][1] >= blocks[-1][0] / blocks[-1][1]:
+            total, count = blocks.pop()
+            blocks[-1][0] += total
+            blocks[-1][1] += count
+    pooled = np.concatenate([np.full(int(count), total / count) for total, count in blocks])
+    pooled = np.minimum(pooled, 1.0 - offsets[-1])
+    placed = np.empty(len(order), dtype=np.float64)
+    placed[order] = pooled + offsets
+    return placed

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from rllib_distrl.method.token_table import read_token_table
-from rllib_distrl.viewer.packing import blocks
-from rllib_distrl.viewer.page import table_of_samples, write_viewer
+from rllib_distrl.viewer.token_blocks import blocks
+from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
 from tests.viewer.tables import HOSTILE, make_table
 
 

@@ -1,7 +1,8 @@
-"""`distrl view`: a page that shows what the critic believed at every token."""
+"""`distrl view` and `distrl report`: pages about what runs leave on disk."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,11 +10,12 @@ from rich.console import Console
 from rllib_distrl.method.token_table import TokenTable
 from rllib_distrl.runs.folder import is_run_folder
 from rllib_distrl.runs.reading import Run, load_run
-from rllib_distrl.viewer.page import table_of_samples, write_viewer
+from rllib_distrl.viewer.run_report import write_report
+from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
 
 
 def run_view(source: Path, out: Path | None) -> None:
-    """Writes the page.
+    """Writes the page that shows what the critic believed at every token.
 
     Args:
         source: A run folder, a token table, or the graded completions of an evaluation.
@@ -54,3 +56,22 @@ def _table_of_run(run: Run) -> tuple[TokenTable, str]:
             )
             return table_of_samples(samples), note
     raise ValueError(f"{run.path} holds no completions yet: they come with the first evaluation.")
+
+
+def run_report(sources: Sequence[Path], out: Path | None) -> None:
+    """Writes the page about one run or several.
+
+    Args:
+        sources: Run folders.
+        out: The HTML file; by default `report.html` in the run folder, or here for several runs.
+
+    Raises:
+        ValueError: If one of them is not a run.
+    """
+    names = [source.resolve().name for source in sources]
+    if len(set(names)) < len(names):
+        names = [str(source) for source in sources]
+    runs = [load_run(source, name) for source, name in zip(sources, names, strict=True)]
+    default = sources[0] / "report.html" if len(sources) == 1 else Path("report.html")
+    page = write_report(runs, out or default)
+    Console().print(f"Wrote {page}", highlight=False, markup=False, soft_wrap=True)

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rllib_distrl.figures.look import Chart
 from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.reading import EVALUATIONS, Run
 from rllib_distrl.viewer import critic_plots, training_plots
-from rllib_distrl.viewer.charts import Chart, as_runs
-from rllib_distrl.viewer.page import fill_template, policy, read_asset
+from rllib_distrl.viewer.html import Table, report_page, section
+from rllib_distrl.viewer.training_plots import as_runs
 
 _NOTHING = "–"
 
@@ -34,20 +35,10 @@ def write_report(runs: Run | Iterable[Run], path: str | Path, *, title: str = ""
         ValueError: If there are no runs.
     """
     runs = as_runs(runs)
-    style = read_asset("report.css")
-    page = fill_template(
-        "report.html",
-        {
-            # Figures carry their own style attributes; scripts have no way in.
-            "POLICY": policy(None, None),
-            "TITLE": html.escape(title or ", ".join(run.name for run in runs)),
-            "STYLE": style,
-            "BODY": "\n".join([_results(runs), *_figures(runs), _settings(runs), _failures(runs)]),
-        },
-    )
-    path = Path(path)
-    write_atomic(path, page)
-    return path
+    title = title or ", ".join(run.name for run in runs)
+    sections = [_results(runs), *_figures(runs), _settings(runs), _failures(runs)]
+    write_atomic(Path(path), report_page(title, sections))
+    return Path(path)
 
 
 def _figures(runs: list[Run]) -> list[str]:
@@ -81,12 +72,7 @@ def _figure(title: str, name: str, plot: Callable[[Any], Chart], data: Any, word
         body = plot(data).to_svg(name)
     except ValueError as error:
         body, words = f"<p>Not shown: {html.escape(str(error))}</p>", ""
-    return _section(title, body, words)
-
-
-def _section(title: str, body: str, words: str = "") -> str:
-    said = f"<p>{html.escape(words)}</p>" if words else ""
-    return f"<section><h2>{html.escape(title)}</h2>{said}{body}</section>"
+    return section(title, body, words)
 
 
 def _results(runs: list[Run]) -> str:
@@ -104,7 +90,7 @@ def _results(runs: list[Run]) -> str:
     ]
     for name in names:
         rows.append((f"{name}, before → after (%)", [_before_after(run, name) for run in runs]))
-    return _section("Result", _table(runs, rows, mark=False))
+    return section("Result", _table(runs, rows, mark=False))
 
 
 def _before_after(run: Run, name: str) -> str:
@@ -136,7 +122,7 @@ def _settings(runs: list[Run]) -> str:
     more = _table(runs, _aligned(about), mark=True)
     words = "Rows in which the runs differ are marked." if len(runs) > 1 else ""
     summary = "<details><summary>Versions, machine, command</summary>"
-    return _section("Settings", f"{body}{summary}{more}</details>", words)
+    return section("Settings", f"{body}{summary}{more}</details>", words)
 
 
 def _aligned(columns: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
@@ -155,13 +141,8 @@ def _dotted(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _table(runs: list[Run], rows: Iterable[tuple[str, list[str]]], *, mark: bool) -> str:
-    head = "".join(f"<th>{html.escape(run.name)}</th>" for run in runs)
-    lines = []
-    for name, cells in rows:
-        kind = ' class="differs"' if mark and len(set(cells)) > 1 else ""
-        filled = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
-        lines.append(f"<tr{kind}><th>{html.escape(name)}</th>{filled}</tr>")
-    return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    head = ["", *(run.name for run in runs)]
+    return Table(head, [[name, *cells] for name, cells in rows], wraps=True, mark=mark).to_html()
 
 
 def _failures(runs: list[Run]) -> str:
@@ -176,4 +157,4 @@ def _failures(runs: list[Run]) -> str:
         if run.folder.error_file.is_file():
             text = run.folder.error_file.read_text(encoding="utf-8", errors="replace")
             body += f"<p>{html.escape(run.name)} failed:</p><pre>{html.escape(text)}</pre>"
-    return _section("Failures", body)
+    return section("Failures", body)

@@ -1,13 +1,8 @@
-"""Writing a token table as one HTML file that needs no network."""
+"""The page that shows a token table: what the critic believed at every token."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import html
 import re
-from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +10,8 @@ import pandas as pd
 
 from rllib_distrl.files import write_atomic
 from rllib_distrl.method.token_table import TokenTable, read_token_table
-from rllib_distrl.viewer.packing import blocks, index
+from rllib_distrl.viewer.html import fill, html_page, read_asset
+from rllib_distrl.viewer.token_blocks import blocks, index
 
 # One script in three files: the page's state and data, its drawings, and what people do.
 _SCRIPTS = ("data.js", "drawing.js", "viewer.js")
@@ -43,53 +39,17 @@ def write_viewer(table: TokenTable, path: str | Path, *, title: str, note: str =
     if not len(table):
         raise ValueError("There are no completions to look at.")
     packed = list(blocks(table))
-    script, style = "".join(map(read_asset, _SCRIPTS)), read_asset("viewer.css")
+    script = "".join(map(read_asset, _SCRIPTS))
     parts = {
-        "POLICY": policy(script, style),
-        "TITLE": html.escape(title),
-        "STYLE": style,
         "SCRIPT": script,
         "INDEX": index(table, [rows for rows, _ in packed], title, note),
         "BLOCKS": "\n".join(
             f'<script type="text/plain" class="block">{block}</script>' for _, block in packed
         ),
     }
-    page = fill_template("viewer.html", parts)
-    path = Path(path)
-    write_atomic(path, page)
-    return path
-
-
-def read_asset(name: str) -> str:
-    """A file of the page, as text."""
-    return (files("rllib_distrl.viewer") / "assets" / name).read_text(encoding="utf-8")
-
-
-def fill_template(name: str, parts: Mapping[str, str]) -> str:
-    """A template with every `{{NAME}}` replaced once; parts may hold such marks themselves."""
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], read_asset(name))
-
-
-def policy(script: str | None, style: str | None) -> str:
-    """A content security policy without connections.
-
-    Args:
-        script: The only script that may run; None: none.
-        style: The only style sheet; None: any inline style.
-
-    Returns:
-        The policy.
-    """
-    scripts = f"'{_hash(script)}'" if script is not None else "'none'"
-    styles = f"'{_hash(style)}'" if style is not None else "'unsafe-inline'"
-    return (
-        f"default-src 'none'; script-src {scripts}; style-src {styles}; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
-
-
-def _hash(text: str) -> str:
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    body = fill(read_asset("viewer.html"), parts)
+    write_atomic(Path(path), html_page(title, body, style="viewer.css", script=script))
+    return Path(path)
 
 
 def table_of_samples(path: str | Path) -> TokenTable:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rllib_distrl.evaluation.plots import LABEL_GAP, pass_k_curve, plot_pass_k, spread_labels
 from rllib_distrl.evaluation.result import EvalResult
+from rllib_distrl.figures.look import spread_labels
+from rllib_distrl.figures.pass_k import plot_pass_k
 from rllib_distrl.settings import EvalSettings
 
 
@@ -28,7 +29,7 @@ def result(seed, problems=20, n=16):
 
 def test_a_curve_is_the_summary_with_a_band_around_it():
     one = result(0)
-    curve = pass_k_curve("one", one)
+    curve = one.curve("one")
     assert curve.ks == (1, 2, 4, 8, 16)
     assert curve.mean[0] == pytest.approx(one.frame["score"].mean())
     assert (curve.low <= curve.mean).all() and (curve.mean <= curve.high).all()
@@ -66,7 +67,7 @@ def test_labels_move_as_little_as_possible_by_hand():
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
 def test_labels_never_overlap_and_keep_their_order(heights):
-    placed = spread_labels(np.array(heights), LABEL_GAP)
+    placed = spread_labels(np.array(heights), 0.055)
     assert placed.max() <= 1.0 + 1e-12
     order = np.argsort(heights, kind="stable")
-    assert all(b - a >= LABEL_GAP - 1e-9 for a, b in pairwise(placed[order]))
+    assert all(b - a >= 0.055 - 1e-9 for a, b in pairwise(placed[order]))

@@ -1,0 +1,1 @@
+"""The look of all figures, and the plot of pass@k that all pages share."""
