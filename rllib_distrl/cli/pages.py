@@ -10,7 +10,6 @@ from rich.console import Console
 from rllib_distrl.method.token_table import TokenTable
 from rllib_distrl.runs.folder import is_run_folder
 from rllib_distrl.runs.reading import Run, load_run
-from rllib_distrl.viewer.run_report import write_report
 from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
 
 
@@ -68,6 +67,8 @@ def run_report(sources: Sequence[Path], out: Path | None) -> None:
     Raises:
         ValueError: If one of them is not a run.
     """
+    from rllib_distrl.viewer.run_report import write_report  # Matplotlib takes its time.
+
     names = [source.resolve().name for source in sources]
     if len(set(names)) < len(names):
         names = [str(source) for source in sources]
