@@ -261,7 +261,7 @@ def one_update(
         bench, model_config(size), bench.device.type, precision="bf16", critic="shared",
         activation_checkpointing=checkpointing, micro_batch_tokens=budget,
     )  # fmt: skip
-    parameters = sum(p.numel() for p in learner._policy_module.policy.parameters())
+    parameters = sum(p.numel() for p in learner.policy_module.policy.parameters())
     columns, step = a_step(learner, episodes, tokens)
     seconds = bench.seconds(step, 1)
     count = int(columns["loss_mask"].sum() + columns["prompt_lens"].sum())
@@ -274,8 +274,8 @@ def one_update(
 
 def a_step(learner: Any, episodes: list[Any], tokens: int) -> tuple[dict[str, Any], Any]:
     """Columns of long completions, and a call that learns from them."""
-    columns = lengthen(learner._columns(episodes), tokens)
-    learner._columns = lambda episodes: columns
+    columns = lengthen(learner.columns(episodes), tokens)
+    learner.columns = lambda episodes: columns
     numbers = iter(range(1, 99))
     return columns, lambda: learner.update(
         episodes=episodes, timesteps={"training_iteration": next(numbers)}
@@ -341,7 +341,7 @@ def learner_numerics(bench: Bench, size: str) -> None:
             entropy_coeff=0.01, micro_batch_tokens=2048,
         )  # fmt: skip
         columns, step = a_step(learner, episodes, 48)
-        logps = learner._policy_module.compute_logps(columns)
+        logps = learner.policy_module.compute_logps(columns)
         columns["action_logp"] = logps.clone()
         kept: list[dict[Any, torch.Tensor]] = []
         learner.apply_gradients = kept.append

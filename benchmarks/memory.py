@@ -94,7 +94,7 @@ def measure(model: str, settings: dict[str, Any]) -> dict[str, dict[str, int]]:
     learner = make_learner(config)
     episodes = sample(config, prompts=8, generations=16)
     learner.update(episodes=episodes, timesteps={"training_iteration": 1})
-    module = learner._policy_module
+    module = learner.policy_module
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
     states = [s for o in learner._named_optimizers.values() for s in o.state.values()]
     moments = [s[name] for s in states for name in ("exp_avg", "exp_avg_sq")]
@@ -106,9 +106,9 @@ def measure(model: str, settings: dict[str, Any]) -> dict[str, dict[str, int]]:
         "gradients": unique_bytes(gradients),
         "Adam moments": unique_bytes(moments),
     }
-    reference = learner._reference
-    if reference is not None and reference._policy is not module.policy:
-        measured["reference weights"] = unique_bytes(reference._policy.parameters())
+    reference = learner.reference
+    if reference is not None and reference.policy is not module.policy:
+        measured["reference weights"] = unique_bytes(reference.policy.parameters())
     for parameter in module.parameters():
         parameter.grad = None
     growth = peak_growth(

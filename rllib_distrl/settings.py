@@ -37,6 +37,8 @@ Rate = Annotated[FiniteFloat, Field(gt=0, le=1)]
 """A learning rate. Adam moves a weight by about as much in a step: beyond 1 all of them diverge."""
 Count = Annotated[int, Field(ge=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
+Choice = str | dict[str, Any]
+"""A method by its name, or ``{name, ...}`` with settings of its own; see `method.registry`."""
 Schedule = list[list[float]]
 """RLlib's: [[env step, value], ...], linear between them."""
 
@@ -525,6 +527,11 @@ class TrainingSettings(Settings):
 
     table = "training"
 
+    @classmethod
+    def of(cls, config: Any) -> "TrainingSettings":
+        """Those of an algorithm's configuration, which has them as attributes."""
+        return cls(**{name: getattr(config, name) for name in cls.model_fields})
+
     lambda_: Share = 0.95
     """Of the actor's advantages."""
     clip_param: Positive = 0.2
@@ -539,7 +546,7 @@ class TrainingSettings(Settings):
     """Bound on the squared error of a scalar critic (one quantile)."""
     entropy_coeff: NotNegative | Schedule = 0.0
     """Weight of the entropy bonus, in nats; or RLlib's schedule of it over env steps."""
-    importance_correction: Literal["none", "truncated", "masked"] = "none"
+    importance_correction: Choice = "none"
     """What is done about a sampler that is not the learner's policy (another engine or type, stale
     weights, top-p, top-k): importance weights or none."""
     importance_bound: Annotated[FiniteFloat, Field(gt=1)] = 2.0
@@ -565,7 +572,7 @@ class TrainingSettings(Settings):
     """Iteration at which ``cosine`` ends."""
     lr_min_ratio: Share = 0.0
     """Where it ends, as a share of the learning rate."""
-    aggregation: Annotated[str, _named_in("aggregation", "AGGREGATIONS")] = "token_mean"
+    aggregation: Choice = "token_mean"
     """How token losses become one: ``token_mean``, ``sequence_mean``, ``sequence_sum`` or
     ``constant``."""
     critic: Literal["separate", "shared", "detached", "none"] = "separate"
@@ -587,7 +594,7 @@ class TrainingSettings(Settings):
     """Width of the quadratic part, in units of the return."""
     quantile_loss: Annotated[str, _named_in("quantiles", "PAIRINGS")] = "pairwise"
     """Each quantile against every target, or ``matched``: against its own."""
-    target: Annotated[str, _named_in("targets", "TARGETS")] = "comonotone"
+    target: Choice = "comonotone"
     """``comonotone`` (D-GAE), ``mixture``, ``sample_replacement`` or ``monte_carlo``."""
     critic_lambda: Share = 0.95
     """Lambda of the critic's targets."""
@@ -601,7 +608,7 @@ class TrainingSettings(Settings):
     """``{name, level}`` of the quantiles that the actor takes as the value."""
     bonus_coeff: NotNegative = 3.0
     """c of the optimism bonus; 0 switches it off."""
-    bonus_stat: Annotated[str, _named_in("optimism", "BONUS_STATS", "LEARNED_STATS")] = "ltv_sqrt"
+    bonus_stat: Choice = "ltv_sqrt"
     """``ltv_sqrt``, ``ltv`` or ``std`` of the quantiles; ``ensemble`` (disagreement of small
     critics) or ``distance`` (of the policy's features from those seen)."""
     bonus_at: Annotated[str, _named_in("optimism", "BONUS_PLACES")] = "next"
@@ -627,7 +634,7 @@ class TrainingSettings(Settings):
     shapers: list[dict[str, Any]] = []
     """Stages applied to the advantages, in order, before whitening."""
     policy_loss: dict[str, Any] = {"name": "clip"}
-    """``{name, ...}`` of the token loss."""
+    """``{name, ...}`` of the token loss, or of a loss on whole groups such as ``copg``."""
     regularisers: list[dict[str, Any]] = []
     """Stages added to the token loss, such as ``kl`` to the reference."""
     controllers: list[dict[str, Any]] = []

@@ -9,14 +9,17 @@ from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
 from rllib_distrl.algorithm.wiring import check_export, check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_schedule_settings
 from rllib_distrl.maths.lr_schedule import lr_factor
-from rllib_distrl.maths.optimism import BONUS_STATS
-from rllib_distrl.maths.read_outs import check_read_out
-from rllib_distrl.method.pipeline import OPTIMISM
+from rllib_distrl.method.pipeline import OPTIMISM, Method
 from rllib_distrl.method.registry import Stage, resolve
 from rllib_distrl.model.critics import check_critic
 from rllib_distrl.model.loading import load_config
 from rllib_distrl.model.lora import check_lora
-from rllib_distrl.settings import DistanceSettings, EnsembleSettings, PretrainingSettings
+from rllib_distrl.settings import (
+    DistanceSettings,
+    EnsembleSettings,
+    PretrainingSettings,
+    TrainingSettings,
+)
 
 if TYPE_CHECKING:
     from rllib_distrl.algorithm.distrl_config import DistRLConfig
@@ -113,7 +116,7 @@ def _check_critic_checkpoint(config: "DistRLConfig") -> None:
 
 
 def _check_learning_rates(config: "DistRLConfig") -> None:
-    settings = lr_schedule_settings(config)
+    settings = lr_schedule_settings(TrainingSettings.of(config))
     changes = config.lr_schedule != "constant" or config.lr_warmup_iterations > 0
     if changes and not isinstance(config.lr, (int, float)):
         raise ValueError(
@@ -159,7 +162,7 @@ def _check_method(config: "DistRLConfig") -> None:
         )
     EnsembleSettings(**config.ensemble)
     DistanceSettings(**config.distance)
-    of_quantiles = config.bonus_stat in BONUS_STATS
+    of_quantiles = "quantiles" in resolve("bonus_statistic", config.bonus_stat).needs
     if config.n_quantiles == 1 and config.bonus_coeff > 0 and of_quantiles:
         raise ValueError(
             f"bonus_coeff is {config.bonus_coeff}, but one quantile has no spread. "
@@ -172,7 +175,6 @@ def _check_method(config: "DistRLConfig") -> None:
         )
     if config.bonus_schedule == "linear" and config.bonus_horizon is None:
         raise ValueError("bonus_schedule='linear' needs bonus_horizon, its number of iterations.")
-    check_read_out(config.read_out)
 
 
 def _check_batches(config: "DistRLConfig") -> None:
@@ -235,14 +237,9 @@ def _check_runners(config: "DistRLConfig") -> None:
 
 def _check_stages(config: "DistRLConfig") -> None:
     _check_named_once(config)
-    stages = [
-        *(resolve("reward", spec) for spec in config.reward_transforms),
-        resolve("advantage", config.advantage),
-        *(resolve("shaper", spec) for spec in config.shapers),
-        resolve("policy_loss", config.policy_loss),
-        *(resolve("regulariser", spec) for spec in config.regularisers),
-    ]
-    for stage in stages:
+    method = Method.from_config(config)
+    read_out = [] if config.critic == "none" else [method.read_out]
+    for stage in (*method.stages, *method.controllers, *read_out):
         _check_needs(stage, config)
         stage.check_fits(config)
     _check_controllers(config)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rllib_distrl.engine.weight_proof import Probe, check_probe
-from rllib_distrl.learner.probes import score_probes
+from rllib_distrl.learner.token_table import score_probes
 
 logger = logging.getLogger(__name__)
 

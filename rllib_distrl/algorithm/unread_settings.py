@@ -1,6 +1,6 @@
 """A setting that nothing reads is refused: whoever set it expects it to do something.
 
-Who reads what is said once: by the signature of each stage (`stages.registry`) for the settings
+Who reads what is said once: by the signature of each stage (`method.registry`) for the settings
 that stages share with `[training]`, and below for the parts that are no stages.
 """
 
@@ -47,8 +47,6 @@ PARTS = (
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
     Part("a critic of two or more quantiles that does not come from a critic_checkpoint",
          lambda c: _fresh(c) and _of_quantiles(c), ("init_spread",)),
-    Part("a critic whose target looks ahead (any but 'monte_carlo')",
-         lambda c: c.critic != "none" and c.target != "monte_carlo", ("critic_lambda",)),
     Part("a critic of two or more quantiles", _of_quantiles,
          ("quantile_huber_kappa", "quantile_loss", "head_center", "bonus_stat")),
     Part("a scalar critic (n_quantiles = 1)",
@@ -60,8 +58,6 @@ PARTS = (
          lambda c: c.bonus_stat in LEARNED_STATS, ("bonus_stat",)),
     Part("bonus_stat = 'ensemble'", lambda c: c.bonus_stat == "ensemble", ("ensemble", "gamma")),
     Part("bonus_stat = 'distance'", lambda c: c.bonus_stat == "distance", ("distance",)),
-    Part("importance_correction = 'truncated' or 'masked'",
-         lambda c: c.importance_correction != "none", ("importance_bound",)),
     Part("lr_schedule = 'cosine'", lambda c: c.lr_schedule == "cosine",
          ("lr_decay_iterations", "lr_min_ratio")),
     Part("grad_clip", lambda c: c.grad_clip is not None, ("grad_clip_by",)),
@@ -81,7 +77,7 @@ def check_all_settings_are_read(config: "DistRLConfig") -> None:
     """
     method = Method.from_config(config)
     _check_own_settings(method.stages)
-    taken = {name for stage in method.stages for name in taken_from_training(stage, config)}
+    taken = {name for stage in method.stages for name in taken_from_training(stage)}
     read = taken | {name for part in PARTS if part.present(config) for name in part.reads}
     default = type(config)()
     settings = SHARED | {name for part in PARTS for name in part.reads}
@@ -96,17 +92,12 @@ def check_all_settings_are_read(config: "DistRLConfig") -> None:
             )
 
 
-def taken_from_training(stage: Stage, config: "DistRLConfig") -> frozenset[str]:
+def taken_from_training(stage: Stage) -> frozenset[str]:
     """The settings of `[training]` that a chosen stage reads from there.
 
     Not those that its own table gives, nor those that its other settings switch off.
     """
-    specs = (
-        *config.reward_transforms, config.advantage, *config.shapers, config.policy_loss,
-        *config.regularisers,
-    )  # fmt: skip
-    own = {key for spec in specs if spec["name"] == stage.name for key in spec}
-    return (SHARED & stage.method.settings().keys()) - own - stage.ignored
+    return (SHARED & stage.method.settings().keys()) - stage.given - stage.ignored
 
 
 def _check_own_settings(stages: tuple[Stage, ...]) -> None:

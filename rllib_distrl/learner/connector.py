@@ -1,5 +1,6 @@
 """From RLlib's episodes to rows of tokens, in one pass and without per-token objects."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,36 @@ class SequencesFromEpisodes(ConnectorV2):
             name: torch.from_numpy(column) for name, column in _columns(episodes).items()
         }
         return batch
+
+
+def check_behaviour(
+    episodes: Sequence[SingleAgentEpisode], temperature: float, corrected: bool
+) -> None:
+    """Refuses episodes of another distribution than the learner's, unless that is corrected for.
+
+    Args:
+        episodes: Of `CompletionEnvRunner`.
+        temperature: The learner's.
+        corrected: Whether importance weights make up for another distribution.
+
+    Raises:
+        ValueError: for greedy completions, or without a correction for another temperature than
+            the learner's, top-p or top-k.
+    """
+    for episode in episodes:
+        sampling = episode.infos[0]["sampling"]
+        exact = (sampling["temperature"], sampling["top_p"], sampling["top_k"]) == (
+            temperature,
+            1.0,
+            0,
+        )
+        if sampling["greedy"] or not (exact or corrected):
+            raise ValueError(
+                f"Episode {episode.id_} was sampled with {sampling}; the learner's distribution "
+                f"has temperature {temperature:g} and keeps all tokens. Sample from it, or set "
+                "importance_correction to 'truncated' or 'masked' (greedy completions cannot be "
+                "corrected for)."
+            )
 
 
 def _columns(episodes: list[Any]) -> dict[str, np.ndarray]:

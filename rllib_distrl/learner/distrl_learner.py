@@ -1,36 +1,41 @@
 """The learner: whole sequences, micro-batched, with a quantile critic."""
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from ray.rllib.core.learner.training_data import TrainingData
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import NUM_ENV_STEPS_SAMPLED_LIFETIME, WEIGHTS_SEQ_NO
 from ray.rllib.utils.schedules.scheduler import Scheduler
+from torch import Tensor
 
-from rllib_distrl.learner.controllers import Controllers
-from rllib_distrl.learner.gradients import (
-    accumulate_gradients,
-    micro_batch_loss,
-    trained_gradients,
+from rllib_distrl.learner.batch_pass import BatchPass
+from rllib_distrl.learner.connector import check_behaviour
+from rllib_distrl.learner.metrics import log_update, sampler_mismatch
+from rllib_distrl.learner.minibatches import ROLLOUTS, STEP, micro_batch, minibatches, row_orders
+from rllib_distrl.learner.optimizers import (
+    learning_rates,
+    lr_schedule_settings,
+    make_optimizers,
+    set_learning_rates,
 )
-from rllib_distrl.learner.importance import check_behaviour
-from rllib_distrl.learner.losses import Losses
-from rllib_distrl.learner.minibatches import ROLLOUTS, minibatches
-from rllib_distrl.learner.optimizers import register_optimizers, set_learning_rates
-from rllib_distrl.learner.preparation import prepare
 from rllib_distrl.learner.reference import Reference
 from rllib_distrl.learner.refusals import Refusals
-from rllib_distrl.learner.single_step import SingleStep
+from rllib_distrl.learner.step import Losses, Objective, Step
 from rllib_distrl.learner.uncertainty import make_uncertainty
-from rllib_distrl.learner.update_metrics import log_update
-from rllib_distrl.maths.statistics import logp_mismatch
+from rllib_distrl.maths.lr_schedule import lr_factor
+from rllib_distrl.maths.statistics import identity
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.controllers import Controllers
 from rllib_distrl.method.pipeline import Method
+from rllib_distrl.model.sequences import from_columns
+from rllib_distrl.settings import TrainingSettings
 
 TRAINING_ITERATION = "training_iteration"
 
@@ -53,6 +58,13 @@ class DistRLLearner(TorchLearner):
     and advantages on the whole batch; then minibatches of whole sequences, each cut into
     micro-batches of at most ``micro_batch_tokens``, give the optimiser steps. Where the whole
     batch is one step and one micro-batch, that step's forward pass is the pass before it too.
+
+    Attributes:
+        settings: of the method.
+        method: its stages.
+        batch_pass: from columns to the batch that steps learn from.
+        reference: the policy that KL terms refer to, where something reads it.
+        uncertainty: of the optimism bonus, where it is learned.
     """
 
     config: Any
@@ -64,23 +76,39 @@ class DistRLLearner(TorchLearner):
         """Keeps RLlib's arguments for `build`."""
         super().__init__(**kwargs)
         self._turn = threading.RLock()
-        self._single_step = SingleStep()
 
     def build(self) -> None:
         """Builds module and optimisers and resolves the stages."""
-        torch.set_num_threads(self.config.rollout_settings.torch_threads)
+        config, rollout = self.config, self.config.rollout_settings
+        torch.set_num_threads(rollout.torch_threads)
         super().build()
-        # Logps of the first step's tokens: the learner's and the sampler's.
-        self._mismatched: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._method = Method.from_config(self.config)
-        self._controllers = Controllers(self.config.controllers)
-        self._uncertainty = make_uncertainty(self.config, self._policy_module)
-        self._entropy_coeff = Scheduler(self.config.entropy_coeff, framework="torch")
-        self._coefficients = {"entropy_coeff": float(self._entropy_coeff.update(timestep=0))}
-        self._reference: Reference | None = None
-        if "ref_logp" in self._method.needs:
-            self._reference = Reference(self._policy_module)
-        self._refusals = Refusals(self.config.max_nonfinite_steps)
+        self.settings, self.method = TrainingSettings.of(config), Method.from_config(config)
+        seed, self._alone = config.seed or 0, config.num_learners <= 1
+        self.reference = Reference(self.policy_module) if "ref_logp" in self.method.needs else None
+        self.uncertainty = make_uncertainty(
+            self.method.bonus_statistic.name,
+            self.policy_module,
+            self.settings,
+            gamma=config.gamma,
+            minibatch_size=config.minibatch_size,
+            seed=seed,
+        )
+        self.batch_pass = BatchPass(
+            self.module,
+            self.method,
+            self.reference,
+            self.uncertainty,
+            gamma=config.gamma,
+            init_value=self.settings.init_value,
+            width=rollout.max_completion_tokens,
+            budget=self.settings.micro_batch_tokens,
+            seed=seed,
+            all_reduce=identity if self._alone else _all_reduce,
+        )
+        self._objective = Objective(self.method, self.settings)
+        self._controllers = Controllers(self.method.controllers)
+        self._entropy_coeff = Scheduler(self.settings.entropy_coeff, framework="torch")
+        self._refusals = Refusals(self.settings.max_nonfinite_steps)
 
     @property
     def last_refusal(self) -> str:
@@ -90,24 +118,36 @@ class DistRLLearner(TorchLearner):
     @property
     def weights_stamp(self) -> int:
         """Another number after each change of the weights, whoever has made it."""
-        return sum(parameter._version for parameter in self._policy_module.parameters())
+        return sum(parameter._version for parameter in self.policy_module.parameters())
 
     @property
-    def _policy_module(self) -> Any:
+    def policy_module(self) -> Any:
+        """The `DistRLModule`, without RLlib's wrapper for several learners."""
         return self._module[DEFAULT_MODULE_ID].unwrapped()
 
     @property
     def _stateful_parts(self) -> dict[str, Any]:
         parts = {
             "controllers": self._controllers,
-            "uncertainty": self._uncertainty,
-            "reference": self._reference,
+            "uncertainty": self.uncertainty,
+            "reference": self.reference,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
+    @property
+    def _rates(self) -> dict[str, Any]:
+        return learning_rates(self.config.lr, self.config.critic_lr)
+
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """Adam for the policy, and one of its own for what only the critic uses."""
-        register_optimizers(self, module_id, config)
+        for owned in make_optimizers(self.module[module_id], self._rates):
+            self.register_optimizer(
+                module_id=module_id,
+                optimizer_name=owned.name,
+                optimizer=owned.optimizer,
+                params=owned.parameters,
+                lr_or_lr_schedule=owned.schedule,
+            )
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over ``state``, also one that is older than the present weights.
@@ -160,65 +200,48 @@ class DistRLLearner(TorchLearner):
         """
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
+        episodes = self._episodes(training_data, kwargs)
+        columns = self.columns(episodes)
+        one_step = num_epochs == 1 and (minibatch_size or len(episodes)) >= len(episodes)
+        single_step = one_step and self._alone
+        k = timesteps.get(TRAINING_ITERATION, 1)
+        found = self.batch_pass(columns, k, single_step=single_step)
+        rollouts = found.rollouts
+        self._refusals.start_iteration(episodes)
+        self._weights_seq_no += 1
+        self._set_learning_rates(k)
+        coefficients = self._coefficients(rollouts, timesteps)
+        if self.uncertainty is not None:
+            rollouts.metrics.update(self.uncertainty.learn(columns, rollouts))
+        orders = row_orders(
+            rollouts,
+            num_epochs,
+            self.config.seed or 0,
+            shuffle=shuffle_batch_per_epoch and not single_step,
+            whole_groups=self.method.keeps_groups_whole,
+        )
+        parts = minibatches(columns, rollouts, orders, minibatch_size, self.method.aggregation)
+        steps = self._take_steps(parts, coefficients, found.forward)
+        self._report(rollouts, steps, coefficients)
+        self.after_gradient_based_update(timesteps=timesteps)
+        return None if _no_metrics_reduce else self.metrics.reduce()
+
+    def _episodes(
+        self, training_data: TrainingData | None, given: dict[str, Any]
+    ) -> list[SingleAgentEpisode]:
+        """Finished episodes of the learner's own distribution, or of one that is corrected for."""
         data = training_data or TrainingData(
-            episodes=kwargs.get("episodes"), episodes_refs=kwargs.get("episodes_refs")
+            episodes=given.get("episodes"), episodes_refs=given.get("episodes_refs")
         )
         data.validate()
         data.solve_refs()
         episodes: list[Any] = data.episodes or []
-        check_behaviour(episodes, self.config)
-        columns = self._columns(episodes)
-        self._mismatched = []
-        alone = self.config.num_learners <= 1
-        one_step = num_epochs == 1 and (minibatch_size or len(episodes)) >= len(episodes)
-        self._single_step.start(possible=alone and one_step)
-        rollouts = self._prepare(columns, timesteps.get(TRAINING_ITERATION, 1))
-        self._refusals.start_iteration(episodes)
-        self._weights_seq_no += 1
-        set_learning_rates(self, DEFAULT_MODULE_ID, self.config, rollouts.k)
-        self._warming_up = rollouts.k <= self.config.critic_warmup_iterations
-        steps_sampled = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
-        self._coefficients = {
-            "entropy_coeff": float(self._entropy_coeff.update(timestep=steps_sampled)),
-            **self._controllers.update(rollouts),
-        }
-        if self._uncertainty is not None:
-            rollouts.metrics.update(self._uncertainty.learn(columns, rollouts))
-        steps = []
-        orders = self._orders(rollouts, num_epochs, shuffle_batch_per_epoch)
-        for part in minibatches(columns, rollouts, orders, minibatch_size, self.config):
-            if self._refusals.exhausted:
-                break
-            self._first_step = not steps
-            self._update({DEFAULT_MODULE_ID: part})
-            if not self._refusals.in_a_row:
-                steps.append(self._step_losses)
-        values = {
-            **Losses.mean(steps or [self._step_losses], rollouts.all_reduce),
-            **self._mismatch(),
-            **self._coefficients,
-            **self._refusals.metrics(),
-            WEIGHTS_SEQ_NO: self._weights_seq_no,
-        }
-        log_update(self.metrics, rollouts, values, self.config.gamma)
-        self._log_trainable_parameters()  # Ray 2.60 logs them once, and NaN from then on
-        self._single_step.start(possible=False)
-        self.after_gradient_based_update(timesteps=timesteps)
-        return None if _no_metrics_reduce else self.metrics.reduce()
+        corrected = self.method.importance_correction is not None
+        check_behaviour(episodes, self.config.rollout_settings.temperature, corrected)
+        return episodes
 
-    def _mismatch(self) -> dict[str, float]:
-        """Sampler against learner, over all tokens and all learners of the first step."""
-        logps = torch.cat([torch.stack(pair, -1) for pair in self._mismatched])
-        if self.config.num_learners > 1:
-            logps = self._all_gather(logps)
-        logp, sampler_logp = logps.unbind(-1)
-        everything = torch.ones_like(logp, dtype=torch.bool)
-        config = self.config
-        return logp_mismatch(
-            logp, sampler_logp, everything, config.clip_param, config.clip_param_high
-        )
-
-    def _columns(self, episodes: list[Any]) -> dict[str, torch.Tensor]:
+    def columns(self, episodes: Sequence[SingleAgentEpisode]) -> dict[str, Tensor]:
+        """What the learner connector makes of episodes, on the learner's device."""
         batch = self._learner_connector(
             rl_module=self.module,
             batch={},
@@ -228,63 +251,131 @@ class DistRLLearner(TorchLearner):
         )
         return {name: column.to(self._device) for name, column in batch[DEFAULT_MODULE_ID].items()}
 
-    def _prepare(self, columns: dict[str, torch.Tensor], k: int) -> SequenceBatch:
-        """The one pass before the update, and the stages on the whole batch."""
-        return prepare(self, columns, k)
+    def _set_learning_rates(self, k: int) -> None:
+        factor = lr_factor(k, **lr_schedule_settings(self.settings))
+        set_learning_rates(self.get_optimizers_for_module(DEFAULT_MODULE_ID), self._rates, factor)
 
-    def _orders(self, rollouts: SequenceBatch, epochs: int, shuffle: bool) -> list[torch.Tensor]:
-        """The order of the rows in each epoch."""
-        n = len(rollouts)
-        if not shuffle or self._single_step.possible:
-            return [torch.arange(n, device=self._device)] * epochs
-        return [
-            torch.randperm(n, generator=self._generator(rollouts.k, epoch)).to(self._device)
-            for epoch in range(epochs)
-        ]
+    def _coefficients(self, rollouts: SequenceBatch, timesteps: dict[str, Any]) -> dict[str, float]:
+        """Those of the loss in this iteration: scheduled, or moved by controllers."""
+        steps_sampled = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
+        scheduled = float(self._entropy_coeff.update(timestep=steps_sampled))
+        return {"entropy_coeff": scheduled, **self._controllers.update(rollouts)}
 
-    def _generator(self, *numbers: int) -> torch.Generator:
-        """Randomness that depends on the seed and ``numbers`` alone, so that resuming is exact."""
-        entropy = np.random.SeedSequence([self.config.seed or 0, *numbers])
-        return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+    def _take_steps(
+        self,
+        parts: Iterable[dict[str, Any]],
+        coefficients: dict[str, float],
+        forward: dict[str, Any] | None,
+    ) -> list[tuple[Step, bool]]:
+        """One optimiser step per minibatch, and whether it was taken."""
+        steps: list[tuple[Step, bool]] = []
+        for part in parts:
+            if self._refusals.exhausted:
+                break
+            rollouts: SequenceBatch = part[ROLLOUTS]
+            step = Step(
+                coefficients,
+                critic_only=rollouts.k <= self.settings.critic_warmup_iterations,
+                first=not any(taken for _, taken in steps),
+                forward=forward,
+            )
+            self._update({DEFAULT_MODULE_ID: {**part, STEP: step}})
+            steps.append((step, not self._refusals.in_a_row))
+            step.forward = forward = None  # The weights have moved.
+            step.suspects.clear()
+        return steps
 
-    @staticmethod
-    def _all_reduce(tensor: torch.Tensor) -> torch.Tensor:
-        total = tensor.clone()
-        torch.distributed.all_reduce(total)
-        return total
-
-    @staticmethod
-    def _all_gather(tensor: torch.Tensor) -> torch.Tensor:
-        """The rows of all learners, which may have different numbers of them."""
-        parts: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, tensor.cpu())
-        return torch.cat(parts)
+    def _report(
+        self,
+        rollouts: SequenceBatch,
+        steps: list[tuple[Step, bool]],
+        coefficients: dict[str, float],
+    ) -> None:
+        taken = [step.losses for step, was_taken in steps if was_taken]
+        gather = identity if self._alone else _all_gather
+        values = {
+            **Losses.mean(taken or [steps[-1][0].losses], rollouts.all_reduce),
+            **sampler_mismatch([step for step, _ in steps], self.settings, gather),
+            **coefficients,
+            **self._refusals.metrics(),
+            WEIGHTS_SEQ_NO: self._weights_seq_no,
+        }
+        log_update(self.metrics, rollouts, values, self.config.gamma)
+        self._log_trainable_parameters()  # Ray 2.60 logs them once, and NaN from then on
 
     def _uncompiled_update(self, batch: dict[str, Any], **kwargs: Any) -> tuple[Any, Any, Any]:
         """One optimiser step, accumulated over micro-batches."""
         whole = batch[DEFAULT_MODULE_ID]
-        self._step_losses = Losses()
-        loss_per_module = accumulate_gradients(self, whole)
-        gradients: Any = trained_gradients(self)
+        step: Step = whole[STEP]
         rollouts: SequenceBatch = whole[ROLLOUTS]
-        if not self._refusals.refuse(
-            self._step_losses, self._policy_module, rollouts.k, rollouts.all_reduce
-        ):
+        if self.method.keeps_groups_whole:
+            self._objective.linearise(self.policy_module, whole)
+        loss_per_module = self._accumulate_gradients(whole, step)
+        gradients: Any = self._trained_gradients(step.critic_only)
+        if not self._refusals.refuse(step, self.policy_module, rollouts.k, rollouts.all_reduce):
             self.apply_gradients(self.postprocess_gradients(gradients))
         return {}, loss_per_module, {}
 
+    def _accumulate_gradients(self, whole: dict[str, Any], step: Step) -> dict[str, Tensor]:
+        """Runs a minibatch forward and backward, micro-batch by micro-batch."""
+        for optimizer in self._optimizer_parameters:
+            optimizer.zero_grad(set_to_none=True)
+        learners = max(self.config.num_learners, 1)
+        budget = self.settings.micro_batch_tokens
+        parts = self.policy_module.micro_batches(from_columns(whole), budget)
+        loss_per_module: dict[str, Tensor] = {}
+        for number, rows in enumerate(parts):
+            part = {DEFAULT_MODULE_ID: micro_batch(whole, rows)}
+            with self._gradient_sync(last=number == len(parts) - 1):
+                if step.forward is not None:
+                    fwd_out = {DEFAULT_MODULE_ID: step.forward}
+                else:
+                    fwd_out = self.module.forward_train(part)
+                loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=part)
+                # DDP averages gradients; the weights already divide by all learners' tokens.
+                (loss_per_module[DEFAULT_MODULE_ID] * learners).backward()
+        return loss_per_module
+
+    def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        if self._alone or last:
+            return contextlib.nullcontext()
+        return self._module[DEFAULT_MODULE_ID].no_sync()
+
+    def _trained_gradients(self, critic_only: bool) -> dict[Any, Tensor]:
+        """The gradients by RLlib's keys; while the critic warms up, its own alone."""
+        if critic_only:
+            critic = {id(parameter) for parameter in self.policy_module.critic_parameters()}
+            for parameter in self._params.values():
+                if id(parameter) not in critic:
+                    parameter.grad = None
+        return {ref: p.grad for ref, p in self._params.items() if p.grad is not None}
+
     def compute_loss_for_module(
         self, *, module_id: str, config: Any, batch: dict[str, Any], fwd_out: dict[str, Any]
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """The loss of a micro-batch: its share of the minibatch's loss.
 
         Args:
             module_id: the module.
             config: `DistRLConfig`.
-            batch: sequence columns, ``rollouts``, ``weights`` and ``critic_weights``.
+            batch: sequence columns, ``rollouts``, ``weights``, ``critic_weights`` and ``step``.
             fwd_out: of `CausalLMModule`.
 
         Returns:
             A scalar; the sum over micro-batches and learners is the loss.
         """
-        return micro_batch_loss(self, self._module[module_id].unwrapped(), batch, fwd_out)
+        return self._objective.of_micro_batch(self._module[module_id].unwrapped(), batch, fwd_out)
+
+
+def _all_reduce(tensor: Tensor) -> Tensor:
+    """The sum over all learners."""
+    total = tensor.clone()
+    torch.distributed.all_reduce(total)
+    return total
+
+
+def _all_gather(tensor: Tensor) -> Tensor:
+    """The rows of all learners, which may have different numbers of them."""
+    parts: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, tensor.cpu())
+    return torch.cat(parts)

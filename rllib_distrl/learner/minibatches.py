@@ -1,29 +1,64 @@
 """Cutting a batch into minibatches of sequences, and these into micro-batches."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
+from torch import Tensor
 
 from rllib_distrl.maths.aggregation import token_weights
+from rllib_distrl.maths.group_advantages import group_index
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.registry import Stage
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, Sequences, from_columns
-
-if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
 
 ROLLOUTS = "rollouts"
 WEIGHTS = "weights"
 CRITIC_WEIGHTS = "critic_weights"
+STEP = "step"
+# What a minibatch holds with one row per sequence and one column per token.
+_PER_TOKEN = (WEIGHTS, CRITIC_WEIGHTS)
+
+
+def generator(seed: int, *numbers: int) -> torch.Generator:
+    """Randomness that depends on seed and ``numbers`` alone, so that resuming is exact."""
+    entropy = np.random.SeedSequence([seed, *numbers])
+    return torch.Generator().manual_seed(int(entropy.generate_state(1)[0]))
+
+
+def row_orders(
+    rollouts: SequenceBatch, epochs: int, seed: int, *, shuffle: bool, whole_groups: bool
+) -> list[Tensor]:
+    """The order of the rows in each epoch.
+
+    Args:
+        rollouts: the batch.
+        epochs: passes over it.
+        seed: of the shuffling, with iteration and epoch.
+        shuffle: whether rows are drawn at random.
+        whole_groups: whether the rows of a group stay together.
+    """
+    device = rollouts.loss_mask.device
+    unit = group_index(rollouts.group)[0] if whole_groups else torch.arange(len(rollouts))
+    count, orders = int(unit.max()) + 1, []
+    for epoch in range(epochs):
+        order = torch.arange(count)
+        if shuffle:
+            order = torch.randperm(count, generator=generator(seed, rollouts.k, epoch))
+        if whole_groups:  # From the order of groups to that of their rows.
+            order = torch.argsort(torch.argsort(order)[unit.cpu()], stable=True)
+        orders.append(order.to(device))
+    return orders
 
 
 def minibatches(
-    columns: dict[str, torch.Tensor],
+    columns: dict[str, Tensor],
     rollouts: SequenceBatch,
-    orders: Sequence[torch.Tensor],
+    orders: Sequence[Tensor],
     size: int | None,
-    config: "DistRLConfig",
+    aggregation: Stage,
 ) -> Iterator[dict[str, Any]]:
     """The minibatches of all epochs, see `minibatch`.
 
@@ -32,18 +67,15 @@ def minibatches(
         rollouts: the same rows after the stages.
         orders: of the rows, one of each epoch.
         size: sequences of a minibatch; None: all.
-        config: names the aggregation.
+        aggregation: of token losses.
     """
     for order in orders:
         for rows in order.split(size or len(rollouts)):
-            yield minibatch(columns, rollouts, rows, config)
+            yield minibatch(columns, rollouts, rows, aggregation)
 
 
 def minibatch(
-    columns: dict[str, torch.Tensor],
-    rollouts: SequenceBatch,
-    rows: torch.Tensor,
-    config: "DistRLConfig",
+    columns: dict[str, Tensor], rollouts: SequenceBatch, rows: Tensor, aggregation: Stage
 ) -> dict[str, Any]:
     """The chosen rows, with the weight that each token has in the minibatch's loss.
 
@@ -51,42 +83,36 @@ def minibatch(
         columns: what `SequencesFromEpisodes` made.
         rollouts: the same rows after the stages.
         rows: (b,) int64.
-        config: names the aggregation.
+        aggregation: of token losses.
 
     Returns:
         Sequence columns, ``rollouts``, and (b, T) ``weights`` (the policy's terms) and
         ``critic_weights`` (a mean over tokens), normalised over all learners.
     """
     chosen = rollouts[rows]
-    divisor = float(config.rollout_settings.max_completion_tokens)
     return {
         **model_inputs(from_columns(columns).rows(rows)),
         ROLLOUTS: chosen,
-        WEIGHTS: token_weights(
-            chosen.loss_mask,
-            config.aggregation,
-            divisor=divisor,
-            all_reduce=rollouts.all_reduce,
-        ),
+        WEIGHTS: aggregation(chosen),
         CRITIC_WEIGHTS: token_weights(
             chosen.loss_mask, "token_mean", all_reduce=rollouts.all_reduce
         ),
     }
 
 
-def micro_batch(whole: dict[str, Any], rows: torch.Tensor) -> dict[str, Any]:
+def micro_batch(whole: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """The chosen rows of a minibatch, cut to the longest; weights stay the minibatch's."""
     sequences = from_columns(whole).rows(rows)
     steps = sequences.actions.shape[1]
-    return {
+    part = {
         **model_inputs(sequences),
         ROLLOUTS: whole[ROLLOUTS][rows].cut(steps),
-        WEIGHTS: whole[WEIGHTS][rows, :steps],
-        CRITIC_WEIGHTS: whole[CRITIC_WEIGHTS][rows, :steps],
+        **{name: whole[name][rows, :steps] for name in _PER_TOKEN},
     }
+    return {**part, STEP: whole[STEP]} if STEP in whole else part
 
 
-def model_inputs(sequences: Sequences) -> dict[str, torch.Tensor]:
+def model_inputs(sequences: Sequences) -> dict[str, Tensor]:
     """What `CausalLMModule` reads of a batch."""
     return {
         INPUT_IDS: sequences.input_ids,

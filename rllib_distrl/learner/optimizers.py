@@ -1,65 +1,78 @@
 """Optimisers: one for the policy, one for what only the critic uses, and their learning rates."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-import torch
 from ray.rllib.core.learner.learner import DEFAULT_OPTIMIZER
+from torch import nn
+from torch.optim import Adam, Optimizer
 
-from rllib_distrl.maths.lr_schedule import lr_factor
-
-if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+from rllib_distrl.settings import TrainingSettings
 
 CRITIC_OPTIMIZER = "critic"
+Rate = float | list[list[float]]
+"""A number, or RLlib's schedule of (env step, number)."""
 
 
-def register_optimizers(learner: Any, module_id: str, config: "DistRLConfig") -> None:
-    """Registers Adam for the policy and, where there is a critic, one of its own.
+class Owned(NamedTuple):
+    """An optimiser, with what RLlib is to know of it.
 
-    A number as ``lr`` is set anew for each iteration (`set_learning_rates`); a schedule, which
-    is RLlib's list of (env steps, rate), stays in RLlib's hands.
+    Attributes:
+        name: for RLlib.
+        optimizer: Adam.
+        parameters: that it owns.
+        schedule: RLlib's, in whose hands it stays; None: `set_learning_rates` sets a number anew
+            for each iteration.
+    """
+
+    name: str
+    optimizer: Optimizer
+    parameters: list[nn.Parameter]
+    schedule: Rate | None
+
+
+def learning_rates(lr: Rate, critic_lr: float | None) -> dict[str, Rate]:
+    """By the optimisers' names."""
+    return {DEFAULT_OPTIMIZER: lr, CRITIC_OPTIMIZER: lr if critic_lr is None else critic_lr}
+
+
+def make_optimizers(module: Any, rates: Mapping[str, Rate]) -> list[Owned]:
+    """Adam for the policy and, where there is a critic, one of its own.
 
     Args:
-        learner: with the module.
-        module_id: of the module.
-        config: names the learning rates.
+        module: `CausalLMModule`.
+        rates: of `learning_rates`.
     """
-    module = learner.module[module_id]
     critic = module.critic_parameters()
     own = {id(parameter) for parameter in critic}
     policy = [p for p in module.parameters() if id(p) not in own and p.requires_grad]
     critic = [p for p in critic if p.requires_grad]
-    critic_lr = config.lr if config.critic_lr is None else config.critic_lr
-    groups = ((DEFAULT_OPTIMIZER, policy, config.lr), (CRITIC_OPTIMIZER, critic, critic_lr))
-    for name, parameters, lr in groups:
+    found = []
+    for name, parameters in ((DEFAULT_OPTIMIZER, policy), (CRITIC_OPTIMIZER, critic)):
+        rate = rates[name]
         if parameters:
-            fixed = isinstance(lr, (int, float))
-            learner.register_optimizer(
-                module_id=module_id,
-                optimizer_name=name,
-                optimizer=torch.optim.Adam(parameters, lr=lr if fixed else 0.0),
-                params=parameters,
-                lr_or_lr_schedule=None if fixed else lr,
-            )
+            number = rate if isinstance(rate, (int, float)) else 0.0
+            schedule = None if isinstance(rate, (int, float)) else rate
+            found.append(Owned(name, Adam(parameters, lr=number), parameters, schedule))
+    return found
 
 
-def set_learning_rates(learner: Any, module_id: str, config: "DistRLConfig", k: int) -> None:
-    """Sets the learning rates of iteration ``k``, which alone they depend on."""
-    factor = lr_factor(k, **lr_schedule_settings(config))
-    critic_lr = config.lr if config.critic_lr is None else config.critic_lr
-    rates = {DEFAULT_OPTIMIZER: config.lr, CRITIC_OPTIMIZER: critic_lr}
-    for name, optimizer in learner.get_optimizers_for_module(module_id):
+def set_learning_rates(
+    optimizers: Iterable[tuple[str, Optimizer]], rates: Mapping[str, Rate], factor: float
+) -> None:
+    """Sets the learning rates that are numbers, times ``factor``."""
+    for name, optimizer in optimizers:
         rate = rates[name]
         if isinstance(rate, (int, float)):
             for group in optimizer.param_groups:
                 group["lr"] = rate * factor
 
 
-def lr_schedule_settings(config: "DistRLConfig") -> dict[str, Any]:
-    """The arguments of `lr_factor` that ``config`` gives."""
+def lr_schedule_settings(settings: TrainingSettings) -> dict[str, Any]:
+    """The arguments of `lr_factor` that ``settings`` give."""
     return {
-        "schedule": config.lr_schedule,
-        "warmup_iterations": config.lr_warmup_iterations,
-        "decay_iterations": config.lr_decay_iterations,
-        "min_ratio": config.lr_min_ratio,
+        "schedule": settings.lr_schedule,
+        "warmup_iterations": settings.lr_warmup_iterations,
+        "decay_iterations": settings.lr_decay_iterations,
+        "min_ratio": settings.lr_min_ratio,
     }

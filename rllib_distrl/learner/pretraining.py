@@ -8,13 +8,21 @@ import ray
 import torch
 from ray.rllib.core.columns import Columns
 
-from rllib_distrl.learner.losses import critic_loss
-from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, ROLLOUTS, micro_batch, minibatch
+from rllib_distrl.learner.distrl_learner import DistRLLearner
+from rllib_distrl.learner.minibatches import (
+    CRITIC_WEIGHTS,
+    ROLLOUTS,
+    generator,
+    micro_batch,
+    minibatch,
+)
+from rllib_distrl.learner.step import critic_loss
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.aggregation import weighted_sum
 from rllib_distrl.maths.calibration import explained_variance
+from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.model.sequences import from_columns
-from rllib_distrl.settings import PretrainingSettings
+from rllib_distrl.settings import PretrainingSettings, TrainingSettings
 
 LOSS, EXPLAINED_VARIANCE = "critic_pretraining_loss", "critic_pretraining_explained_variance"
 TOKENS = "critic_pretraining_tokens"
@@ -22,14 +30,16 @@ TOKENS = "critic_pretraining_tokens"
 _HELD_OUT = 16
 
 
-def pretrain_critic(learner: Any, *, shards: Sequence[Any], table: dict[str, Any]) -> Any:
+def pretrain_critic(
+    learner: DistRLLearner, *, shards: Sequence[Any], table: dict[str, Any]
+) -> dict[str, float]:
     """Fits the critic's own parameters to observed returns; runs on every learner at once.
 
     The targets are the returns to go (λ = 1): an untrained critic has nothing to bootstrap from.
     The optimiser is a new one, so that training starts with fresh moments.
 
     Args:
-        learner: `DistRLLearner`, before its first update.
+        learner: before its first update.
         shards: one reference to a list of whole episodes (whole groups) per learner.
         table: of `PretrainingSettings`.
 
@@ -39,24 +49,26 @@ def pretrain_critic(learner: Any, *, shards: Sequence[Any], table: dict[str, Any
     settings = PretrainingSettings(**table)
     config, learners = learner.config, max(learner.config.num_learners, 1)
     rank = torch.distributed.get_rank() if learners > 1 else 0
-    columns = learner._columns(ray.get(shards[rank]))
-    rollouts = learner._prepare(columns, 1)
+    columns = learner.columns(ray.get(shards[rank]))
+    rollouts = learner.batch_pass(columns, 1).rollouts
     returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, config.gamma)
     rollouts.target_quantiles = returns.unsqueeze(-1)
     kept_out = rollouts.group % _HELD_OUT == _HELD_OUT - 1
-    module, parameters = learner._policy_module, learner._policy_module.critic_parameters()
+    module, parameters = learner.policy_module, learner.policy_module.critic_parameters()
     lr = settings.lr or config.critic_lr or config.lr
     optimizer = torch.optim.Adam(parameters, lr)
     rows = (~kept_out).nonzero().squeeze(-1)
     steps = _steps(rows, settings, learners)
     losses = []
     for epoch in range(settings.epochs):
-        order = rows[torch.randperm(len(rows), generator=learner._generator(0, epoch)).to(rows)]
+        drawn = torch.randperm(len(rows), generator=generator(config.seed or 0, 0, epoch))
+        order = rows[drawn.to(rows)]
         for part in np.array_split(np.arange(len(rows)), steps):
             optimizer.param_groups[0]["lr"] = lr * (1 - len(losses) / (steps * settings.epochs))
-            whole = minibatch(columns, rollouts, order[torch.from_numpy(part).to(rows)], config)
+            chosen = order[torch.from_numpy(part).to(rows)]
+            whole = minibatch(columns, rollouts, chosen, learner.method.aggregation)
             optimizer.zero_grad()
-            losses.append(_backward(module, whole, config))
+            losses.append(_backward(module, whole, learner.settings))
             for parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad = rollouts.all_reduce(parameter.grad)
@@ -79,20 +91,23 @@ def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> 
     return steps
 
 
-def _backward(module: Any, whole: dict[str, Any], config: Any) -> float:
+def _backward(module: Any, whole: dict[str, Any], settings: TrainingSettings) -> float:
     """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
     total = 0.0
-    for rows in module.micro_batches(from_columns(whole), config.micro_batch_tokens):
+    for rows in module.micro_batches(from_columns(whole), settings.micro_batch_tokens):
         part = micro_batch(whole, rows)
         quantiles = module.compute_quantiles({}, module._critic_states(from_columns(part)))
-        loss = weighted_sum(critic_loss(quantiles, part[ROLLOUTS], config), part[CRITIC_WEIGHTS])
+        loss = weighted_sum(critic_loss(quantiles, part[ROLLOUTS], settings), part[CRITIC_WEIGHTS])
         loss.backward()
         total += float(loss.detach())
     return total
 
 
 def _explained(
-    module: Any, columns: dict[str, torch.Tensor], rollouts: Any, kept_out: torch.Tensor
+    module: Any,
+    columns: dict[str, torch.Tensor],
+    rollouts: SequenceBatch,
+    kept_out: torch.Tensor,
 ) -> float:
     """Explained variance over this learner's kept-out rows; NaN where there are none."""
     if not bool(kept_out.any()):
@@ -100,4 +115,6 @@ def _explained(
     some = {name: column[kept_out] for name, column in columns.items()}
     values = module.compute_values(some)
     mask = some[Columns.LOSS_MASK]
-    return explained_variance(values, rollouts.target_quantiles[kept_out].squeeze(-1), mask)
+    return explained_variance(
+        values, rollouts.column("target_quantiles")[kept_out].squeeze(-1), mask
+    )

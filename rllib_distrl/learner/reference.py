@@ -18,6 +18,9 @@ class Reference:
     It is not part of a checkpoint: on resuming it is made again, and its content hash, which
     is, must be the same (our choice: checkpoints stay small, and resuming stays bit-exact).
     A policy with adapters needs no copy: without them it is its own reference.
+
+    Attributes:
+        policy: the copy, or the policy itself.
     """
 
     def __init__(self, module: Any):
@@ -27,26 +30,26 @@ class Reference:
             module: `CausalLMModule`, on its device.
         """
         self._module = module
-        self._policy: Any = module.policy
+        self.policy: Any = module.policy
         if module.lora is None:
             device = next(module.parameters()).device
-            self._policy = load_model(module.model_config["model"], device=device)
-            self._policy.requires_grad_(False)
+            self.policy = load_model(module.model_config["model"], device=device)
+            self.policy.requires_grad_(False)
             if packs_rows(module.policy):
-                let_pack_rows(self._policy)
+                let_pack_rows(self.policy)
 
     def logp(self, sequences: Sequences) -> torch.Tensor:
         """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
-        policy = self._policy
+        policy = self.policy
         with adapters_off(policy) if policy is self._module.policy else nullcontext():
             states = self._module._states(policy, sequences)
             return self._module._sampled_tokens(policy, states, sequences)[..., 0]
 
     def get_state(self) -> dict[str, str]:
         """What a checkpoint must hold: the content hash of the copy; nothing without one."""
-        if self._policy is self._module.policy:
+        if self.policy is self._module.policy:
             return {}
-        return {"hash": content_hash(self._policy.state_dict())}
+        return {"hash": content_hash(self.policy.state_dict())}
 
     def set_state(self, state: dict[str, str]) -> None:
         """Checks that the run goes on with the reference it began with.

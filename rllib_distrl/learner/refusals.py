@@ -1,18 +1,15 @@
 """Optimiser steps whose loss or gradient is not finite: refused, counted, and named."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllib_distrl.learner.step import Step
 from rllib_distrl.maths.statistics import AllReduce
-from rllib_distrl.method.batch import SequenceBatch
-
-if TYPE_CHECKING:
-    from rllib_distrl.learner.losses import Losses
 
 EPISODE = "episode"
 """Key of the batch's `extras` that holds each row's number among the learner's episodes."""
-_INPUTS = ("advantages", "target_quantiles")
 REFUSED_STEPS = "nonfinite_steps"
 REFUSED_IN_A_ROW = "nonfinite_steps_in_a_row"
 
@@ -40,7 +37,6 @@ class Refusals:
         """
         self._limit = limit
         self._refused = 0
-        self._suspects: list[tuple[str, torch.Tensor, SequenceBatch]] = []
         self._names: list[str] = []
         self.in_a_row = 0
         self.last = ""
@@ -50,58 +46,38 @@ class Refusals:
         """Whether the limit is reached."""
         return self.in_a_row >= self._limit
 
-    def start_iteration(self, episodes: list[Any]) -> None:
+    def start_iteration(self, episodes: Sequence[SingleAgentEpisode]) -> None:
         """Starts the iteration's count; the episodes are the rows of its batch."""
         self._refused = 0
         self._names = [f"episode {e.id_} (row {e.infos[0]['row']})" for e in episodes]
 
-    def watch(self, rollouts: SequenceBatch, **outputs: torch.Tensor | float | None) -> None:
-        """Remembers the numbers of a micro-batch, in case its step is refused.
-
-        Args:
-            rollouts: Its rows, with advantages and targets.
-            **outputs: (B, T) or (B, T, N) by name; padding does not count.
-        """
-        inputs = {name: getattr(rollouts, name) for name in _INPUTS}
-        for name, column in {**inputs, **outputs}.items():
-            if isinstance(column, torch.Tensor):
-                self._suspects.append((name, column.detach(), rollouts))
-
-    def refuse(
-        self, losses: "Losses", module: torch.nn.Module, k: int, all_reduce: AllReduce
-    ) -> bool:
+    def refuse(self, step: Step, module: torch.nn.Module, k: int, all_reduce: AllReduce) -> bool:
         """Says whether the step must not be taken; called once per step, by every learner.
 
         Args:
-            losses: Of the step.
+            step: With the numbers of all its micro-batches.
             module: With the step's gradients.
             k: The iteration.
             all_reduce: Sum over learners.
         """
-        total = torch.as_tensor(losses.total_loss).detach()
+        total = torch.as_tensor(step.losses.total_loss).detach()
         gradients = [p.grad for p in module.parameters() if p.grad is not None]
         # One number that is not finite makes the norm of its tensor so; so do finite ones whose
         # squares are not, which would stay in Adam's second moments for ever.
         finite = torch.isfinite(torch.stack([total, *(g.norm() for g in gradients)])).all()
-        suspects, self._suspects = self._suspects, []
         if not bool(all_reduce((~finite).float())):
             self.in_a_row = 0
             return False
         if bool(finite):
             self.last = f"a gradient of another learner (iteration {k})"
         else:
-            self.last = f"{self._where(suspects, losses, module)} (iteration {k})"
+            self.last = f"{self._where(step, module)} (iteration {k})"
         self._refused += 1
         self.in_a_row += 1
         return True
 
-    def _where(
-        self,
-        suspects: list[tuple[str, torch.Tensor, SequenceBatch]],
-        losses: "Losses",
-        module: torch.nn.Module,
-    ) -> str:
-        for name, column, rollouts in suspects:
+    def _where(self, step: Step, module: torch.nn.Module) -> str:
+        for name, column, rollouts in step.suspects:
             finite = torch.isfinite(column)
             finite = finite if finite.dim() == 2 else finite.all(-1)
             finite_rows = (finite | ~rollouts.loss_mask).all(-1)
@@ -111,7 +87,7 @@ class Refusals:
         for name, parameter in module.named_parameters():
             if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
                 return f"the gradient of {name}"
-        return f"the loss {float(losses.total_loss)}"
+        return f"the loss {float(step.losses.total_loss)}"
 
     def metrics(self) -> dict[str, int]:
         """The iteration's count, and how many in a row there were at its end."""

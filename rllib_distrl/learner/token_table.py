@@ -1,27 +1,33 @@
-"""What a learner knows about every token of some episodes, without learning from them."""
+"""What a learner knows about tokens, without learning from them: its half of the token table."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import ray
 import torch
 from ray.rllib.algorithms.ppo.ppo_learner import PPOLearner
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
+from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
+from rllib_distrl.engine.weight_proof import Probe
 from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import DistRLLearner
 from rllib_distrl.maths.advantages import gae, whiten
-from rllib_distrl.maths.optimism import bonus_statistic
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.model.sequences import from_columns
+from rllib_distrl.method.pipeline import Method
+from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, from_columns
 
 # Logits held at once while the likeliest tokens are picked.
 _LOGITS = 2**24
 
 
-def read_tokens(learner: Any, *, shards: Sequence[Any], k: int, n_top: int) -> dict[str, Any]:
+def read_tokens(
+    learner: TorchLearner, *, shards: Sequence[Any], k: int, n_top: int
+) -> dict[str, Any]:
     """Scores this learner's shard of episodes; runs on every learner at once.
 
     Args:
@@ -36,12 +42,12 @@ def read_tokens(learner: Any, *, shards: Sequence[Any], k: int, n_top: int) -> d
         algorithm makes of it: ``quantiles``, ``bonus_statistic``, ``bonus``, ``advantage``,
         ``advantage_used``.
     """
-    rank = torch.distributed.get_rank() if learner.config.num_learners > 1 else 0
-    episodes = ray.get(shards[rank])
+    config: Any = learner.config
+    rank = torch.distributed.get_rank() if config.num_learners > 1 else 0
     batch: dict[str, Any] = {}
-    SequencesFromEpisodes()(rl_module=None, batch=batch, episodes=episodes)
-    columns = {name: x.to(learner._device) for name, x in batch[DEFAULT_MODULE_ID].items()}
-    module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+    SequencesFromEpisodes()(rl_module=None, batch=batch, episodes=ray.get(shards[rank]))
+    module = _module(learner)
+    columns = {name: x.to(_device(module)) for name, x in batch[DEFAULT_MODULE_ID].items()}
     mask = columns[Columns.LOSS_MASK]
     with torch.no_grad():
         found = {**policy_columns(module, columns, n_top), **_critic(learner, columns, k)}
@@ -102,10 +108,10 @@ def _likeliest(hidden: Tensor, module: Any, n: int) -> tuple[Tensor, Tensor]:
     return torch.cat(ids), torch.cat(logps)
 
 
-def _critic(learner: Any, columns: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+def _critic(learner: TorchLearner, columns: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     if isinstance(learner, DistRLLearner):
         return _from_method(learner, columns, k)
-    module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+    module = _module(learner)
     if not module.has_critic:
         return {}
     values = module.compute_values(columns)
@@ -117,20 +123,15 @@ def _critic(learner: Any, columns: dict[str, Tensor], k: int) -> dict[str, Tenso
     return {"value": values, "advantage": advantages, "advantage_used": whiten(advantages, mask)}
 
 
-def _from_method(learner: Any, columns: dict[str, Tensor], k: int) -> dict[str, Tensor]:
+def _from_method(learner: DistRLLearner, columns: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """The stages on these episodes, as an update would run them; nothing of the learner changes."""
-    module = learner._policy_module
-    fresh = module.has_critic and not bool(module.value_initialised)
-    bias = module.value_head.bias.detach().clone() if fresh else None
-    rollouts = learner._prepare(columns, k)
-    if fresh:
-        module.value_head.bias.copy_(bias)
-        module.value_initialised.fill_(False)
-    raw, bonus = _unshaped(learner._method, rollouts)
+    with _unstarted_critic_stays(learner.policy_module):
+        rollouts = learner.batch_pass(columns, k).rollouts
+    raw, bonus = _unshaped(learner.method, rollouts)
     found = {"advantage": raw, "advantage_used": rollouts.column("advantages")}
     if bonus is not None:
         found["bonus"] = bonus
-    statistic = _statistic(learner.config, rollouts)
+    statistic = _statistic(learner.method, rollouts)
     if statistic is not None:
         found["bonus_statistic"] = statistic
     if rollouts.values is not None and rollouts.quantiles is not None:
@@ -140,18 +141,29 @@ def _from_method(learner: Any, columns: dict[str, Tensor], k: int) -> dict[str, 
     return found
 
 
-def _statistic(config: Any, rollouts: SequenceBatch) -> Tensor | None:
+@contextmanager
+def _unstarted_critic_stays(module: Any) -> Iterator[None]:
+    """Takes back that a critic that has seen nothing starts at the mean of what it is shown."""
+    fresh = module.has_critic and not bool(module.value_initialised)
+    bias = module.value_head.bias.detach().clone() if fresh else None
+    yield
+    if fresh:
+        module.value_head.bias.copy_(bias)
+        module.value_initialised.fill_(False)
+
+
+def _statistic(method: Method, rollouts: SequenceBatch) -> Tensor | None:
     """The uncertainty that the bonus is made of, where there is one; also with the bonus off."""
-    if config.bonus_stat in rollouts.extras:
-        return rollouts.extras[config.bonus_stat]
-    if rollouts.quantiles is None or rollouts.quantiles.shape[-1] < 2:
+    stage = method.bonus_statistic
+    of_quantiles = "quantiles" in stage.needs
+    if of_quantiles and (rollouts.quantiles is None or rollouts.quantiles.shape[-1] < 2):
         return None
-    return bonus_statistic(rollouts.quantiles, config.bonus_stat)
+    return stage(rollouts)
 
 
-def _unshaped(method: Any, rollouts: SequenceBatch) -> tuple[Tensor, Tensor | None]:
+def _unshaped(method: Method, rollouts: SequenceBatch) -> tuple[Tensor, Tensor | None]:
     """The advantages before shaping, and what the optimism bonus adds to them."""
-    raw = advantages = method.advantage(rollouts)
+    raw = advantages = method.unshaped_advantages(rollouts)
     bonus = None
     for shaper in method.shapers:
         shaped = shaper(rollouts, advantages)
@@ -159,3 +171,36 @@ def _unshaped(method: Any, rollouts: SequenceBatch) -> tuple[Tensor, Tensor | No
             bonus = shaped - advantages
         advantages = shaped
     return raw, bonus
+
+
+def score_probes(learner: TorchLearner, *, probes: Sequence[Probe]) -> list[np.ndarray]:
+    """Logps (T,) of each probe's tokens under this learner's policy."""
+    width = max(len(probe.prompt_ids) + len(probe.tokens) for probe in probes)
+    steps = max(len(probe.tokens) for probe in probes)
+    ids = torch.zeros(len(probes), width, dtype=torch.long)
+    actions = torch.zeros(len(probes), steps, dtype=torch.long)
+    mask = torch.zeros(len(probes), steps, dtype=torch.bool)
+    for row, probe in enumerate(probes):
+        whole = torch.tensor([*probe.prompt_ids, *probe.tokens.tolist()])
+        ids[row, : len(whole)] = whole
+        actions[row, : len(probe.tokens)] = whole[len(probe.prompt_ids) :]
+        mask[row, : len(probe.tokens)] = True
+    columns = {
+        INPUT_IDS: ids,
+        PROMPT_LENS: torch.tensor([len(probe.prompt_ids) for probe in probes]),
+        Columns.ACTIONS: actions,
+        Columns.LOSS_MASK: mask,
+    }
+    module = _module(learner)
+    logps = module.compute_logps({name: x.to(_device(module)) for name, x in columns.items()})
+    return [row[marked].cpu().numpy() for row, marked in zip(logps, mask, strict=True)]
+
+
+def _module(learner: TorchLearner) -> Any:
+    """The `CausalLMModule`, without RLlib's wrapper for several learners."""
+    module: Any = learner.module[DEFAULT_MODULE_ID]
+    return module.unwrapped()
+
+
+def _device(module: Any) -> torch.device:
+    return next(module.parameters()).device

@@ -1,61 +1,103 @@
-"""Uncertainties that are learned beside the critic, as statistics of the optimism bonus.
+"""Uncertainties that are learned beside the critic, as statistics of the optimism bonus."""
 
-Each is an object with `statistic(columns, rollouts)`, which looks, `learn(columns, rollouts)`,
-which is called once per update afterwards, and a state that a checkpoint holds.
-"""
-
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 from ray.rllib.utils.numpy import convert_to_numpy
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch import Tensor
 
-from rllib_distrl.learner.before_update import FEATURES
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.distance import elliptical_distance, second_moment
 from rllib_distrl.maths.micro_batches import split_by_token_budget
-from rllib_distrl.maths.optimism import LEARNED_STATS
 from rllib_distrl.maths.statistics import masked_mean
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.model.critics import Ensemble
 from rllib_distrl.model.sequences import Sequences, from_columns
-from rllib_distrl.settings import DistanceSettings, EnsembleSettings
+from rllib_distrl.settings import DistanceSettings, EnsembleSettings, TrainingSettings
 
-if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+# The column of the batch that `Distance.features` makes of hidden states.
+FEATURES = "features"
 
 
-def make_uncertainty(config: "DistRLConfig", module: Any) -> "Disagreement | Distance | None":
-    """What the bonus needs beside the critic; None for a statistic of the quantiles.
+class Uncertainty(Protocol):
+    """What is learned beside the critic.
+
+    Attributes:
+        name: the registered `bonus_statistic` that reads it.
+    """
+
+    name: ClassVar[str]
+
+    def statistic(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> Tensor:
+        """(B, T), how uncertain each state is; only looks."""
+        ...
+
+    def learn(self, columns: dict[str, Tensor], rollouts: SequenceBatch) -> dict[str, float]:
+        """Learns from the batch of the last `statistic`, once per update; returns metrics."""
+        ...
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``."""
+        ...
+
+
+def make_uncertainty(
+    name: str,
+    module: Any,
+    settings: TrainingSettings,
+    *,
+    gamma: float,
+    minibatch_size: int | None,
+    seed: int,
+) -> Uncertainty | None:
+    """What a bonus statistic needs beside the critic; None for one of the quantiles.
 
     Args:
-        config: names it in ``bonus_stat``.
+        name: of the statistic.
         module: `CausalLMModule`, on its device.
+        settings: with its table.
+        gamma: discount.
+        minibatch_size: sequences per optimiser step of an ensemble; None: all.
+        seed: of members and projections.
     """
-    if config.bonus_stat not in LEARNED_STATS:
-        return None
-    if config.bonus_stat == "ensemble":
-        return Disagreement(config, module)
-    return Distance(config, module)
+    if name == Disagreement.name:
+        ensemble = EnsembleSettings(**settings.ensemble)
+        return Disagreement(ensemble, module, gamma, minibatch_size, seed)
+    if name == Distance.name:
+        return Distance(DistanceSettings(**settings.distance), module, seed)
+    return None
 
 
 class Disagreement:
     """Standard deviation over an ensemble's values; every member learns the observed return."""
 
-    def __init__(self, config: "DistRLConfig", module: Any):
+    name: ClassVar[str] = "ensemble"
+
+    def __init__(
+        self,
+        settings: EnsembleSettings,
+        module: Any,
+        gamma: float,
+        minibatch_size: int | None,
+        seed: int,
+    ):
         """Draws the members; equal on all learners."""
-        self._settings = EnsembleSettings(**config.ensemble)
+        self._settings = settings
         self._embed = module.policy.get_input_embeddings()
-        self._budget, self._minibatch = module.micro_batch_tokens, config.minibatch_size
-        self._gamma = config.gamma
+        self._budget, self._minibatch = module.micro_batch_tokens, minibatch_size
+        self._gamma = gamma
         self._ensemble = Ensemble(
             self._embed.weight.shape[1],
             size=self._settings.size,
             width=self._settings.width,
             depth=self._settings.depth,
             prior_scale=self._settings.prior_scale,
-            seed=config.seed or 0,
+            seed=seed,
         ).to(self._embed.weight.device)
         self._optimizer = torch.optim.Adam(self._ensemble.members.parameters(), self._settings.lr)
 
@@ -126,14 +168,16 @@ class Disagreement:
 class Distance:
     """Elliptical distance of the policy's states from those of the iterations so far."""
 
-    def __init__(self, config: "DistRLConfig", module: Any):
+    name: ClassVar[str] = "distance"
+
+    def __init__(self, settings: DistanceSettings, module: Any, seed: int):
         """Starts with nothing seen."""
-        self._settings = DistanceSettings(**config.distance)
+        self._settings = settings
         self._embed = module.policy.get_input_embeddings()
         width = self._embed.weight.shape[1]
         self._projection: Tensor | None = None
         if width > self._settings.features:
-            generator = torch.Generator().manual_seed(config.seed or 0)
+            generator = torch.Generator().manual_seed(seed)
             drawn = torch.randn(width, self._settings.features, generator=generator)
             self._projection = drawn / self._settings.features**0.5
             width = self._settings.features

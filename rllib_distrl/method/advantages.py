@@ -1,5 +1,6 @@
 """Advantage estimators: (batch, settings) to (B, T), on whole groups, 0 in the padding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,29 +8,24 @@ from torch import Tensor
 
 from rllib_distrl.maths import advantages as critic_maths
 from rllib_distrl.maths import group_advantages as group_maths
+from rllib_distrl.maths.best_of_k import gain_over_best, law_of_batch
+from rllib_distrl.maths.group_calibration import (
+    check_unit_returns,
+    leave_one_out_posterior,
+    logit_shift,
+    shifted_edges,
+)
+from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import demand, register
 
+SOURCES = ("quantiles", "values", "returns")
+"""What may be known of a prompt: the critic's law, its value, or the batch's returns alone."""
 
-def _spread(per_row: Tensor, batch: SequenceBatch) -> Tensor:
-    """(B,) to (B, T): the row's number at each of its tokens."""
-    return torch.where(batch.loss_mask, per_row.unsqueeze(1), 0.0)
-
-
-@register("advantage", "gae", needs=("values",))
-def gae(batch: SequenceBatch, *, gamma: float = 1.0, lambda_: float = 0.95) -> Tensor:
-    """Generalised advantage estimation on the critic's values.
-
-    Args:
-        batch: With `values`.
-        gamma: γ.
-        lambda_: λ.
-
-    Returns:
-        (B, T).
-    """
-    values = batch.column("values")
-    return critic_maths.gae(values, batch.rewards, batch.loss_mask, gamma, lambda_)
+register("advantage", "gae")(of_batch(critic_maths.gae))
+register("advantage", "grpo")(of_batch(group_maths.grpo, per_row=True))
+register("advantage", "rloo")(of_batch(group_maths.leave_one_out, per_row=True))
 
 
 def _zero_fits(config: Any) -> None:
@@ -46,58 +42,14 @@ def zero(batch: SequenceBatch) -> Tensor:
     """No advantage at all: what remains is the bonus and the regularisers (an ablation).
 
     The bonus then needs `bonus_max_ratio` off: its cap is a share of the advantages' std.
-
-    Args:
-        batch: Any.
-
-    Returns:
-        (B, T), zeros.
     """
     return torch.zeros_like(batch.action_logp)
 
 
-@register("advantage", "grpo", needs=("groups",))
-def grpo(batch: SequenceBatch, *, scale_by_std: bool = True, std_epsilon: float = 1e-6) -> Tensor:
-    """(R − group mean) / (group std + ε).
-
-    Args:
-        batch: Any.
-        scale_by_std: Whether to divide by the std.
-        std_epsilon: ε.
-
-    Returns:
-        (B, T).
-    """
-    per_row = group_maths.grpo(
-        batch.returns, batch.group, scale_by_std=scale_by_std, std_epsilon=std_epsilon
-    )
-    return _spread(per_row, batch)
-
-
 @register("advantage", "dr_grpo", needs=("groups",))
 def dr_grpo(batch: SequenceBatch) -> Tensor:
-    """R − group mean; belongs with the `constant` aggregation.
-
-    Args:
-        batch: Any.
-
-    Returns:
-        (B, T).
-    """
-    return _spread(group_maths.grpo(batch.returns, batch.group, scale_by_std=False), batch)
-
-
-@register("advantage", "rloo", needs=("groups",))
-def rloo(batch: SequenceBatch) -> Tensor:
-    """R − mean of the group's others.
-
-    Args:
-        batch: Any.
-
-    Returns:
-        (B, T).
-    """
-    return _spread(group_maths.leave_one_out(batch.returns, batch.group), batch)
+    """R − group mean; belongs with the `constant` aggregation."""
+    return batch.at_tokens(group_maths.grpo(batch.returns, batch.group, scale_by_std=False))
 
 
 @register("advantage", "reinforce_pp")
@@ -105,13 +57,6 @@ def reinforce_pp(batch: SequenceBatch, *, gamma: float = 1.0) -> Tensor:
     """Reward to go, whitened over the batch; the KL is subtracted by the reward stage.
 
     REINFORCE++ (Hu 2025).
-
-    Args:
-        batch: Any.
-        gamma: γ.
-
-    Returns:
-        (B, T).
     """
     to_go = critic_maths.returns_to_go(batch.rewards, batch.loss_mask, gamma)
     return critic_maths.whiten(to_go, batch.loss_mask, batch.all_reduce)
@@ -121,17 +66,7 @@ def _opo_fits(config: Any) -> None:
     demand(config, "advantage 'opo'", whiten_advantages=False, num_epochs=1, entropy_coeff=0.0)
 
 
-@register("advantage", "opo", needs=("groups",), fits=_opo_fits)
-def opo(batch: SequenceBatch) -> Tensor:
-    """R − the group's length-weighted mean.
-
-    Args:
-        batch: Any.
-
-    Returns:
-        (B, T).
-    """
-    return _spread(group_maths.opo(batch.returns, batch.lengths, batch.group), batch)
+register("advantage", "opo", fits=_opo_fits)(of_batch(group_maths.opo, per_row=True))
 
 
 def _maxk_fits(config: Any, *, k: int) -> None:
@@ -142,18 +77,7 @@ def _maxk_fits(config: Any, *, k: int) -> None:
                          "Choose 1 <= k <= num_generations.")  # fmt: skip
 
 
-@register("advantage", "maxk", needs=("groups",), fits=_maxk_fits)
-def maxk(batch: SequenceBatch, *, k: int) -> Tensor:
-    """Gradient weight of the expected best of k.
-
-    Args:
-        batch: Any.
-        k: At most the group's size.
-
-    Returns:
-        (B, T).
-    """
-    return _spread(group_maths.maxk(batch.returns, batch.group, k=k), batch)
+register("advantage", "maxk", fits=_maxk_fits)(of_batch(group_maths.maxk, per_row=True))
 
 
 def _bnpo_fits(config: Any, *, return_min: float, return_max: float) -> None:
@@ -165,15 +89,108 @@ def _bnpo_fits(config: Any, *, return_min: float, return_max: float) -> None:
 
 @register("advantage", "bnpo", needs=("groups",), fits=_bnpo_fits)
 def bnpo(batch: SequenceBatch, *, return_min: float = 0.0, return_max: float = 1.0) -> Tensor:
-    """R − group mean over a Beta density fitted to the batch's group means.
+    """`maths.group_advantages.bnpo` of returns mapped from [return_min, return_max] to [0, 1]."""
+    returns = (batch.returns - return_min) / (return_max - return_min)
+    return batch.at_tokens(group_maths.bnpo(returns, batch.group, batch.all_reduce))
+
+
+def unused_of_group(settings: Mapping[str, Any]) -> set[str]:
+    """What of a calibration's settings is not read: without it the source counts for itself."""
+    return set() if settings["calibrate"] else {"prior_weight"}
+
+
+def source_needs(settings: Mapping[str, Any]) -> set[str]:
+    """The columns of what is known of a prompt, and the group where that is calibrated by it."""
+    groups = {"groups"} if settings["calibrate"] else set()
+    return groups | {str(settings["source"])} - {"returns"}
+
+
+def _check_best_of_k(*, k: int, source: str, prior_weight: float, **_: Any) -> None:
+    if k < 1 or k != int(k):
+        raise ValueError(f"advantage 'best_of_k' takes a whole number k >= 1; got {k}")
+    if source not in SOURCES:
+        raise ValueError(f"advantage 'best_of_k' takes source in {SOURCES}; got {source!r}")
+    if not prior_weight > 0:
+        raise ValueError(f"advantage 'best_of_k' takes prior_weight > 0; got {prior_weight}")
+
+
+def _best_of_k_fits(config: Any, **_: Any) -> None:
+    demand(config, "advantage 'best_of_k'", gamma=1.0)
+
+
+@register(
+    "advantage",
+    "best_of_k",
+    needs=source_needs,
+    check=_check_best_of_k,
+    fits=_best_of_k_fits,
+    ignores=unused_of_group,
+)
+def best_of_k(
+    batch: SequenceBatch,
+    *,
+    k: int = 4,
+    source: str = "quantiles",
+    calibrate: bool = True,
+    prior_weight: float = 2.0,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """GAE of u(R), what a completion adds to the best of k − 1 others; see `maths.best_of_k`.
+
+    The baseline is E[u(R) | s_t] by the critic's law at s_t, so that tokens are credited with
+    what they do to the best of k, not to the mean. Ours; returns in [0, 1] and undiscounted.
+    k = 1 is GAE on group-calibrated values. Works for groups smaller than k, and of one without
+    calibration.
 
     Args:
-        batch: Any.
-        return_min: Smallest return a task gives, mapped to 0.
-        return_max: Largest, mapped to 1.
+        batch: Any, with the source's column.
+        k: ≥ 1.
+        source: Whose law: the critic's "quantiles"; its scalar "values", around which returns
+            are spread as in the whole batch (proportional odds; Bernoulli(V) for 0/1 returns);
+            or "returns" of the batch alone (no critic: the control, one baseline per prompt).
+        calibrate: Whether the group's other returns shift the law, leave-one-out.
+        prior_weight: n₀, completions that the source counts for.
+        lambda_: λ.
 
     Returns:
         (B, T).
+
+    Raises:
+        ValueError: For returns outside [0, 1].
     """
-    returns = (batch.returns - return_min) / (return_max - return_min)
-    return _spread(group_maths.bnpo(returns, batch.group, batch.all_reduce), batch)
+    total = batch.returns
+    check_unit_returns(total, "advantage 'best_of_k'")
+    atoms, edges = _law_of_states(batch, source)
+    prior = (atoms * edges.diff(dim=-1)).sum(-1)[:, 0].clamp(0.0, 1.0)
+    if calibrate:
+        posterior = leave_one_out_posterior(prior, total, batch.group, prior_weight)
+        edges = shifted_edges(edges, logit_shift(posterior, prior).unsqueeze(1))
+    at_prompt = atoms[:, 0], edges[:, 0]
+    value = (gain_over_best(atoms, *at_prompt, k) * edges.diff(dim=-1)).sum(-1)
+    gain = gain_over_best(total, *at_prompt, k)
+    batch.metrics["best_of_k_gain_mean"] = float(gain.mean())
+    steps = torch.arange(batch.loss_mask.shape[1], device=gain.device)
+    at_end = torch.where(steps == batch.lengths.unsqueeze(1) - 1, gain.unsqueeze(1), 0.0)
+    value = value.expand_as(at_end)
+    return critic_maths.gae(value, at_end, batch.loss_mask, 1.0, lambda_)
+
+
+def _law_of_states(batch: SequenceBatch, source: str) -> tuple[Tensor, Tensor]:
+    """The law of the whole return, given each state: atoms (B, T, N) and edges (B, T, N + 1).
+
+    T is 1 where they are the same at every token.
+    """
+    rewards = zero_padding(batch.rewards, batch.loss_mask)
+    so_far = rewards.cumsum(1) - rewards
+    if source == "quantiles":
+        quantiles = zero_padding(batch.column("quantiles"), batch.loss_mask)
+        n = quantiles.shape[-1]
+        edges = torch.linspace(0, 1, n + 1, dtype=quantiles.dtype, device=quantiles.device)
+        return quantiles + so_far.unsqueeze(-1), edges.expand(len(batch), 1, -1)
+    atoms, edges = law_of_batch(batch.returns, batch.all_reduce)
+    mean = (atoms * edges.diff()).sum()
+    atoms = atoms.expand(len(batch), 1, -1)
+    if source == "returns":
+        return atoms, edges.expand(len(batch), 1, -1)
+    values = (zero_padding(batch.column("values"), batch.loss_mask) + so_far).clamp(0.0, 1.0)
+    return atoms, shifted_edges(edges, logit_shift(values, mean))

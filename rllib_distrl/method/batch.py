@@ -97,6 +97,10 @@ class SequenceBatch:
         """(B,), undiscounted sum of each row's rewards."""
         return torch.where(self.loss_mask, self.rewards, 0.0).sum(1)
 
+    def at_tokens(self, per_row: Tensor) -> Tensor:
+        """(B,) to (B, T): the row's number at each of its tokens, 0 in the padding."""
+        return torch.where(self.loss_mask, per_row.unsqueeze(1), 0.0)
+
     def column(self, name: str) -> Tensor:
         """A column that must be there.
 

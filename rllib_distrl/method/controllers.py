@@ -1,6 +1,11 @@
 """Controllers: small objects with state that move a coefficient between iterations."""
 
-from rllib_distrl.method.registry import register
+from collections.abc import Sequence
+from typing import Any
+
+from rllib_distrl.maths.statistics import masked_mean
+from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.registry import Stage, register
 
 
 @register("controller", "adaptive_entropy", needs=("entropy",))
@@ -47,3 +52,42 @@ class AdaptiveEntropy:
     def set_state(self, state: dict[str, float]) -> None:
         """Restores `get_state()`'s result."""
         self._coeff = state["coeff"]
+
+
+class Controllers:
+    """The controllers of a method at work; each moves one setting of `[training]`."""
+
+    def __init__(self, stages: Sequence[Stage]):
+        """Starts them.
+
+        Raises:
+            ValueError: for a setting out of bounds.
+        """
+        self._stages = stages
+        self._controllers = {stage.name: stage() for stage in stages}
+
+    def update(self, batch: SequenceBatch) -> dict[str, float]:
+        """Shows them an iteration's batch, over all learners.
+
+        Args:
+            batch: with ``entropy``, where there is a controller.
+
+        Returns:
+            Setting to the value that holds in this iteration.
+        """
+        if not self._controllers:
+            return {}
+        for stage in self._stages:
+            stage.prepare(batch)
+        entropy = float(masked_mean(batch.column("entropy"), batch.loss_mask, batch.all_reduce))
+        return {each.setting: each.update(entropy) for each in self._controllers.values()}
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold, by name."""
+        return {name: each.get_state() for name, each in self._controllers.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``; a controller that is not in it starts afresh."""
+        for name, each in self._controllers.items():
+            if name in state:
+                each.set_state(state[name])

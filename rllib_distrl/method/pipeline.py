@@ -1,25 +1,27 @@
-"""The method as a list of stages: rewards, advantages, shaping, critic targets."""
+"""The method as a list of stages: rewards, advantages, shaping, critic targets, loss."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
+from torch import Tensor
 
 from rllib_distrl.maths.advantages import whiten
-from rllib_distrl.maths.read_outs import read_out
-from rllib_distrl.maths.targets import TARGETS
+from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.registry import Stage, resolve
-
-if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+from rllib_distrl.method.registry import Spec, Stage, resolve
+from rllib_distrl.settings import TrainingSettings
 
 # Settings of `[training]` that a stage may have: it then takes them from there.
 SHARED = frozenset(
     {"gamma", "lambda_", "clip_param", "clip_param_high", "dual_clip", "bonus_coeff", "bonus_stat",
-     "bonus_at", "bonus_center", "bonus_schedule", "bonus_horizon", "bonus_max_ratio"}
+     "bonus_at", "bonus_center", "bonus_schedule", "bonus_horizon", "bonus_max_ratio",
+     "critic_lambda", "importance_bound"}
 )  # fmt: skip
 OPTIMISM = {"name": "dltv"}
+# Columns of the batch that a correction for another sampler adds.
+IMPORTANCE_WEIGHTS = "importance_weights"
+SAMPLER_LOGP = "sampler_logp"
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,10 @@ class Method:
     """The stages of one algorithm, in the order in which they run.
 
     Attributes:
-        needs: Columns that the stages and the critic's targets read, see `stages.registry`.
+        target: None without a critic.
+        importance_correction: None where there is none.
+        bonus_statistic: What the optimism bonus is made of, also where that is off.
+        needs: Columns that the stages read, see `method.registry`.
     """
 
     reward_transforms: tuple[Stage, ...]
@@ -35,80 +40,154 @@ class Method:
     shapers: tuple[Stage, ...]
     policy_loss: Stage
     regularisers: tuple[Stage, ...]
-    needs: frozenset[str]
+    aggregation: Stage
+    importance_correction: Stage | None
+    target: Stage | None
+    read_out: Stage
+    bonus_statistic: Stage
+    controllers: tuple[Stage, ...]
+    whitens: bool
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Method":
+        """Resolves the stages that a configuration names; the optimism bonus comes last.
+
+        Args:
+            config: An `AlgorithmConfig` with the fields of `TrainingSettings` as attributes.
+        """
+        chosen = TrainingSettings.of(config)
+        shared = {name: getattr(config, name) for name in SHARED}
+
+        def stage(kind: str, spec: Spec) -> Stage:
+            return _stage(kind, spec, shared, type(config))
+
+        def stages(kind: str, specs: list[dict[str, Any]]) -> tuple[Stage, ...]:
+            return tuple(stage(kind, spec) for spec in specs)
+
+        correction = stage("importance_correction", chosen.importance_correction)
+        optimism = [OPTIMISM] if chosen.bonus_coeff > 0 else []
+        return cls(
+            reward_transforms=stages("reward", chosen.reward_transforms),
+            advantage=stage("advantage", chosen.advantage),
+            shapers=stages("shaper", [*chosen.shapers, *optimism]),
+            policy_loss=stage("policy_loss", chosen.policy_loss),
+            regularisers=stages("regulariser", chosen.regularisers),
+            aggregation=stage("aggregation", chosen.aggregation),
+            importance_correction=None if correction.name == "none" else correction,
+            target=None if chosen.critic == "none" else stage("target", chosen.target),
+            read_out=stage("read_out", chosen.read_out),
+            bonus_statistic=stage("bonus_statistic", chosen.bonus_stat),
+            controllers=stages("controller", chosen.controllers),
+            whitens=chosen.whiten_advantages,
+        )
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """All of them."""
+        """Those that every update runs on the batch; `bonus_statistic` is a part of a shaper."""
+        optional = (self.importance_correction, self.target)
         return (
             *self.reward_transforms,
             self.advantage,
             *self.shapers,
             self.policy_loss,
             *self.regularisers,
+            self.aggregation,
+            *(stage for stage in optional if stage is not None),
         )
 
-    @classmethod
-    def from_config(cls, config: "DistRLConfig") -> "Method":
-        """Resolves the stages that ``config`` names; the optimism bonus comes last."""
-        shapers = [*config.shapers, *([OPTIMISM] if config.bonus_coeff > 0 else [])]
-        rewards = tuple(_stage("reward", spec, config) for spec in config.reward_transforms)
-        advantage = _stage("advantage", config.advantage, config)
-        shaped = tuple(_stage("shaper", spec, config) for spec in shapers)
-        policy_loss = _stage("policy_loss", config.policy_loss, config)
-        regularisers = tuple(_stage("regulariser", spec, config) for spec in config.regularisers)
-        stages = (*rewards, advantage, *shaped, policy_loss, *regularisers)
-        needs = {need for stage in stages for need in stage.needs}
-        needs.update(*(resolve("controller", spec).needs for spec in config.controllers))
-        # The critic's targets are made of its quantiles, where there is a critic.
-        needs.add("quantiles")
-        return cls(rewards, advantage, shaped, policy_loss, regularisers, frozenset(needs))
+    @property
+    def needs(self) -> frozenset[str]:
+        """What stages, controllers and the actor's value read beyond the basic columns."""
+        read_out = [] if self.target is None else [self.read_out]
+        stages = (*self.stages, *self.controllers, *read_out)
+        return frozenset().union(*(stage.needs for stage in stages))
 
-    def prepare(self, batch: SequenceBatch, config: "DistRLConfig") -> None:
+    @property
+    def keeps_groups_whole(self) -> bool:
+        """Whether the loss is one of whole groups, which minibatches then hold."""
+        return self.policy_loss.method.kind == "group_loss"
+
+    def prepare(self, batch: SequenceBatch) -> None:
         """Fills ``values``, ``target_quantiles`` and ``advantages`` of a whole batch.
 
         Args:
             batch: rewards, masks and, with a critic, ``quantiles``; changed in place.
-            config: the method's settings.
         """
         self.transform_rewards(batch)
-        if batch.quantiles is not None:
-            batch.values = read_out(batch.quantiles, **config.read_out)
-            batch.target_quantiles = TARGETS[config.target](
-                batch.quantiles,
-                batch.rewards,
-                batch.loss_mask,
-                gamma=config.gamma,
-                lambda_=config.critic_lambda,
-                generator=batch.generator,
-            )
-        batch.advantages = self._shaped_advantages(batch, config.whiten_advantages)
-        self.policy_loss.prepare(batch)
+        if batch.quantiles is not None and self.target is not None:
+            self.read_out.prepare(batch)
+            batch.values = self.read_out(batch.quantiles)
+            self.target.prepare(batch)
+            batch.target_quantiles = self.target(batch)
+        batch.advantages = self._shaped_advantages(batch)
+        for stage in (self.policy_loss, *self.regularisers, self.aggregation):
+            stage.prepare(batch)
 
     def transform_rewards(self, batch: SequenceBatch) -> None:
         """Replaces ``rewards`` by what the critic and the actor learn from."""
         for transform in self.reward_transforms:
+            transform.prepare(batch)
             batch.rewards = transform(batch)
 
-    def regularisation(self, logp: torch.Tensor, batch: SequenceBatch) -> torch.Tensor | float:
-        """(B, T): the sum of all regularisers; 0 without any."""
-        return sum(regulariser(logp, batch) for regulariser in self.regularisers)
+    def unshaped_advantages(self, batch: SequenceBatch) -> Tensor:
+        """(B, T): the estimator's, before any shaper."""
+        self.advantage.prepare(batch)
+        return self.advantage(batch)
 
-    def _shaped_advantages(self, batch: SequenceBatch, whitened: bool) -> torch.Tensor:
-        advantages = self.advantage(batch)
+    def _shaped_advantages(self, batch: SequenceBatch) -> Tensor:
+        advantages = self.unshaped_advantages(batch)
         for shaper in self.shapers:
+            shaper.prepare(batch)
             advantages = shaper(batch, advantages)
-        if whitened:
+        if self.whitens:
             return whiten(advantages, batch.loss_mask, batch.all_reduce)
         return advantages
 
+    def regularisation(self, logp: Tensor, batch: SequenceBatch) -> Tensor | float:
+        """(B, T): the sum of all regularisers; 0 without any."""
+        return sum(regulariser(logp, batch) for regulariser in self.regularisers)
 
-def _stage(kind: str, spec: dict[str, Any], config: "DistRLConfig") -> Stage:
+    def correct_importance(self, logp: Tensor, batch: SequenceBatch) -> None:
+        """Weighs each token by learner over sampler; ratios are then to the learner's own logps.
+
+        The decoupled form of truncated importance sampling: the loss clips the policy against
+        itself before the update, and what separates that from the sampler is a weight without
+        gradient. Tokens that top-p or top-k removed are never seen, which no weight can make up
+        for. Where a loss is that of a whole sequence at each of its tokens, the mean of their
+        weights is the sequence's.
+
+        Args:
+            logp: (B, T), the learner's, before the first step.
+            batch: Changed in place: ``action_logp``, and two columns of ``extras``.
+        """
+        correction, mask, sampler_logp = (
+            self.importance_correction,
+            batch.loss_mask,
+            batch.action_logp,
+        )
+        assert correction is not None
+        correction.prepare(batch)
+        weights = correction(logp, batch)
+        bounded = weights != zero_padding(logp - sampler_logp, mask).exp()
+        batch.metrics["importance_weight_mean"] = float(
+            masked_mean(weights, mask, batch.all_reduce)
+        )
+        batch.metrics["importance_bounded_share"] = float(
+            masked_mean(bounded.float(), mask, batch.all_reduce)
+        )
+        batch.extras[IMPORTANCE_WEIGHTS] = weights
+        batch.extras[SAMPLER_LOGP] = sampler_logp
+        batch.action_logp = logp
+
+
+def _stage(kind: str, spec: Spec, shared: Mapping[str, Any], preset: type) -> Stage:
+    """A stage with those of the shared settings that it has and its own table does not give."""
     method = resolve(kind, spec).method
-    taken = {name: getattr(config, name) for name in SHARED & method.settings().keys()}
+    taken = {name: shared[name] for name in shared.keys() & method.settings().keys()}
     if own := method.own_defaults & taken.keys():
-        default = type(config)()
+        default = preset()
         for name in own:
             if taken[name] == getattr(default, name):
                 del taken[name]
-    return resolve(kind, {**taken, **spec})
+    table = {"name": spec} if isinstance(spec, str) else spec
+    return resolve(kind, {**taken, **table}, given=table)

@@ -1,77 +1,28 @@
-"""Policy losses: (logp (B, T) with gradient, batch slice, settings) to per-token losses (B, T)."""
+"""Policy losses: (logp (B, T) with gradient, batch, settings) to per-token losses (B, T)."""
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rllib_distrl.maths import losses
+from rllib_distrl.maths.statistics import bounded_log_ratio, masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.formula import of_batch, takes_settings_of
 from rllib_distrl.method.registry import demand, register
 
-
-@register("policy_loss", "clip")
-def clip(
-    logp: Tensor,
-    batch: SequenceBatch,
-    *,
-    clip_param: float = 0.2,
-    clip_param_high: float | None = None,
-    dual_clip: float | None = None,
-) -> Tensor:
-    """PPO's clipped surrogate, with DAPO's upper bound and dual clip as options.
-
-    Args:
-        logp: (B, T).
-        batch: With `advantages`.
-        clip_param: ε.
-        clip_param_high: ε above 1; None: ε.
-        dual_clip: Bound on the loss of negative advantages; None: off.
-
-    Returns:
-        (B, T).
-    """
-    return losses.clipped_surrogate(
-        logp,
-        batch.action_logp,
-        batch.column("advantages"),
-        clip_param=clip_param,
-        clip_param_high=clip_param_high,
-        dual_clip=dual_clip,
-        loss_mask=batch.loss_mask,
-    )
+clip = register("policy_loss", "clip")(
+    of_batch(losses.clipped_surrogate, given=("logp",), without=("ratio_level",))
+)
 
 
 def _gspo_fits(config: Any, **settings: Any) -> None:
     demand(config, "policy_loss 'gspo'", aggregation="sequence_mean")
 
 
-@register("policy_loss", "gspo", fits=_gspo_fits, own_defaults=("clip_param", "clip_param_high"))
-def gspo(
-    logp: Tensor,
-    batch: SequenceBatch,
-    *,
-    clip_param: float = 3e-4,
-    clip_param_high: float | None = 4e-4,
-) -> Tensor:
-    """The clipped surrogate on the geometric mean of a sequence's ratios.
-
-    Args:
-        logp: (B, T).
-        batch: With `advantages`.
-        clip_param: ε.
-        clip_param_high: ε above 1; None: ε.
-
-    Returns:
-        (B, T), for the `sequence_mean` aggregation.
-    """
-    return losses.gspo(
-        logp,
-        batch.action_logp,
-        batch.column("advantages"),
-        clip_param=clip_param,
-        clip_param_high=clip_param_high,
-        loss_mask=batch.loss_mask,
-    )
+register("policy_loss", "gspo", fits=_gspo_fits, own_defaults=("clip_param", "clip_param_high"))(
+    of_batch(losses.gspo, given=("logp",))
+)
 
 
 def _one_step(config: Any, method: str, otherwise: str) -> None:
@@ -105,33 +56,103 @@ def _check_lad(*, divergence: str, inverse_eta: float, ratio_level: str) -> None
         raise ValueError(f"policy_loss 'lad' has inverse_eta {inverse_eta}; it must be above 0.")
 
 
-@register("policy_loss", "lad", check=_check_lad, fits=_lad_fits)
-def lad(
+register("policy_loss", "lad", check=_check_lad, fits=_lad_fits)(
+    of_batch(losses.lad, given=("logp",))
+)
+
+
+# Two losses that treat tokens apart whose probability and advantage rise together, both from arXiv
+# 2505.22617. cov = (A − mean A)(logπ − mean logπ) over the whole batch, with the log-probabilities
+# that sampled, so that the selected tokens do not depend on how the batch is cut (our choice; the
+# authors recompute it in each micro-batch, which agrees before the first step).
+
+
+def covariance(batch: SequenceBatch) -> Tensor:
+    """The covariance of each token.
+
+    Args:
+        batch: With `advantages`.
+
+    Returns:
+        (B, T), 0 in the padding.
+    """
+    advantages, mask = batch.column("advantages"), batch.loss_mask
+    centred = advantages - masked_mean(advantages, mask, batch.all_reduce)
+    surprise = batch.action_logp - masked_mean(batch.action_logp, mask, batch.all_reduce)
+    return zero_padding(centred * surprise, mask)
+
+
+def _select(score: Tensor, allowed: Tensor, count: int) -> Tensor:
+    """(B, T), bool: the `count` allowed tokens of highest score, or all of them if fewer."""
+    score = torch.where(allowed, score, float("-inf")).flatten()
+    chosen = torch.zeros_like(score, dtype=torch.bool)
+    chosen[score.topk(min(count, score.numel())).indices] = True
+    return chosen.view_as(allowed) & allowed
+
+
+def _count(batch: SequenceBatch, token_share: float) -> int:
+    return max(1, int(token_share * int(batch.loss_mask.sum())))
+
+
+def _prepare_clip_cov(
+    batch: SequenceBatch, *, token_share: float, cov_low: float, cov_high: float, **settings: Any
+) -> None:
+    cov = covariance(batch)
+    device = batch.generator.device if batch.generator is not None else cov.device
+    lots = torch.rand(cov.shape, generator=batch.generator, device=device).to(cov.device)
+    band = batch.loss_mask & (cov > cov_low) & (cov < cov_high)
+    batch.extras["clip_cov"] = _select(lots, band, _count(batch, token_share))
+
+
+def _prepare_kl_cov(batch: SequenceBatch, *, token_share: float, **settings: Any) -> None:
+    batch.extras["kl_cov"] = _select(covariance(batch), batch.loss_mask, _count(batch, token_share))
+
+
+@register("policy_loss", "clip_cov", prepare=_prepare_clip_cov)
+@takes_settings_of(losses.clipped_surrogate, without=("dual_clip", "ratio_level"))
+def clip_cov(
     logp: Tensor,
     batch: SequenceBatch,
     *,
-    divergence: str = "js",
-    inverse_eta: float = 4.0,
-    ratio_level: str = "sequence",
+    token_share: float = 2e-4,
+    cov_low: float = 1.0,
+    cov_high: float = 5.0,
+    **bounds: Any,
 ) -> Tensor:
-    """Learning Advantage Distributions.
+    """The clipped surrogate without a random few of the tokens of high covariance.
 
     Args:
         logp: (B, T).
-        batch: With `advantages`, group-normalised and not whitened.
-        divergence: One of `losses.LAD_DIVERGENCES`.
-        inverse_eta: 1/η.
-        ratio_level: "token" or "sequence" (for the `sequence_mean` aggregation).
+        batch: With `advantages`, prepared.
+        token_share: Share of all tokens that is dropped.
+        cov_low: Tokens with a covariance above this …
+        cov_high: … and below this may be dropped.
+        **bounds: `clip_param` and `clip_param_high`.
 
     Returns:
         (B, T).
     """
-    return losses.lad(
-        logp,
-        batch.action_logp,
-        batch.column("advantages"),
-        divergence=divergence,
-        inverse_eta=inverse_eta,
-        ratio_level=ratio_level,
-        loss_mask=batch.loss_mask,
-    )
+    del token_share, cov_low, cov_high
+    return torch.where(batch.column("clip_cov"), 0.0, clip(logp, batch, **bounds))
+
+
+@register("policy_loss", "kl_cov", prepare=_prepare_kl_cov)
+def kl_cov(
+    logp: Tensor, batch: SequenceBatch, *, token_share: float = 2e-4, penalty: float = 1.0
+) -> Tensor:
+    """−A ρ, without a clip, and a penalty on moving the tokens of highest covariance.
+
+    Args:
+        logp: (B, T).
+        batch: With `advantages`, prepared.
+        token_share: Share of all tokens that is held back.
+        penalty: Weight of |logp − action_logp| there.
+
+    Returns:
+        (B, T).
+    """
+    del token_share
+    log_ratio = bounded_log_ratio(logp, batch.action_logp, batch.loss_mask)
+    advantages = zero_padding(batch.column("advantages"), batch.loss_mask)
+    held = torch.where(batch.column("kl_cov"), log_ratio.abs(), 0.0)
+    return -advantages * log_ratio.exp() + penalty * held

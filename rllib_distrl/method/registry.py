@@ -1,13 +1,29 @@
 """Methods by name: what a recipe's `[training.advantage] name = "maxk", k = 8` stands for.
 
-A new method is one file in this package with `@register(kind, name)` above a function (data
-first, settings keyword-only): every module here is imported when a name is first looked up. One
-of your own needs no place here: `name = "module:function"` imports it, in every process that uses
-it, and where it carries `@register` takes what that declares.
+A new method is one function in this package with `@register(kind, name)` above it (data first,
+settings keyword-only): every module here is imported when a name is first looked up. One of your
+own needs no place here: `name = "module:function"` imports it, in every process that uses it, and
+where it carries `@register` takes what that declares.
+
+What the function is given and returns, by kind; `batch` is a `SequenceBatch` of whole groups:
+
+    reward                 (batch) to rewards (B, T)
+    advantage              (batch) to (B, T)
+    shaper                 (batch, advantages) to (B, T)
+    policy_loss            (logp, batch) to (B, T); the batch may be any part of the minibatch
+    group_loss             (logp, batch) to (B,); in the place of a policy_loss
+    regulariser            (logp, batch) to (B, T)
+    target                 (batch) to (B, T, M): what the critic's quantiles learn
+    read_out               (quantiles (..., N)) to (...): the actor's value of a state
+    bonus_statistic        (batch) to (B, T): how uncertain a state is
+    aggregation            (batch, a minibatch) to weights (B, T) of its tokens
+    importance_correction  (learner's logp, batch) to weights (B, T) of the policy's loss
+    controller             a class: `setting`, `update(entropy)`, `get_state`, `set_state`
+    prompt_sampler         a class: see `PromptSampler`
 
 A setting that bears the name of one of `[training]` (`gamma`, `clip_param`) is that one: it is
 given there once, and whoever sets it where no chosen method has it is told so
-(`algorithms.unread_settings`).
+(`algorithm.unread_settings`).
 """
 
 import functools
@@ -24,10 +40,17 @@ from rllib_distrl.recipe_schema import ALIKE, nearest
 from rllib_distrl.settings import Settings
 
 KINDS = (
-    "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser",
-    "controller", "prompt_sampler", "allocator", "read_out",
+    "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser", "target",
+    "read_out", "bonus_statistic", "aggregation", "importance_correction", "controller",
+    "prompt_sampler",
 )  # fmt: skip
-NEEDS = frozenset({"entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups"})
+# Uncertainties that a learner learns beside the critic, and writes into the batch's `extras`.
+LEARNED = frozenset({"ensemble", "distance"})
+NEEDS = LEARNED | {
+    "entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups",
+}  # fmt: skip
+Spec = Mapping[str, Any] | str
+"""How a recipe names a method: by its name, or as a table of the name and settings."""
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What a method needs, or a function of its settings that says so.
 Needs = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
@@ -75,6 +98,8 @@ class Stage:
 
     method: Method
     params: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] = frozenset()
+    """Those of the settings that stand in the method's own table."""
 
     @property
     def name(self) -> str:
@@ -112,9 +137,9 @@ class Stage:
             self.method.fits(config, **self.settings)
 
     def prepare(self, batch: Any) -> None:
-        """Lets the method write columns on the whole batch, before minibatches are cut."""
+        """Lets the method write columns on the whole batch, before it runs on parts of it."""
         if self.method.prepare is not None:
-            self.method.prepare(batch, **self.params)
+            self.method.prepare(batch, **self.settings)
 
 
 _METHODS: dict[tuple[str, str], Method] = {}
@@ -123,7 +148,7 @@ _METHODS: dict[tuple[str, str], Method] = {}
 def register(
     kind: str,
     name: str,
-    needs: Needs = (),
+    needs: Needs | None = None,
     prepare: Callable[..., None] | None = None,
     check: Callable[..., None] | None = None,
     fits: Callable[..., None] | None = None,
@@ -135,8 +160,10 @@ def register(
     Args:
         kind: One of `KINDS`.
         name: Descriptive and unique within its kind.
-        needs: A subset of `NEEDS`, or a function from the settings to one.
-        prepare: Called with (whole batch, settings) before minibatches are cut.
+        needs: A subset of `NEEDS`, or a function from the settings to one; None: what `of_batch`
+            has found, or nothing.
+        prepare: Called with (whole batch, settings) on every learner before the method runs, and
+            before minibatches are cut: the place to write columns into the batch's `extras`.
         check: Called with all settings by `resolve`; raises ValueError for one out of bounds.
         fits: Called with the algorithm's configuration and all settings; see `demand`.
         ignores: Called with all settings; names those that it then does not read.
@@ -151,15 +178,18 @@ def register(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
-    if not callable(needs) and (unknown := set(needs) - NEEDS):
+    if needs is not None and not callable(needs) and (unknown := set(needs) - NEEDS):
         raise ValueError(f"{kind} {name!r} needs {sorted(unknown)}; known: {sorted(NEEDS)}")
+    if kind == "prompt_sampler" and prepare is not None:
+        raise ValueError("a prompt_sampler has no batch to prepare: it lives on the driver")
 
     def decorate(function: _F) -> _F:
+        reads = getattr(function, "needs", ()) if needs is None else needs
         taken = _METHODS.get((kind, name))
         if taken is not None and taken.function.__qualname__ != function.__qualname__:
             raise ValueError(f"{kind} {name!r} is already {taken.function.__qualname__}")
         _METHODS[kind, name] = Method(
-            kind, name, function, needs, prepare, check, fits, ignores, frozenset(own_defaults)
+            kind, name, function, reads, prepare, check, fits, ignores, frozenset(own_defaults)
         )
         return function
 
@@ -196,13 +226,14 @@ def names(kind: str) -> list[str]:
     return sorted(name for of_kind, name in _METHODS if of_kind == kind)
 
 
-def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
+def resolve(kind: str, spec: Spec, given: Collection[str] | None = None) -> Stage:
     """The stage that a recipe's table names, its settings checked against the signature.
 
     Args:
-        kind: One of `KINDS`.
+        kind: One of `KINDS`; "policy_loss" also finds group losses.
         spec: `{"name": …, **settings}`, or the name alone. A name of the form `module:function`
             is imported.
+        given: Those of the settings that the recipe's own table gives; None: all.
 
     Returns:
         The stage.
@@ -217,24 +248,30 @@ def resolve(kind: str, spec: Mapping[str, Any] | str) -> Stage:
         raise ValueError(f"the {kind} table needs a name; known: {', '.join(names(kind))}")
     name = settings.pop("name")
     method = _imported(kind, name) if ":" in str(name) else _named(kind, name)
-    allowed = method.settings()
+    kind, allowed = method.kind, method.settings()
     for key in settings:
         if key not in allowed:
             raise ValueError(f"{kind} {name!r} has no setting {key!r}{_nearest(key, allowed)}")
     required = [key for key, p in allowed.items() if p.default is inspect.Parameter.empty]
     if missing := [key for key in required if key not in settings]:
         raise ValueError(f"{kind} {name!r} needs the setting {', '.join(missing)}")
-    stage = Stage(method, method.checked(settings))
+    own = frozenset(settings if given is None else given)
+    stage = Stage(method, method.checked(settings), own)
     if method.check is not None:
         method.check(**stage.settings)
     return stage
 
 
+def _places(kind: str) -> tuple[str, ...]:
+    """The kinds that may stand where a recipe names one."""
+    return (kind, "group_loss") if kind == "policy_loss" else (kind,)
+
+
 def _named(kind: str, name: str) -> Method:
-    known = names(kind)
+    known = {known: place for place in _places(kind) for known in names(place)}
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known)}")
-    return _METHODS[kind, name]
+    return _METHODS[known[name], name]
 
 
 def _imported(kind: str, name: str) -> Method:
@@ -249,8 +286,11 @@ def _imported(kind: str, name: str) -> Method:
         raise ValueError(f"{kind}: {error}") from error
     if not callable(function):
         raise ValueError(f"{kind} {name!r} is {function!r:.80}; it must be a function.")
-    declared = [m for m in _METHODS.values() if m.kind == kind and m.function is function]
-    return declared[0] if declared else Method(kind, name, function)
+    declared = [method for method in _METHODS.values() if method.function is function]
+    fitting = [method for method in declared if method.kind in _places(kind)]
+    if declared and not fitting:
+        raise ValueError(f"{kind}: {name!r} is registered as a {declared[0].kind}.")
+    return fitting[0] if fitting else Method(kind, name, function)
 
 
 def methods(kind: str) -> list[Method]:

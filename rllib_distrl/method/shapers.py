@@ -3,64 +3,55 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rllib_distrl.maths import optimism
 from rllib_distrl.maths.group_advantages import group_mean
-from rllib_distrl.maths.statistics import zero_padding
+from rllib_distrl.maths.group_calibration import (
+    calibrated_edges,
+    check_unit_returns,
+    leave_one_out_posterior,
+    logit_shift,
+)
+from rllib_distrl.maths.read_outs import best_of_k
+from rllib_distrl.maths.statistics import masked_mean, zero_padding
+from rllib_distrl.method.advantages import SOURCES, source_needs, unused_of_group
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.registry import register
+from rllib_distrl.method.formula import takes_settings_of
+from rllib_distrl.method.registry import demand, register, resolve
 
 
 def _unused_horizon(settings: Mapping[str, Any]) -> set[str]:
     return set() if settings["bonus_schedule"] == "linear" else {"bonus_horizon"}
 
 
-@register("shaper", "dltv", needs=("quantiles",), ignores=_unused_horizon)
+def _dltv_needs(settings: Mapping[str, Any]) -> frozenset[str]:
+    return resolve("bonus_statistic", settings["bonus_stat"]).needs
+
+
+@register("shaper", "dltv", needs=_dltv_needs, ignores=_unused_horizon)
+@takes_settings_of(optimism.optimistic_advantages, without=("k",))
 def dltv(
     batch: SequenceBatch,
     advantages: Tensor,
     *,
-    bonus_coeff: float = 3.0,
-    bonus_stat: str = "ltv_sqrt",
-    bonus_at: str = "next",
-    bonus_center: bool = True,
-    bonus_schedule: str = "dltv",
-    bonus_horizon: int | None = None,
-    bonus_max_ratio: float | None = 0.5,
+    bonus_stat: str | dict[str, Any] = "ltv_sqrt",
+    **settings: Any,
 ) -> Tensor:
     """The optimistic advantage A + c_k B; writes the metrics `optimism_…`.
 
-    Args:
-        batch: With `quantiles`, or with an uncertainty (B, T) in `extras[bonus_stat]`.
-        advantages: (B, T), A.
-        bonus_coeff: c.
-        bonus_stat: A statistic of the quantiles, or a column of `extras`.
-        bonus_at: "next", "difference" or "current".
-        bonus_center: Whether the bonus has mean 0 at each t.
-        bonus_schedule: "dltv", "linear" or "constant".
-        bonus_horizon: Iterations of the linear schedule.
-        bonus_max_ratio: Largest std(c_k B)/std(A).
-
-    Returns:
-        (B, T).
+    B is made of a `bonus_statistic`; the other settings are those of
+    `maths.optimism.optimistic_advantages`.
     """
-    statistic = batch.extras.get(bonus_stat)
-    if statistic is None:
-        statistic = optimism.bonus_statistic(batch.column("quantiles"), bonus_stat)
     shaped, metrics = optimism.optimistic_advantages(
         advantages,
-        statistic,
+        resolve("bonus_statistic", bonus_stat)(batch),
         batch.loss_mask,
         k=batch.k,
-        bonus_coeff=bonus_coeff,
-        bonus_at=bonus_at,
-        bonus_center=bonus_center,
-        bonus_schedule=bonus_schedule,
-        bonus_horizon=bonus_horizon,
-        bonus_max_ratio=bonus_max_ratio,
         all_reduce=batch.all_reduce,
         width=batch.width,
+        **settings,
     )
     batch.metrics.update(metrics)
     return shaped
@@ -108,3 +99,75 @@ def length_power(batch: SequenceBatch, advantages: Tensor, *, alpha: float = 1.0
     power = batch.lengths.clamp(min=1).to(advantages.dtype) ** -alpha
     weight = power / group_mean(power, batch.group)
     return zero_padding(advantages * weight.unsqueeze(1), batch.loss_mask)
+
+
+def _prior(batch: SequenceBatch, source: str) -> Tensor:
+    """(B,), V(s_0) by the critic, or the mean return of all learners' rows without one."""
+    if source == "returns":
+        rows = torch.ones_like(batch.returns, dtype=torch.bool)
+        return masked_mean(batch.returns, rows, batch.all_reduce).expand(len(batch))
+    column = batch.column(source)[:, 0]
+    return (column.mean(-1) if source == "quantiles" else column).clamp(0.0, 1.0)
+
+
+def _check_pass_at_k(*, k: int, source: str, prior_weight: float, **_: Any) -> None:
+    if k < 1 or source not in SOURCES:
+        raise ValueError(
+            f"shaper 'pass_at_k' takes k >= 1 and source in {SOURCES}; got {k}, {source!r}"
+        )
+    if not prior_weight >= 0:
+        raise ValueError(f"shaper 'pass_at_k' takes prior_weight >= 0; got {prior_weight}")
+
+
+def _pass_at_k_fits(config: Any, *, source: str, calibrate: bool, **_: Any) -> None:
+    if calibrate or source == "returns":  # undiscounted ones of whole completions
+        demand(config, "shaper 'pass_at_k' on returns", gamma=1.0)
+
+
+@register(
+    "shaper", "pass_at_k", needs=source_needs, check=_check_pass_at_k, fits=_pass_at_k_fits,
+    ignores=unused_of_group,
+)  # fmt: skip
+def pass_at_k(
+    batch: SequenceBatch,
+    advantages: Tensor,
+    *,
+    k: int = 4,
+    source: str = "quantiles",
+    calibrate: bool = True,
+    prior_weight: float = 2.0,
+) -> Tensor:
+    """A · (1 − ρ_{k−1}(s_0)), before whitening; ρ is the expected best of k − 1 at the prompt.
+
+    For binary returns and R − V as advantage it follows the gradient of pass@k, up to a factor.
+    Ours; returns in [0, 1]. k = 1 is off, 2 mild, 4 for diversity.
+
+    Args:
+        batch: Any, with the source's column.
+        advantages: (B, T), A.
+        k: ≥ 1.
+        source: What is known of the prompt: the critic's "quantiles", its "values", or only the
+            "returns" of the batch (no critic: the control).
+        calibrate: Whether the group's other returns correct it, leave-one-out.
+        prior_weight: n₀, completions that the source counts for.
+
+    Returns:
+        (B, T).
+
+    Raises:
+        ValueError: For returns outside [0, 1], where they are read.
+    """
+    if calibrate or source == "returns":
+        check_unit_returns(batch.returns, "shaper 'pass_at_k'")
+    value = prior = _prior(batch, source)
+    if calibrate:
+        value = leave_one_out_posterior(prior, batch.returns, batch.group, prior_weight)
+    if source == "quantiles":
+        quantiles = batch.column("quantiles")[:, 0]
+        shift = logit_shift(value, prior) if calibrate else torch.zeros_like(prior)
+        best = best_of_k(quantiles, k - 1, calibrated_edges(shift, quantiles.shape[-1]))
+    else:
+        best = 1.0 - (1.0 - value.clamp(0.0, 1.0)) ** (k - 1)
+    weight = (1.0 - best).clamp(min=0.0)
+    batch.metrics["pass_at_k_weight_mean"] = float(weight.mean())
+    return advantages * weight.unsqueeze(1)

@@ -20,7 +20,7 @@ def lifetime(result):
 
 
 def critic_state(algo):
-    module = algo.learner_group._learner._policy_module
+    module = algo.learner_group._learner.policy_module
     return torch.cat([p.detach().flatten() for p in module.critic_parameters()])
 
 
@@ -97,8 +97,8 @@ def test_what_can_be_known_is_learned(n_quantiles):
     table = {"rollouts": 512, "epochs": 10, "lr": 3e-3, "minibatch_size": 16}
     found = pretrain_critic(learner, shards=[ray.put(episodes)], table=table)
     assert found["critic_pretraining_explained_variance"] > 0.6
-    columns = learner._columns(episodes[-8:])
-    values = learner._policy_module.compute_values(columns)
+    columns = learner.columns(episodes[-8:])
+    values = learner.policy_module.compute_values(columns)
     assert values[:, 0].std() < 0.1  # nothing is known yet
     even = columns["actions"][:, 0] % 2 == 0
     assert values[even, 1].min() > 0.7

@@ -42,10 +42,10 @@ def test_the_error_is_that_of_the_mean_return_of_continuations(cold):
 
 
 def test_looking_leaves_training_alone(cold):
-    state = cold.learner_group._learner._uncertainty.get_state()["ensemble"]
+    state = cold.learner_group._learner.uncertainty.get_state()["ensemble"]
     cursor = cold.prompt_sampler.cursor
     one = probe_critic(cold, prefixes=4, continuations=2, split=None)
     assert probe_critic(cold, prefixes=4, continuations=2, split=None) == one
-    after = cold.learner_group._learner._uncertainty.get_state()["ensemble"]
+    after = cold.learner_group._learner.uncertainty.get_state()["ensemble"]
     assert all((state[name] == after[name]).all() for name in state)
     assert cold.prompt_sampler.cursor == cursor

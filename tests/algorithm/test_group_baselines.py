@@ -37,7 +37,7 @@ def prepared(name, **training):
     for episode, total in zip(episodes, RETURNS, strict=True):
         episode.rewards.data[: len(episode)] = 0.0
         episode.rewards.data[len(episode) - 1] = total
-    rollouts = learner._prepare(learner._columns(episodes), 1)
+    rollouts = learner.batch_pass(learner.columns(episodes), 1).rollouts
     assert rollouts.quantiles is None
     return rollouts
 
@@ -102,7 +102,7 @@ def test_the_critic_does_not_change_group_advantages():
     for episode, total in zip(episodes, RETURNS, strict=True):
         episode.rewards.data[: len(episode)] = 0.0
         episode.rewards.data[len(episode) - 1] = total
-    rollouts = learner._prepare(learner._columns(episodes), 1)
+    rollouts = learner.batch_pass(learner.columns(episodes), 1).rollouts
     assert rollouts.quantiles is not None
     assert torch.equal(rollouts.advantages, prepared("DrGRPO").advantages)
 

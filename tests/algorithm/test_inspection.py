@@ -19,7 +19,7 @@ def algo():
 
 
 def test_looking_changes_nothing(algo):
-    module = algo.learner_group._learner._policy_module
+    module = algo.learner_group._learner.policy_module
     before = {name: x.clone() for name, x in module.state_dict().items()}
     first = inspect_policy(algo, problems=2, num_generations=2)
     assert not bool(module.value_initialised)

@@ -13,10 +13,10 @@ from ray.rllib.core.learner.training_data import TrainingData
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from rllib_distrl import RolloutSettings, wire_language_model
-from rllib_distrl.learner.minibatches import minibatch
 from rllib_distrl.maths.advantages import gae
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.helpers import COUNTDOWN, TINY, distrl_config
+from tests.learner.rig import gradients
 
 SETTINGS = {"gamma": 0.97, "lambda_": 0.9, "clip_param": 0.2, "vf_loss_coeff": 0.7}
 TEMPERATURE = 3.0  # Hot, so that completions have different lengths.
@@ -35,7 +35,7 @@ def ppo_config():
 def our_config():
     config = distrl_config(
         n_quantiles=1, bonus_coeff=0.0, critic_lambda=0.9, vf_clip_param=0.3, entropy_coeff=0.01,
-        whiten_advantages=False, grad_clip=None, init_value=0.0, **SETTINGS,
+        whiten_advantages=False, grad_clip=None, init_value=0.0, micro_batch_tokens=120, **SETTINGS,
     )  # fmt: skip
     config.rollout(temperature=TEMPERATURE).validate()
     return config
@@ -73,8 +73,8 @@ def rllib_batch(learner, episodes):
 def test_targets_losses_and_gradients_agree(episodes_and_learners):
     episodes, theirs, ours = episodes_and_learners
     batch = rllib_batch(theirs, episodes)
-    columns = ours._columns(episodes)
-    rollouts = ours._prepare(columns, 1)
+    columns = ours.columns(episodes)
+    rollouts = ours.batch_pass(columns, 1).rollouts
     lens = [len(episode) for episode in episodes]
 
     # Targets: RLlib's columns have an artificial step behind each episode.
@@ -98,19 +98,13 @@ def test_targets_losses_and_gradients_agree(episodes_and_learners):
     module.zero_grad()
     their_loss.backward()
 
-    whole = minibatch(columns, rollouts, torch.arange(len(episodes)), ours.config)
-    ours._warming_up, ours._first_step = False, True
-    ours.config.micro_batch_tokens = 120  # several micro-batches
-    ours.apply_gradients = lambda gradients: None
-    _, _, _ = ours._uncompiled_update({DEFAULT_MODULE_ID: whole})
-    assert float(ours._step_losses.total_loss) == pytest.approx(their_loss.item(), rel=1e-5)
-
-    our_gradients = dict(ours.module[DEFAULT_MODULE_ID].named_parameters())
+    metrics, our_gradients = gradients(ours, episodes)  # in several micro-batches
+    assert float(metrics["total_loss"]) == pytest.approx(their_loss.item(), rel=1e-5)
     compared = 0
     for name, parameter in module.named_parameters():
         if parameter.grad is not None and float(parameter.grad.abs().max()) > 0:
             torch.testing.assert_close(
-                our_gradients[name].grad, parameter.grad, rtol=1e-4, atol=1e-6, msg=name
+                our_gradients[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name
             )
             compared += 1
     assert compared > 20
@@ -119,7 +113,7 @@ def test_targets_losses_and_gradients_agree(episodes_and_learners):
 def test_whitening_differs_from_rllib_only_by_its_artificial_step(episodes_and_learners):
     episodes, theirs, ours = episodes_and_learners
     batch = rllib_batch(theirs, episodes)
-    rollouts = ours._prepare(ours._columns(episodes), 1)
+    rollouts = ours.batch_pass(ours.columns(episodes), 1).rollouts
     raw = gae(rollouts.values, rollouts.rewards, rollouts.loss_mask, 0.97, 0.9)
     row, length = 0, len(episodes[0])
     theirs_row = batch[Postprocessing.ADVANTAGES][row, :length]
@@ -133,7 +127,7 @@ def test_whitening_differs_from_rllib_only_by_its_artificial_step(episodes_and_l
 
 def test_action_logp_is_the_learners(episodes_and_learners):
     episodes, _, ours = episodes_and_learners
-    columns = ours._columns(episodes)
+    columns = ours.columns(episodes)
     with torch.no_grad():
         outputs = ours.module[DEFAULT_MODULE_ID].forward_train(columns)
     logp = outputs[Columns.ACTION_DIST_INPUTS][..., 0]

@@ -7,11 +7,12 @@ import torch
 
 from rllib_distrl import DistRLConfig
 from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.learner.losses import distrl_losses
+from rllib_distrl.learner.step import distrl_losses
 from rllib_distrl.maths.aggregation import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.method.registry import names
+from rllib_distrl.settings import TrainingSettings
 from tests.helpers import distrl_config
 
 # A value of each setting of the method's maths that differs from the default.
@@ -115,7 +116,7 @@ def outcome(settings):
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     method = Method.from_config(config)
-    method.prepare(batch, config)
+    method.prepare(batch)
     logp = batch.action_logp + moved
     losses = distrl_losses(
         method.policy_loss(logp, batch),
@@ -123,9 +124,9 @@ def outcome(settings):
         batch.entropy,
         batch.quantiles,
         batch,
-        token_weights(mask, config.aggregation, divisor=5.0),
+        method.aggregation(batch),
         token_weights(mask),
-        config,
+        TrainingSettings.of(config),
         config.entropy_coeff,
     )
     parts = [batch.advantages[mask], losses.total.reshape(1)]

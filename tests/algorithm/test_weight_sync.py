@@ -13,7 +13,7 @@ from rllib_distrl.algorithm.wiring import policy_state
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weight_proof import PROBE_TOKENS, Probe, check_probe
 from rllib_distrl.engine.weights import content_hash
-from rllib_distrl.learner.probes import score_probes
+from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.helpers import distrl_config
 

@@ -27,6 +27,24 @@ def sample(config, prompts=4, generations=3):
     return report.episodes
 
 
+def gradients(learner, episodes):
+    """What `update` reports and the gradients by name, of a step over all episodes, not taken."""
+    learner.apply_gradients = lambda gradients: None
+    metrics = learner.update(episodes=episodes, timesteps={"training_iteration": 1})
+    named = learner.policy_module.named_parameters()
+    return (
+        {name: each.peek() for name, each in metrics["default_policy"].items()},
+        {name: p.grad.clone() for name, p in named if p.grad is not None},
+    )
+
+
+def pass_apart(learner):
+    """Lets the pass before the update be one of its own, also where a training pass could serve."""
+    once = learner.batch_pass
+    learner.batch_pass = lambda columns, k, single_step: once(columns, k)
+    return learner
+
+
 def hot_config(**training):
     config = distrl_config(prompts=4, generations=3, **training)
     config.rollout(temperature=2.0)

@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from rllib_distrl.algorithm.wiring import policy_state
-from rllib_distrl.learner.importance import correct_importance
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.pipeline import Method
 from tests.helpers import distrl_config
 from tests.learner.rig import hot_config, make_learner, sample
 
@@ -29,7 +29,8 @@ def test_weights_by_hand(correction, weights, mean, share):
     learner = torch.tensor([[0.1, 0.4, 0.2], [0.3, 1.0, 1.0]]).log()
     sampler = np.log([[0.4, 0.1, 0.2], [0.2, np.nan, 1.0]]).astype(np.float32).tolist()
     batch = rollouts(sampler)
-    correct_importance(learner, batch, correction, 2.0)
+    config = distrl_config(importance_correction=correction, importance_bound=2.0)
+    Method.from_config(config).correct_importance(learner, batch)
     torch.testing.assert_close(batch.extras["importance_weights"], torch.tensor(weights))
     assert batch.action_logp is learner
     assert batch.extras["sampler_logp"][0].tolist() == sampler[0]
@@ -90,7 +91,7 @@ def test_the_mismatch_is_that_before_the_first_step(correction):
     for episode in episodes:
         episode.extra_model_outputs["action_logp"].data[:] -= np.log(1.3)  # a weight of 1.3
     learner = make_learner(config)
-    parameters = list(learner._policy_module.parameters())
+    parameters = list(learner.policy_module.parameters())
     before = [parameter.detach().clone() for parameter in parameters]
     result = learner.update(episodes=episodes, num_epochs=3, minibatch_size=6)["default_policy"]
     moved = [

@@ -33,13 +33,13 @@ TRANSFORMS = [
 def test_the_critic_starts_at_what_it_is_to_learn(transform, gamma):
     config = hot_config(reward_transforms=[transform] if transform else [], gamma=gamma)
     learner = make_learner(config)
-    if learner._reference is not None:
+    if learner.reference is not None:
         with torch.no_grad():  # not what sampled, so that there is a penalty
-            learner._reference._policy.get_output_embeddings().weight.mul_(1.3)
+            learner.reference.policy.get_output_embeddings().weight.mul_(1.3)
     episodes = sample(config)
-    columns = learner._columns(episodes)
+    columns = learner.columns(episodes)
     plain = columns["rewards"].clone()
-    rollouts = learner._prepare(columns, 1)
+    rollouts = learner.batch_pass(columns, 1).rollouts
     rewards = torch.where(rollouts.loss_mask, rollouts.rewards, 0.0)
     assert torch.equal(columns["rewards"], plain)  # a transform makes rewards of its own
     discounts = gamma ** torch.arange(rewards.shape[1])
@@ -52,11 +52,8 @@ def test_the_critic_starts_at_what_it_is_to_learn(transform, gamma):
 def test_the_bonus_from_distances_keeps_no_hidden_states_of_the_batch():
     """64 features of states of width 64 and a constant; what a stage asks for it still gets."""
     config = hot_config(bonus_stat="distance", distance={"features": 8}, micro_batch_tokens=80)
-    rollouts = make_learner(config)._prepare(*columns_of(config))
+    learner = make_learner(config)
+    rollouts = learner.batch_pass(learner.columns(sample(config)), 1).rollouts
     wide = [x for x in {**rollouts.filled(), **rollouts.extras}.values() if x.dim() > 2]
     assert {x.shape[2] for x in wide} == {config.n_quantiles}
     assert rollouts.extras["distance"][rollouts.loss_mask].min() > 0
-
-
-def columns_of(config):
-    return make_learner(config)._columns(sample(config)), 1

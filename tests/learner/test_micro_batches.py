@@ -5,7 +5,7 @@ import torch
 
 from rllib_distrl.learner.minibatches import minibatch
 from rllib_distrl.maths import lm_head
-from tests.learner.rig import hot_config, make_learner, sample
+from tests.learner.rig import gradients, hot_config, make_learner, sample
 
 
 @pytest.fixture(scope="module")
@@ -13,20 +13,15 @@ def episodes():
     return sample(hot_config())
 
 
-def gradients(episodes, budget, dtype=torch.float32, **training):
-    learner = make_learner(hot_config(grad_clip=None, **training))
-    module = learner._policy_module.to(dtype)
-    columns = learner._columns(episodes)
-    rollouts = learner._prepare(columns, 1)
-    learner._warming_up, learner._first_step = False, False
-    learner.apply_gradients = lambda gradients: None
-    learner.config.micro_batch_tokens = budget
+def passes_and_gradients(episodes, budget, dtype=torch.float32, **training):
+    learner = make_learner(hot_config(grad_clip=None, micro_batch_tokens=budget, **training))
+    module = learner.policy_module.to(dtype)
     passes = []
-    module.policy.base_model.register_forward_hook(lambda *call: passes.append(1))
-    whole = minibatch(columns, rollouts, torch.arange(len(episodes)), learner.config)
-    learner._uncompiled_update({"default_policy": whole})
-    names = dict(module.named_parameters())
-    return len(passes), {name: p.grad for name, p in names.items() if p.grad is not None}
+    module.policy.base_model.register_forward_hook(
+        lambda *_: passes.append(torch.is_grad_enabled())
+    )
+    _, found = gradients(learner, episodes)
+    return sum(passes), found
 
 
 def assert_equal(found, expected, tolerance):
@@ -63,18 +58,19 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
 def test_gradients_are_those_of_one_big_batch(episodes, case, dtype, tolerance):
-    one, whole = gradients(episodes, 16_384, dtype, **CASES[case])
-    many, parts = gradients(episodes, 80, dtype, **CASES[case])
+    one, whole = passes_and_gradients(episodes, 16_384, dtype, **CASES[case])
+    many, parts = passes_and_gradients(episodes, 80, dtype, **CASES[case])
     assert (one, many > 3) == (1, True)
     assert_equal(parts, whole, tolerance)
 
 
 def test_the_constant_divisor_is_the_length_limit(episodes):
-    learner = make_learner(hot_config(aggregation="constant"))
-    learner.config.rollout(max_completion_tokens=50)
-    columns = learner._columns(episodes)
-    rollouts = learner._prepare(columns, 1)
-    some = minibatch(columns, rollouts, torch.arange(5), learner.config)
+    config = hot_config(aggregation="constant").rollout(max_completion_tokens=50)
+    config.validate()
+    learner = make_learner(config)
+    columns = learner.columns(episodes)
+    rollouts = learner.batch_pass(columns, 1).rollouts
+    some = minibatch(columns, rollouts, torch.arange(5), learner.method.aggregation)
     expected = rollouts.loss_mask[:5] / (5 * 50)
     torch.testing.assert_close(some["weights"], expected)
     torch.testing.assert_close(
@@ -83,7 +79,7 @@ def test_the_constant_divisor_is_the_length_limit(episodes):
 
 
 def test_chunks_of_the_head_change_no_gradient(episodes, monkeypatch):
-    _, whole = gradients(episodes, 16_384, **EVERY_TERM)
+    _, whole = passes_and_gradients(episodes, 16_384, **EVERY_TERM)
     monkeypatch.setattr(lm_head, "CPU_LOGITS", 3 * 112)  # three tokens of the vocabulary
-    _, chunked = gradients(episodes, 16_384, **EVERY_TERM)
+    _, chunked = passes_and_gradients(episodes, 16_384, **EVERY_TERM)
     assert_equal(chunked, whole, 1e-6)

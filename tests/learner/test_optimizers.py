@@ -42,11 +42,11 @@ def test_warm_up_and_cosine_move_both_rates(episodes):
 def test_the_rate_is_that_of_the_step(episodes):
     """Adam's first step moves a parameter by lr, whatever the gradient."""
     learner = make_learner(hot_config(**SCHEDULE, grad_clip=None))
-    before = {n: p.clone() for n, p in learner._policy_module.named_parameters()}
+    before = {n: p.clone() for n, p in learner.policy_module.named_parameters()}
     update(learner, episodes, 1)
     moved = {
         n: (p.detach() - before[n].detach()).abs().max()
-        for n, p in learner._policy_module.named_parameters()
+        for n, p in learner.policy_module.named_parameters()
     }
     assert float(moved["policy.model.norm.weight"]) == pytest.approx(5e-4, rel=1e-2)
     assert float(moved["value_head.weight"]) == pytest.approx(2e-3, rel=1e-2)
@@ -62,7 +62,7 @@ def test_resuming_in_the_middle_of_a_schedule_is_exact(episodes):
         for learner in (straight, resumed):
             update(learner, episodes, k)
     for one, other in zip(
-        straight._policy_module.parameters(), resumed._policy_module.parameters(), strict=True
+        straight.policy_module.parameters(), resumed.policy_module.parameters(), strict=True
     ):
         assert torch.equal(one, other)
 

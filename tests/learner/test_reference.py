@@ -3,8 +3,7 @@ import math
 import pytest
 import torch
 
-from rllib_distrl.learner.minibatches import minibatch
-from tests.learner.rig import hot_config, make_learner, sample
+from tests.learner.rig import gradients, hot_config, make_learner, sample
 
 
 @pytest.fixture(scope="module")
@@ -14,27 +13,17 @@ def episodes():
 
 def test_the_reference_stays_while_the_policy_moves(episodes):
     learner = make_learner(hot_config(lr=1e-2, regularisers=[{"name": "kl", "coeff": 0.5}]))
-    before = [p.clone() for p in learner._reference._policy.parameters()]
+    before = [p.clone() for p in learner.reference.policy.parameters()]
     results = []
     for iteration in (1, 2):
         results.append(
             learner.update(episodes=episodes, timesteps={"training_iteration": iteration})
         )
-    for one, other in zip(before, learner._reference._policy.parameters(), strict=True):
+    for one, other in zip(before, learner.reference.policy.parameters(), strict=True):
         assert torch.equal(one, other)
     values = [result["default_policy"]["regularisation"].peek() for result in results]
     assert values[0] == pytest.approx(0.0, abs=1e-6)  # The policy still is the reference.
     assert values[1] > 1e-3
-
-
-def capture_gradients(learner, episodes, **_):
-    columns = learner._columns(episodes)
-    rollouts = learner._prepare(columns, 1)
-    learner._warming_up, learner._first_step = False, False
-    learner.apply_gradients = lambda gradients: None
-    whole = minibatch(columns, rollouts, torch.arange(len(episodes)), learner.config)
-    learner._uncompiled_update({"default_policy": whole})
-    return rollouts, learner._step_losses, dict(learner._policy_module.named_parameters())
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
@@ -44,20 +33,24 @@ def test_kl_in_the_loss_is_the_estimators_mean_and_gradient(episodes, estimator)
     without = make_learner(hot_config(grad_clip=None))
     for learner in (with_kl, without):
         with torch.no_grad():  # Away from the reference, where all three would be zero.
-            learner._policy_module.policy.get_output_embeddings().weight.mul_(1.3)
-    rollouts, losses, gradients = capture_gradients(with_kl, episodes)
-    _, plain, bare = capture_gradients(without, episodes)
+            learner.policy_module.policy.get_output_embeddings().weight.mul_(1.3)
+    losses, own = gradients(with_kl, episodes)
+    plain, bare = gradients(without, episodes)
 
-    outputs = with_kl._policy_module.forward_train(with_kl._columns(episodes))
+    rollouts = with_kl.batch_pass(with_kl.columns(episodes), 1).rollouts
+    outputs = with_kl.policy_module.forward_train(with_kl.columns(episodes))
     logp, _ = outputs["action_dist_inputs"].unbind(-1)
     ratio = rollouts.ref_logp - logp
     formula = {"k2": ratio.square() / 2, "k3": ratio.exp() - 1 - ratio}[estimator]
     expected = 0.7 * formula[rollouts.loss_mask].mean()
-    assert float(losses.regularisation) == pytest.approx(expected.item(), rel=1e-4)
-    assert float(losses.total_loss - plain.total_loss) == pytest.approx(expected.item(), rel=1e-3)
+    assert float(losses["regularisation"]) == pytest.approx(expected.item(), rel=1e-4)
+    assert float(losses["total_loss"] - plain["total_loss"]) == pytest.approx(
+        expected.item(), rel=1e-3
+    )
     name = "policy.model.norm.weight"
-    difference = gradients[name].grad - bare[name].grad
-    (gradient,) = torch.autograd.grad(expected, [gradients[name]])
+    parameters = dict(with_kl.policy_module.named_parameters())
+    (gradient,) = torch.autograd.grad(expected, [parameters[name]])
+    difference = own[name] - bare[name]
     assert float(gradient.abs().max()) > 1e-4
     torch.testing.assert_close(difference, gradient, rtol=1e-3, atol=1e-6)
 
@@ -66,10 +59,10 @@ def test_kl_in_the_reward_by_hand(episodes):
     transform = {"name": "kl_penalty", "coeff": 0.25, "estimator": "k1"}
     learner = make_learner(hot_config(reward_transforms=[transform]))
     with torch.no_grad():
-        learner._reference._policy.get_output_embeddings().weight.mul_(1.3)
-    columns = learner._columns(episodes)
+        learner.reference.policy.get_output_embeddings().weight.mul_(1.3)
+    columns = learner.columns(episodes)
     rewards = columns["rewards"].clone()
-    rollouts = learner._prepare(columns, 1)
+    rollouts = learner.batch_pass(columns, 1).rollouts
     row, token = 1, 2
     difference = float(columns["action_logp"][row, token] - rollouts.ref_logp[row, token])
     assert abs(difference) > 1e-3
@@ -100,7 +93,7 @@ def test_adaptive_entropy_moves_the_bonus_and_resumes(episodes):
     result = other.update(episodes=episodes, timesteps={"training_iteration": 3})
     assert result["default_policy"]["entropy_coeff"].peek() == 0.75
     # Looking at completions is no iteration.
-    other._prepare(other._columns(episodes), 3)
+    other.batch_pass(other.columns(episodes), 3)
     assert other.get_state()["controllers"] == {"adaptive_entropy": {"coeff": 0.75}}
 
 
@@ -115,6 +108,6 @@ def test_a_controllers_bonus_reaches_the_gradient(episodes):
     assert losses[0] == losses[1]
     assert math.isfinite(losses[0])
     for one, other in zip(
-        moved._policy_module.parameters(), fixed._policy_module.parameters(), strict=True
+        moved.policy_module.parameters(), fixed.policy_module.parameters(), strict=True
     ):
         assert torch.equal(one, other)

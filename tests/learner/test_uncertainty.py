@@ -24,8 +24,8 @@ def rig(request):
 
 
 def statistic(learner, episodes):
-    columns = learner._columns(episodes)
-    rollouts = learner._prepare(columns, 1)
+    columns = learner.columns(episodes)
+    rollouts = learner.batch_pass(columns, 1).rollouts
     return rollouts.extras[learner.config.bonus_stat], rollouts
 
 
@@ -68,9 +68,9 @@ def test_micro_batches_do_not_change_an_ensembles_step():
         config = hot_config(bonus_stat="ensemble", micro_batch_tokens=tokens)
         learner = make_learner(config)
         episodes = sample(config)
-        columns = learner._columns(episodes)
-        rollouts = learner._prepare(columns, 1)
-        loss = learner._uncertainty.learn(columns, rollouts)["ensemble_loss"]
+        columns = learner.columns(episodes)
+        rollouts = learner.batch_pass(columns, 1).rollouts
+        loss = learner.uncertainty.learn(columns, rollouts)["ensemble_loss"]
         found.append((loss, statistic(learner, episodes)[0]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-3, atol=1e-4)

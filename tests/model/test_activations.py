@@ -3,9 +3,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from rllib_distrl.learner.minibatches import minibatch
 from rllib_distrl.model.attention import checkpoint_activations
-from tests.learner.rig import hot_config, make_learner, sample
+from tests.learner.rig import gradients, hot_config, make_learner, sample
 
 QWEN = Qwen2Config(
     hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
@@ -19,22 +18,11 @@ def episodes():
     return sample(hot_config())
 
 
-def gradients(learner, episodes):
-    columns = learner._columns(episodes)
-    rollouts = learner._prepare(columns, 1)
-    learner._warming_up, learner._first_step = False, False
-    learner.apply_gradients = lambda gradients: None
-    whole = minibatch(columns, rollouts, torch.arange(len(episodes)), learner.config)
-    learner._uncompiled_update({"default_policy": whole})
-    names = learner._policy_module.state_dict(keep_vars=True)
-    return {name: p.grad for name, p in names.items() if p.grad is not None}
-
-
 @pytest.mark.parametrize("critic", ["separate", "shared"])
 def test_gradients_with_checkpointing_are_the_same(episodes, critic):
-    plain = gradients(make_learner(hot_config(critic=critic)), episodes)
+    _, plain = gradients(make_learner(hot_config(critic=critic)), episodes)
     settings = {"critic": critic, "activation_checkpointing": True}
-    again = gradients(make_learner(hot_config(**settings)), episodes)
+    _, again = gradients(make_learner(hot_config(**settings)), episodes)
     assert plain.keys() == again.keys()
     assert len(plain) > 20
     for name, gradient in plain.items():
@@ -78,28 +66,28 @@ def test_a_model_without_blocks_is_refused():
 
 def test_bf16_keeps_weights_gradients_and_logits_in_float32(episodes):
     learner = make_learner(hot_config(precision="bf16"))
-    module = learner._policy_module
+    module = learner.policy_module
     products = set()
     for layer in (module.policy, module.critic):
         projection = dict(layer.named_modules())
         name = next(name for name in projection if name.endswith("q_proj"))
         projection[name].register_forward_hook(lambda *call: products.add(call[2].dtype))
-    outputs = module.forward_train(learner._columns(episodes))
+    outputs = module.forward_train(learner.columns(episodes))
     assert products == {torch.bfloat16}
     assert outputs["action_dist_inputs"].dtype == torch.float32
-    found = gradients(learner, episodes)
+    _, found = gradients(learner, episodes)
     assert {gradient.dtype for gradient in found.values()} == {torch.float32}
     assert {p.dtype for p in module.parameters()} == {torch.float32}
 
 
 def test_bf16_agrees_with_fp32_to_its_own_precision(episodes):
     low, high = (make_learner(hot_config(precision=name)) for name in ("bf16", "fp32"))
-    columns = high._columns(episodes)
+    columns = high.columns(episodes)
     with torch.no_grad():
-        logps = [x._policy_module.forward_train(columns)["action_dist_inputs"] for x in (low, high)]
+        logps = [x.policy_module.forward_train(columns)["action_dist_inputs"] for x in (low, high)]
     difference = (logps[0] - logps[1])[columns["loss_mask"]].abs()
     assert 0 < float(difference.max()) < 0.1
     assert float(difference.mean()) < 0.01
-    one, other = (gradients(learner, episodes) for learner in (low, high))
+    one, other = (gradients(learner, episodes)[1] for learner in (low, high))
     flat = [torch.cat([g[name].flatten() for name in sorted(other)]) for g in (one, other)]
     assert float(torch.cosine_similarity(*flat, dim=0)) > 0.99

@@ -179,7 +179,7 @@ def test_an_updates_gradients_are_those_of_padded_rows(episodes, settings, monke
 
 def gradients_of_update(episodes, settings):
     learner = make_learner(hot_config(grad_clip=None, **settings))
-    module, tokens = learner._policy_module, []
+    module, tokens = learner.policy_module, []
 
     def count(trunk, arguments, keywords):
         tokens.append(keywords["input_ids"].numel())

@@ -2,10 +2,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from rllib_distrl.learner import single_step
-from rllib_distrl.learner.before_update import model_columns
+from rllib_distrl.learner.batch_pass import model_columns
 from rllib_distrl.model import lora
-from tests.learner.rig import hot_config, make_learner, sample
+from tests.learner.rig import hot_config, make_learner, pass_apart, sample
 
 pytest.importorskip("peft")
 SETTINGS = {"r": 3, "alpha": 6, "targets": ["q_proj", "down_proj"]}
@@ -126,8 +125,8 @@ def episodes():
 def test_only_adapters_and_value_head_learn(episodes, critic):
     settings = {"critic": critic, "regularisers": [{"name": "kl"}], "lr": 1e-2}
     learner = make_learner(lora_config(**settings, activation_checkpointing=critic == "shared"))
-    module = learner._policy_module
-    assert learner._reference._policy is module.policy
+    module = learner.policy_module
+    assert learner.reference.policy is module.policy
     before = {name: x.clone() for name, x in module.state_dict().items()}
     for k in (1, 2):
         result = learner.update(episodes=episodes, timesteps={"training_iteration": k})
@@ -151,11 +150,11 @@ KL_AND_ENTROPY = {
 def test_before_the_update_the_reference_is_the_base_and_the_policy_is_the_adapted_one(episodes):
     learner = make_learner(lora_config(**KL_AND_ENTROPY))
     learner.update(episodes=episodes, timesteps={"training_iteration": 1})
-    module, columns = learner._policy_module, learner._columns(episodes)
-    found = model_columns(module, learner._reference, columns, {"ref_logp", "entropy"})
+    module, columns = learner.policy_module, learner.columns(episodes)
+    found = model_columns(module, learner.reference, columns, {"ref_logp", "entropy"})
     own = module.compute_logps(columns)
 
-    plain = make_learner(hot_config())._policy_module  # has never had adapters
+    plain = make_learner(hot_config()).policy_module  # has never had adapters
     torch.testing.assert_close(found["ref_logp"], plain.compute_logps(columns))
     assert float((found["ref_logp"] - own).abs().max()) > 0.01
     plain.policy.load_state_dict(lora.merged_state(module.policy))
@@ -164,22 +163,21 @@ def test_before_the_update_the_reference_is_the_base_and_the_policy_is_the_adapt
     torch.testing.assert_close(own, plain.compute_logps(columns), rtol=1e-4, atol=1e-5)
 
 
-def test_the_references_pass_between_forward_and_backward_changes_nothing(episodes, monkeypatch):
-    def gradients():
-        learner = make_learner(lora_config(**KL_AND_ENTROPY))
+def test_the_references_pass_between_forward_and_backward_changes_nothing(episodes):
+    def gradients(learner):
         for k in (1, 2):
             learner.update(episodes=episodes, timesteps={"training_iteration": k})
-        return {name: p.grad for name, p in learner._policy_module.named_parameters()}
+        return {name: p.grad for name, p in learner.policy_module.named_parameters()}
 
-    once = gradients()
-    monkeypatch.setattr(single_step, "training_forward", lambda *_: None)
-    for name, gradient in gradients().items():
+    once = gradients(make_learner(lora_config(**KL_AND_ENTROPY)))
+    apart = pass_apart(make_learner(lora_config(**KL_AND_ENTROPY)))
+    for name, gradient in gradients(apart).items():
         if gradient is not None:
             torch.testing.assert_close(once[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_separate_critic_shares_the_frozen_weights():
-    module = make_learner(lora_config())._policy_module
+    module = make_learner(lora_config()).policy_module
     frozen = {id(p) for p in module.policy.parameters() if not p.requires_grad}
     own = [p for p in module.critic.parameters() if id(p) not in frozen]
     assert all(p.requires_grad for p in own)
@@ -189,14 +187,14 @@ def test_the_separate_critic_shares_the_frozen_weights():
 def test_env_runners_get_merged_weights(episodes):
     learner = make_learner(lora_config(lr=1e-2))
     learner.update(episodes=episodes, timesteps={"training_iteration": 1})
-    module = learner._policy_module
+    module = learner.policy_module
     state = module.get_state(inference_only=True)
     assert not any("lora" in name or "critic" in name for name in state)
     merged = lora.merged_state(module.policy)
     for name, tensor in merged.items():
         assert torch.equal(torch.as_tensor(state[f"policy.{name}"]), tensor)
     full = module.get_state()
-    other = make_learner(lora_config())._policy_module
+    other = make_learner(lora_config()).policy_module
     other.set_state(full)
     for name, tensor in other.state_dict().items():
         assert torch.equal(tensor, module.state_dict()[name])

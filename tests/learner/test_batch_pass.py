@@ -2,11 +2,10 @@ import pytest
 import torch
 from ray.rllib.core.columns import Columns
 
-from rllib_distrl.learner import single_step
-from rllib_distrl.learner.before_update import model_columns
+from rllib_distrl.learner.batch_pass import model_columns
 from rllib_distrl.method import registry
 from rllib_distrl.model.sequences import from_columns
-from tests.learner.rig import hot_config, make_learner, sample
+from tests.learner.rig import hot_config, make_learner, pass_apart, sample
 
 KL_IN_LOSS = {"regularisers": [{"name": "kl", "coeff": 0.1}]}
 
@@ -43,16 +42,16 @@ def passes_of(trunks):
 )
 def test_one_pass_per_model_that_is_needed_and_none_per_epoch(episodes, training, before):
     learner = make_learner(hot_config(minibatch_size=6, micro_batch_tokens=80, **training))
-    module = learner._policy_module
+    module = learner.policy_module
     trunks = {"policy": module.policy.base_model, "critic": module.critic}
-    assert (learner._reference is not None) == ("reference" in before)
-    if learner._reference is not None:
-        trunks["reference"] = learner._reference._policy.base_model
+    assert (learner.reference is not None) == ("reference" in before)
+    if learner.reference is not None:
+        trunks["reference"] = learner.reference.policy.base_model
     counts = passes_of(trunks)
-    columns = learner._columns(episodes)
+    columns = learner.columns(episodes)
     parts = len(module.micro_batches(from_columns(columns), 80))
     assert parts > 1
-    learner._prepare(columns, 1)
+    learner.batch_pass(columns, 1)
     expected = {name: n * parts for name, n in before.items()}
     assert counts == expected
 
@@ -68,20 +67,17 @@ def test_one_pass_per_model_that_is_needed_and_none_per_epoch(episodes, training
 def test_a_critic_on_the_policys_states_costs_no_second_pass(episodes):
     settings = {"critic": "shared", "shapers": [{"name": "entropy_shaped"}]}
     learner = make_learner(hot_config(**settings))
-    counts = passes_of({"policy": learner._policy_module.policy.base_model})
-    learner._prepare(learner._columns(episodes), 1)
+    counts = passes_of({"policy": learner.policy_module.policy.base_model})
+    learner.batch_pass(learner.columns(episodes), 1)
     assert counts == {"policy": 1}
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared"])
-def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(
-    episodes, critic, monkeypatch
-):
+def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(episodes, critic):
     settings = {"critic": critic, "shapers": [{"name": "entropy_shaped"}], "entropy_coeff": 0.01}
 
-    def update():
-        learner = make_learner(hot_config(**settings))
-        module = learner._policy_module
+    def update(learner):
+        module = learner.policy_module
         trunks = {"policy": module.policy.base_model}
         if critic == "separate":
             trunks["critic"] = module.critic
@@ -89,10 +85,9 @@ def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(
         learner.update(episodes=episodes, timesteps={"training_iteration": 1}, num_epochs=1)
         return counts, {name: p.grad for name, p in module.named_parameters()}
 
-    once, gradients = update()
+    once, gradients = update(make_learner(hot_config(**settings)))
     assert set(once.values()) == {1}
-    monkeypatch.setattr(single_step, "training_forward", lambda *_: None)
-    twice, expected = update()
+    twice, expected = update(pass_apart(make_learner(hot_config(**settings))))
     assert set(twice.values()) == {2}
     for name, gradient in expected.items():
         torch.testing.assert_close(gradients[name], gradient, rtol=1e-5, atol=1e-7)
@@ -100,9 +95,9 @@ def test_one_step_of_one_micro_batch_runs_each_trunk_once_and_learns_the_same(
 
 def test_columns_equal_the_plain_computation(episodes):
     learner = make_learner(hot_config(micro_batch_tokens=80, **KL_IN_LOSS))
-    module, columns = learner._policy_module, learner._columns(episodes)
+    module, columns = learner.policy_module, learner.columns(episodes)
     needs = {"entropy", "hidden", "prompt_logp", "ref_logp", "quantiles"}
-    found = model_columns(module, learner._reference, columns, needs)
+    found = model_columns(module, learner.reference, columns, needs)
     assert set(found) == needs
     assert not any(column.requires_grad for column in found.values())
     sequences = from_columns(columns)
@@ -139,7 +134,7 @@ def test_what_a_stage_declares_reaches_it(episodes, monkeypatch):
         return advantages
 
     learner = make_learner(hot_config(shapers=[{"name": "reads_prompts"}]))
-    columns = learner._columns(episodes)
-    learner._prepare(columns, 1)
+    columns = learner.columns(episodes)
+    learner.batch_pass(columns, 1)
     assert seen["prompt"].shape == (12, int(columns["prompt_lens"].max()))
     assert seen["hidden"].shape[:2] == columns[Columns.ACTIONS].shape

@@ -1,0 +1,241 @@
+"""One optimiser step: the terms of its loss, and what came of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from ray.rllib.core.columns import Columns
+from torch import Tensor
+
+from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, ROLLOUTS, STEP, WEIGHTS
+from rllib_distrl.maths.aggregation import weighted_sum
+from rllib_distrl.maths.losses import squared_value_loss
+from rllib_distrl.maths.quantiles import quantile_huber_loss
+from rllib_distrl.maths.statistics import AllReduce, identity
+from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.pipeline import IMPORTANCE_WEIGHTS, SAMPLER_LOGP, Method
+from rllib_distrl.settings import TrainingSettings
+
+_INPUTS = ("advantages", "target_quantiles")
+# Columns that a loss of whole groups leaves in the `extras` of its minibatch.
+GROUP_GRADIENT, GROUP_LOSS = "group_loss_gradient", "group_loss"
+
+
+@dataclass
+class Losses:
+    """Scalars of a micro-batch, a step or an iteration; the names are RLlib's metric keys."""
+
+    total_loss: Tensor | float = 0.0
+    policy_loss: Tensor | float = 0.0
+    vf_loss: Tensor | float = 0.0
+    entropy: Tensor | float = 0.0
+    regularisation: Tensor | float = 0.0
+
+    @property
+    def total(self) -> Tensor:
+        """What is differentiated."""
+        assert isinstance(self.total_loss, Tensor)
+        return self.total_loss
+
+    def add(self, other: "Losses") -> None:
+        """Adds another micro-batch's share."""
+        for each in fields(self):
+            value = getattr(other, each.name)
+            value = value.detach() if isinstance(value, Tensor) else value
+            setattr(self, each.name, getattr(self, each.name) + value)
+
+    @staticmethod
+    def mean(steps: list["Losses"], all_reduce: AllReduce = identity) -> dict[str, float]:
+        """Means over optimiser steps, by RLlib's keys.
+
+        Args:
+            steps: shares of one learner; its weights divide by the tokens of all.
+            all_reduce: sum over learners.
+        """
+        names = [each.name for each in fields(Losses)]
+        sums = [sum(float(getattr(step, name)) for step in steps) for name in names]
+        device = torch.as_tensor(steps[0].total_loss).device
+        total = all_reduce(torch.tensor(sums, dtype=torch.float64, device=device))
+        return dict(zip(names, (total / len(steps)).tolist(), strict=True))
+
+
+@dataclass
+class Step:
+    """What an optimiser step is told, and what comes of it; travels in its micro-batches.
+
+    Attributes:
+        coefficients: of the loss in this iteration, by the names of `[training]`.
+        critic_only: whether the policy stays, because the critic warms up.
+        first: whether the weights are those before the update.
+        forward: outputs of the only micro-batch, where they are there already.
+        losses: sums over the micro-batches so far.
+        logps: of each micro-batch's tokens (M,), the learner's and the sampler's; of first steps.
+        suspects: numbers by name and their rows, for the message if the step is refused.
+    """
+
+    coefficients: Mapping[str, float]
+    critic_only: bool = False
+    first: bool = False
+    forward: dict[str, Any] | None = None
+    losses: Losses = field(default_factory=Losses)
+    logps: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    suspects: list[tuple[str, Tensor, SequenceBatch]] = field(default_factory=list)
+
+    def watch(self, rollouts: SequenceBatch, **outputs: Tensor | float | None) -> None:
+        """Remembers the numbers of a micro-batch, in case its step is refused.
+
+        Args:
+            rollouts: Its rows, with advantages and targets.
+            **outputs: (B, T) or (B, T, N) by name; padding does not count.
+        """
+        inputs = {name: getattr(rollouts, name) for name in _INPUTS}
+        for name, column in {**inputs, **outputs}.items():
+            if isinstance(column, Tensor):
+                self.suspects.append((name, column.detach(), rollouts))
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The loss of an update: the method's terms, weighed as `[training]` says."""
+
+    method: Method
+    settings: TrainingSettings
+
+    def of_micro_batch(self, module: Any, batch: dict[str, Any], fwd_out: dict[str, Any]) -> Tensor:
+        """The share of a micro-batch in its minibatch's loss; notes the terms in its `Step`.
+
+        Args:
+            module: `DistRLModule`.
+            batch: of `micro_batch`, with ``step``.
+            fwd_out: of the module.
+        """
+        step: Step = batch[STEP]
+        rollouts: SequenceBatch = batch[ROLLOUTS]
+        logp, entropy = fwd_out[Columns.ACTION_DIST_INPUTS].unbind(-1)
+        quantiles = None
+        if module.has_critic:
+            quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
+        policy_loss = self._policy_loss(logp, rollouts)
+        weights = batch[WEIGHTS]
+        penalty = self.method.regularisation(logp, rollouts)
+        losses = distrl_losses(
+            policy_loss,
+            penalty,
+            entropy,
+            quantiles,
+            rollouts,
+            weights,
+            batch[CRITIC_WEIGHTS],
+            self.settings,
+            step.coefficients["entropy_coeff"],
+            policy_weights=rollouts.loss_mask if self.method.keeps_groups_whole else weights,
+        )
+        step.losses.add(losses)
+        step.watch(
+            rollouts,
+            policy_loss=policy_loss,
+            regularisation=penalty,
+            entropy=entropy,
+            quantiles=quantiles,
+        )
+        if step.first:
+            sampler_logp = rollouts.extras.get(SAMPLER_LOGP, rollouts.action_logp)
+            mask = rollouts.loss_mask
+            step.logps.append((logp.detach()[mask], sampler_logp[mask]))
+        return losses.total
+
+    def _policy_loss(self, logp: Tensor, rollouts: SequenceBatch) -> Tensor:
+        """(B, T); of a loss on whole groups what `linearise` has left of it."""
+        if self.method.keeps_groups_whole:
+            gradient, value = rollouts.column(GROUP_GRADIENT), rollouts.column(GROUP_LOSS)
+            return gradient * (logp - logp.detach()) + value
+        policy_loss = self.method.policy_loss(logp, rollouts)
+        if IMPORTANCE_WEIGHTS in rollouts.extras:
+            policy_loss = policy_loss * rollouts.extras[IMPORTANCE_WEIGHTS]
+        return policy_loss
+
+    def linearise(self, module: Any, whole: dict[str, Any]) -> None:
+        """Prepares a loss on whole groups for micro-batches, which may cut groups.
+
+        A pass without gradients gives the minibatch's logps, and autograd the loss's gradient by
+        each of them. The sum of gradient times logp then has the loss's gradient by the weights,
+        in whatever parts it is summed (Gao et al. 2021, arXiv 2101.06983, for contrastive losses).
+
+        Args:
+            module: `DistRLModule`.
+            whole: of `minibatch`; its rollouts get two columns (b, T), the gradient and the
+                loss, spread over each row's tokens. Their sums are the mean over all learners'
+                rows.
+        """
+        rollouts: SequenceBatch = whole[ROLLOUTS]
+        steps = rollouts.loss_mask.shape[1]
+        logp = rollouts.action_logp.new_zeros(rollouts.loss_mask.shape)
+        found = module.compute_logps(whole)
+        logp[:, : found.shape[1]] = found[:, :steps]
+        logp.requires_grad_()
+        with torch.enable_grad():
+            per_row = self.method.policy_loss(logp, rollouts)
+            count = rollouts.all_reduce(per_row.new_tensor(float(len(rollouts))))
+            (gradient,) = torch.autograd.grad(per_row.sum() / count, logp)
+        value = per_row.detach() / count / rollouts.lengths.clamp(min=1)
+        rollouts.extras[GROUP_GRADIENT] = gradient
+        rollouts.extras[GROUP_LOSS] = rollouts.at_tokens(value)
+
+
+def distrl_losses(
+    policy_loss: Tensor,
+    regularisation: Tensor | float,
+    entropy: Tensor,
+    quantiles: Tensor | None,
+    rollouts: SequenceBatch,
+    weights: Tensor,
+    critic_weights: Tensor,
+    settings: TrainingSettings,
+    entropy_coeff: float,
+    policy_weights: Tensor | None = None,
+) -> Losses:
+    """The loss: surrogate + regularisers + vf_loss_coeff x critic - entropy_coeff x entropy.
+
+    Args:
+        policy_loss: (B, T) per token.
+        regularisation: (B, T) per token, its coefficients included; 0 without any.
+        entropy: (B, T) in nats.
+        quantiles: (B, T, N) with gradient, or None without a critic.
+        rollouts: with ``target_quantiles``.
+        weights: (B, T) of the policy's terms.
+        critic_weights: (B, T) of the critic's: a mean over tokens.
+        settings: coefficients.
+        entropy_coeff: of the entropy bonus in this iteration.
+        policy_weights: (B, T) of ``policy_loss`` alone; None: ``weights``.
+
+    Returns:
+        Scalars; policy_loss, vf_loss and entropy are without their coefficients.
+    """
+    policy = weighted_sum(policy_loss, weights if policy_weights is None else policy_weights)
+    # Without a bonus there is no need to differentiate through the whole vocabulary.
+    mean_entropy = weighted_sum(entropy if entropy_coeff > 0 else entropy.detach(), weights)
+    vf_loss: Tensor | float = 0.0
+    if quantiles is not None:
+        vf_loss = weighted_sum(critic_loss(quantiles, rollouts, settings), critic_weights)
+    regular: Tensor | float = 0.0
+    if isinstance(regularisation, Tensor):
+        regular = weighted_sum(regularisation, weights)
+    total = policy + settings.vf_loss_coeff * vf_loss - entropy_coeff * mean_entropy + regular
+    return Losses(total, policy, vf_loss, mean_entropy, regular)
+
+
+def critic_loss(quantiles: Tensor, rollouts: SequenceBatch, settings: TrainingSettings) -> Tensor:
+    """(B, T): quantile Huber loss, or for one quantile RLlib's own clipped squared error."""
+    targets = rollouts.column("target_quantiles")
+    if settings.n_quantiles == 1:
+        return squared_value_loss(
+            quantiles.squeeze(-1), targets.squeeze(-1), settings.vf_clip_param, rollouts.loss_mask
+        )
+    return quantile_huber_loss(
+        quantiles,
+        targets,
+        settings.quantile_huber_kappa,
+        settings.quantile_loss,
+        rollouts.loss_mask,
+    )
