@@ -117,7 +117,7 @@ class Objective:
         if module.has_critic:
             quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
         policy_loss = self._policy_loss(logp, rollouts)
-        weights = batch[WEIGHTS]
+        weights, whole_groups = batch[WEIGHTS], self.method.keeps_groups_whole
         penalty = self.method.regularisation(logp, rollouts)
         losses = distrl_losses(
             policy_loss,
@@ -129,7 +129,7 @@ class Objective:
             batch[CRITIC_WEIGHTS],
             self.settings,
             step.coefficients["entropy_coeff"],
-            policy_weights=rollouts.loss_mask if self.method.keeps_groups_whole else weights,
+            policy_weights=rollouts.loss_mask.to(weights.dtype) if whole_groups else weights,
         )
         step.losses.add(losses)
         step.watch(

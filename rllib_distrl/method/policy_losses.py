@@ -1,11 +1,14 @@
-"""Policy losses: (logp (B, T) with gradient, batch, settings) to per-token losses (B, T)."""
+"""Policy losses: (logp (B, T) with gradient, batch, settings) to per-token losses (B, T).
+
+And losses of whole groups, which stand in their place and give one number per row (B,).
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths import losses
+from rllib_distrl.maths import group_losses, losses
 from rllib_distrl.maths.statistics import bounded_log_ratio, masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch, takes_settings_of
@@ -59,6 +62,14 @@ def _check_lad(*, divergence: str, inverse_eta: float, ratio_level: str) -> None
 register("policy_loss", "lad", check=_check_lad, fits=_lad_fits)(
     of_batch(losses.lad, given=("logp",))
 )
+
+
+def _check_copg(*, beta: float) -> None:
+    if beta < 0:
+        raise ValueError(f"policy_loss 'copg' has beta {beta}; it must be >= 0.")
+
+
+register("group_loss", "copg", check=_check_copg)(of_batch(group_losses.copg, given=("logp",)))
 
 
 # Two losses that treat tokens apart whose probability and advantage rise together, both from arXiv

@@ -133,6 +133,8 @@ class Stage:
         Raises:
             ValueError: With the setting to change.
         """
+        if self.method.kind == "group_loss":
+            _demand_whole_groups(config, f"policy_loss {self.name!r}")
         if self.method.fits is not None:
             self.method.fits(config, **self.settings)
 
@@ -211,6 +213,20 @@ def demand(config: Any, method: str, **settings: Any) -> None:
         if (got := getattr(config, name)) != value:
             raise ValueError(f"{method} is defined with {name} = {value!r}; got {got!r}. "
                              f"Set {name} = {value!r}.")  # fmt: skip
+
+
+def _demand_whole_groups(config: Any, method: str) -> None:
+    """What every loss on whole groups needs: minibatches that hold them, and returns."""
+    group, size = config.rollout_settings.num_generations, config.minibatch_size
+    if group < 2 or (size or group) % group:
+        raise ValueError(
+            f"{method} compares the completions of a prompt, of which there are {group}, and "
+            f"minibatch_size is {size}. Set num_generations >= 2, and minibatch_size to a multiple "
+            "of it, or leave minibatch_size out."
+        )
+    # It reads the returns themselves, and logps of the present policy alone.
+    demand(config, method, advantage={"name": "zero"}, bonus_coeff=0.0, gamma=1.0,
+           importance_correction="none")  # fmt: skip
 
 
 def names(kind: str) -> list[str]:

@@ -31,7 +31,7 @@ def gradients(learner, episodes):
     """What `update` reports and the gradients by name, of a step over all episodes, not taken."""
     learner.apply_gradients = lambda gradients: None
     metrics = learner.update(episodes=episodes, timesteps={"training_iteration": 1})
-    named = learner.policy_module.named_parameters()
+    named = learner.policy_module.state_dict(keep_vars=True).items()
     return (
         {name: each.peek() for name, each in metrics["default_policy"].items()},
         {name: p.grad.clone() for name, p in named if p.grad is not None},
