@@ -108,16 +108,18 @@ def test_only_what_the_learner_samples_is_learned_from_uncorrected(build):
     algo = build(distrl_config(importance_correction="truncated").rollout(temperature=2.0, top_k=3))
     metrics = algo.train()["learners"]["default_policy"]
     assert 0.3 < metrics["importance_weight_mean"] < 0.99  # mass of the kept three
-    runner, learner = algo.env_runner, algo.learner_group._learner
-    learner.config._is_frozen = False
+    runner = algo.env_runner
+    learners = {
+        correction: make_learner(hot_config(importance_correction=correction))
+        for correction in ("none", "truncated")
+    }
 
     def learn(correction, explore=True, **rollout):
         runner.rollout = {**runner.rollout, "temperature": 2.0, "top_k": 0, "top_p": 1.0, **rollout}
         episodes = runner.sample(num_episodes=2, explore=explore)
         sampling = {name: runner.rollout[name] for name in ("temperature", "top_p", "top_k")}
         assert episodes[0].infos[0]["sampling"] == {**sampling, "greedy": not explore}
-        learner.config.importance_correction = correction
-        learner.update(episodes=episodes)
+        learners[correction].update(episodes=episodes)
 
     others = ({"temperature": 1.5}, {"top_p": 0.9}, {"top_k": 3})
     for other in others:
