@@ -1,6 +1,7 @@
 """Imports point one way, and the environments need no Ray."""
 
 import ast
+import graphlib
 import importlib.util
 import subprocess
 import sys
@@ -17,7 +18,8 @@ LAYERS = [
     {"settings", "figures"},
     {"method"},
     {"engine", "model"},
-    {"learner", "rollout", "algorithm"},
+    {"learner"},
+    {"rollout", "algorithm"},
     {"recipe", "evaluation", "runs"},
     {"viewer"},
     {"experiments"},
@@ -26,30 +28,28 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 
-def runtime_imports(path: Path) -> set[str]:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
-            node.body = []
+def imports(path: Path) -> set[str]:
+    """Everything that a file names in an import, inside of functions and for type checkers too."""
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
 def test_the_environments_import_neither_ray_nor_the_plugin():
     for path in (ROOT / "envs" / "distrl_envs").rglob("*.py"):
-        roots = {name.split(".")[0] for name in runtime_imports(path)}
+        roots = {name.split(".")[0] for name in imports(path)}
         assert not roots & {"ray", "rllib_distrl"}, path
 
 
 def test_pure_maths_imports_only_torch_and_itself():
     for folder in ("maths", "method"):
         for path in (ROOT / "rllib_distrl" / folder).rglob("*.py"):
-            roots = {name.split(".")[0] for name in runtime_imports(path)}
+            roots = {name.split(".")[0] for name in imports(path)}
             assert not roots & {"ray", "transformers", "gymnasium"}, path
 
 
@@ -59,10 +59,23 @@ def test_layers_import_downwards():
         rank = RANK.get(parts[0])
         if rank is None:
             continue
-        for name in runtime_imports(path):
+        for name in imports(path):
             if name.startswith("rllib_distrl."):
                 target = name.split(".")[1]
                 assert RANK.get(target, -1) <= rank, f"{path} imports {name}"
+
+
+def test_no_files_import_one_another_in_a_circle():
+    files = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): path
+        for path in (ROOT / "rllib_distrl").rglob("*.py")
+    }
+    graph = {
+        name: imports(path) & files.keys()
+        for name, path in files.items()
+        if not name.startswith("rllib_distrl.algorithm.")  # RLlib's configs and algorithms do
+    }
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
 
 
 @pytest.mark.parametrize(
