@@ -158,15 +158,15 @@ def _statistic(method: Method, rollouts: SequenceBatch) -> Tensor | None:
     of_quantiles = "quantiles" in stage.needs
     if of_quantiles and (rollouts.quantiles is None or rollouts.quantiles.shape[-1] < 2):
         return None
-    return stage(rollouts)
+    return stage.of_whole(rollouts)
 
 
 def _unshaped(method: Method, rollouts: SequenceBatch) -> tuple[Tensor, Tensor | None]:
     """The advantages before shaping, and what the optimism bonus adds to them."""
-    raw = advantages = method.unshaped_advantages(rollouts)
+    raw = advantages = method.advantage.of_whole(rollouts)
     bonus = None
     for shaper in method.shapers:
-        shaped = shaper(rollouts, advantages)
+        shaped = shaper.of_whole(rollouts, advantages)
         if shaper.method.name == "dltv":
             bonus = shaped - advantages
         advantages = shaped

@@ -117,8 +117,7 @@ class Method:
         if batch.quantiles is not None and self.target is not None:
             self.read_out.prepare(batch)
             batch.values = self.read_out(batch.quantiles)
-            self.target.prepare(batch)
-            batch.target_quantiles = self.target(batch)
+            batch.target_quantiles = self.target.of_whole(batch)
         batch.advantages = self._shaped_advantages(batch)
         for stage in (self.policy_loss, *self.regularisers, self.aggregation):
             stage.prepare(batch)
@@ -126,19 +125,12 @@ class Method:
     def transform_rewards(self, batch: SequenceBatch) -> None:
         """Replaces ``rewards`` by what the critic and the actor learn from."""
         for transform in self.reward_transforms:
-            transform.prepare(batch)
-            batch.rewards = transform(batch)
-
-    def unshaped_advantages(self, batch: SequenceBatch) -> Tensor:
-        """(B, T): the estimator's, before any shaper."""
-        self.advantage.prepare(batch)
-        return self.advantage(batch)
+            batch.rewards = transform.of_whole(batch)
 
     def _shaped_advantages(self, batch: SequenceBatch) -> Tensor:
-        advantages = self.unshaped_advantages(batch)
+        advantages = self.advantage.of_whole(batch)
         for shaper in self.shapers:
-            shaper.prepare(batch)
-            advantages = shaper(batch, advantages)
+            advantages = shaper.of_whole(batch, advantages)
         if self.whitens:
             return whiten(advantages, batch.loss_mask, batch.all_reduce)
         return advantages

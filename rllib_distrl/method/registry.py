@@ -143,6 +143,11 @@ class Stage:
         if self.method.prepare is not None:
             self.method.prepare(batch, **self.settings)
 
+    def of_whole(self, batch: Any, *data: Any) -> Any:
+        """Prepares a whole batch, and runs the method on it."""
+        self.prepare(batch)
+        return self(batch, *data)
+
 
 _METHODS: dict[tuple[str, str], Method] = {}
 

@@ -46,7 +46,7 @@ def dltv(
     """
     shaped, metrics = optimism.optimistic_advantages(
         advantages,
-        resolve("bonus_statistic", bonus_stat)(batch),
+        resolve("bonus_statistic", bonus_stat).of_whole(batch),
         batch.loss_mask,
         k=batch.k,
         all_reduce=batch.all_reduce,

@@ -55,6 +55,46 @@ def test_a_method_of_the_users_own_is_named_by_its_module(tmp_path, monkeypatch,
         resolve("shaper", {"name": "my_stages:plain", "factr": 3.0})
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_takes_a_function_of_the_users_own(kind, tmp_path, monkeypatch, clean_registry):
+    (tmp_path / "my_methods.py").write_text("def mine(*data, scale: float = 2.0):\n    ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    spec = {"name": "my_methods:mine", "scale": 3}
+    stage = resolve(kind, spec)
+    assert (stage.method.kind, stage.settings) == (kind, {"scale": 3.0})
+    with pytest.raises(ValueError, match="scale is 'much'; it must be a number"):
+        resolve(kind, {**spec, "scale": "much"})
+
+
+def test_a_method_of_another_kind_is_refused(tmp_path, monkeypatch, clean_registry):
+    (tmp_path / "my_losses.py").write_text(
+        "from rllib_distrl.method.registry import register\n"
+        "@register('group_loss', 'of_groups')\n"
+        "def of_groups(logp, batch):\n"
+        "    return logp.sum(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    # In the place of a policy loss.
+    assert resolve("policy_loss", "my_losses:of_groups").method.kind == "group_loss"
+    with pytest.raises(ValueError, match="is registered as a group_loss"):
+        resolve("shaper", "my_losses:of_groups")
+
+
+def test_prepare_gets_all_settings_and_needs_a_batch(clean_registry):
+    def prepare(batch, *, low, high):
+        batch.extras["between"] = (batch.rewards > low) & (batch.rewards < high)
+
+    @register("advantage", "between", prepare=prepare)
+    def between(batch, *, low: float = 0.2, high: float = 0.7):
+        return batch.column("between").float()
+
+    stage, data = resolve("advantage", {"name": "between", "high": 1.5}), batch()
+    stage.prepare(data)
+    assert stage(data).tolist() == [[0, 0, 1], [0, 0, 0], [1, 1, 0]]
+    with pytest.raises(ValueError, match="no batch to prepare"):
+        register("prompt_sampler", "mine", prepare=prepare)
+
+
 def test_a_method_with_state_is_a_class():
     first, second = resolve("controller", "adaptive_entropy")(), resolve(
         "controller", {"name": "adaptive_entropy", "step": 1e-3}
