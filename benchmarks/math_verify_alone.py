@@ -1,6 +1,6 @@
 """A grading worker that has math-verify decide everything, to compare with; see `graders.py`."""
 
-from distrl_envs.grading import math_worker
+from distrl_envs.grading.worker_loop import serve
 
 
 def _load():
@@ -16,5 +16,4 @@ def _load():
     return decide
 
 
-math_worker._load = _load
-math_worker.main()
+serve(_load)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-    from distrl_envs.task import Task
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 LARGEST_NUMBER = 99
@@ -66,8 +64,16 @@ def is_small(tokenizer: PreTrainedTokenizerBase) -> bool:
     return alike and not getattr(tokenizer, "chat_template", None)
 
 
+class OwnsTokenizer(Protocol):
+    """A task."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that its problems are written for."""
+        ...
+
+
 def load_tokenizer(
-    tokenizer: str | PreTrainedTokenizerBase | None, task: Task | None = None
+    tokenizer: str | PreTrainedTokenizerBase | None, task: OwnsTokenizer | None = None
 ) -> PreTrainedTokenizerBase:
     """A tokenizer with an EOS token, from whatever names one.
 
@@ -93,7 +99,7 @@ def load_tokenizer(
     return small_tokenizer() if is_small(loaded) else loaded
 
 
-def _own_tokenizer(task: Task | None) -> PreTrainedTokenizerBase:
+def _own_tokenizer(task: OwnsTokenizer | None) -> PreTrainedTokenizerBase:
     if task is None:
         raise ValueError(
             "Got neither a tokenizer nor a task: give the path or id of a tokenizer, or the task "

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 UNKNOWN_VERSION = -1
 """`version` of an engine that has never been given weights."""
+
+_SETTINGS = ("temperature", "top_p", "top_k")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,24 @@ class SamplingParams:
     top_k: int = 0
     greedy: bool = False
     entropy: bool = False
+
+    @classmethod
+    def of(
+        cls, settings: Mapping[str, Any], max_tokens: int, *, greedy: bool = False
+    ) -> "SamplingParams":
+        """What a table of settings says of sampling, `[rollout]` or `[eval]`: the one reader.
+
+        Args:
+            settings: With or without what `distribution` names; further keys are for others.
+            max_tokens: Completion length.
+            greedy: Takes the most probable token.
+        """
+        known = {name: settings[name] for name in _SETTINGS if name in settings}
+        return cls(max_tokens, greedy=greedy, **known)
+
+    def distribution(self) -> dict[str, Any]:
+        """What an episode remembers of how it was sampled."""
+        return {name: getattr(self, name) for name in (*_SETTINGS, "greedy")}
 
     def validate(self) -> None:
         """Raises ValueError for a setting outside its range."""

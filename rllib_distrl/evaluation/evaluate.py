@@ -181,13 +181,7 @@ def _sampler(
     prompted = _prompts(env, settings.problems)
     _check_window(model, prompted, max_tokens)
     eos = eos_token_ids(model, env.tokenizer)
-    params = SamplingParams(
-        max_tokens=max_tokens,
-        temperature=settings.temperature,
-        top_p=settings.top_p,
-        top_k=settings.top_k,
-        greedy=settings.greedy,
-    )
+    params = SamplingParams.of(settings.to_dict(), max_tokens, greedy=settings.greedy)
     own = isinstance(engine, str)
     if own:
         engine = _torch_engine(model, eos, settings.rows_at_once)

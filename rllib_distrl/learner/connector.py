@@ -10,6 +10,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 
 GROUPS = "groups"
@@ -65,14 +66,10 @@ def check_behaviour(
         ValueError: for greedy completions, or without a correction for another temperature than
             the learner's, top-p or top-k.
     """
+    own = SamplingParams(1, temperature).distribution()
     for episode in episodes:
         sampling = episode.infos[0]["sampling"]
-        exact = (sampling["temperature"], sampling["top_p"], sampling["top_k"]) == (
-            temperature,
-            1.0,
-            0,
-        )
-        if sampling["greedy"] or not (exact or corrected):
+        if sampling["greedy"] or not (sampling == own or corrected):
             raise ValueError(
                 f"Episode {episode.id_} was sampled with {sampling}; the learner's distribution "
                 f"has temperature {temperature:g} and keeps all tokens. Sample from it, or set "

@@ -155,8 +155,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """``actions`` (B,) int64 and ``action_logp`` (B,) float32 after B prompts."""
         prompts = from_prompts(batch, self.policy)
         rollout = self.model_config.get("rollout", {})
-        filters = {name: rollout[name] for name in ("top_p", "top_k") if name in rollout}
-        params = SamplingParams(1, self.temperature, greedy=greedy, **filters)
+        settings = {**rollout, "temperature": self.temperature}
+        params = SamplingParams.of(settings, 1, greedy=greedy)
         head = self.policy.get_output_embeddings()
         tokens = torch.zeros_like(prompts.prompt_lens)
         logps = torch.zeros_like(tokens, dtype=torch.float32)

@@ -49,8 +49,6 @@ _VISITS_PER_RUNNER = 1 << 32
 
 # Their frames say little about what failed in code of the user's.
 _OWN_PACKAGES = ("distrl_envs", "rllib_distrl", "ray")
-# What an episode remembers of how it was sampled.
-_SAMPLING = ("temperature", "top_p", "top_k", "greedy")
 
 
 class LoadedWeights(NamedTuple):
@@ -244,13 +242,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
 
     def sampling_params(self, explore: bool) -> SamplingParams:
         """How to sample: as the recipe says, or greedily with ``explore=False``."""
-        return SamplingParams(
-            max_tokens=self._longest,
-            temperature=self.rollout["temperature"],
-            top_p=self.rollout["top_p"],
-            top_k=self.rollout["top_k"],
-            greedy=not explore,
-        )
+        return SamplingParams.of(self.rollout, self._longest, greedy=not explore)
 
     def sample_prompts(
         self,
@@ -381,8 +373,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         generated = time.perf_counter()
         verdicts = self._grade(requests, completions)
         graded = time.perf_counter()
-        # One dict for all episodes: it is pickled once.
-        sampling = {name: getattr(params, name) for name in _SAMPLING}
+        sampling = params.distribution()  # one dict for all episodes: it is pickled once
         episodes = [
             self._replay(*played, sampling)
             for played in zip(requests, completions, verdicts, strict=True)

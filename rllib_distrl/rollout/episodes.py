@@ -78,7 +78,7 @@ def build_episode(
         completion: the tokens and their behaviour logps, of which the first T were played.
         played: what the env made of them.
         weights_seq_no: version of the weights that sampled.
-        sampling: how they sampled: ``temperature``, ``top_p``, ``top_k``, ``greedy``.
+        sampling: how they sampled: `SamplingParams.distribution`.
 
     Returns:
         The episode. Its first info holds ``prompt_ids``, ``row``, ``sample``, ``visit``,

@@ -1,22 +1,18 @@
-"""Reasoning Gym's generators, and the process in which their verifiers run; one job at a time.
+"""Reasoning Gym's generators and verifiers.
 
-Run as a script by `WorkerPool`: a job is a line of JSON, `[id, "make", …]` or `[id, "score", …]`,
-with what these functions take, its reply a line `[id, result]`. Problems are made here too: some
-generators depend on the order of sets, which is the same in all workers and not elsewhere, and what
-a verifier needs of a problem is not always JSON.
+A worker does it (`worker_loop`). Problems are made there too: some generators depend on the order
+of sets, which is the same in all workers and not elsewhere, and what a verifier needs of a problem
+is not always JSON.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import resource
-import signal
-import sys
-import traceback
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
+
+from distrl_envs.grading.worker_loop import Job
 
 EXAMPLES = ("example_correct_answer", "possible_answer", "example_answer")
 """Where generators keep a right answer of which there are many."""
@@ -135,27 +131,9 @@ def score(name: str, config: str, level: str, index: int, answer: str) -> float 
         return None
 
 
-def main() -> None:
-    """Reads `memory_bytes` and `alarm_seconds` from the command line and serves until EOF."""
-    memory_bytes, alarm_seconds = int(sys.argv[1]), float(sys.argv[2])
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    try:
-        import reasoning_gym  # noqa: F401  # type: ignore[import-not-found]
-    except Exception:
-        replies.write(json.dumps({"error": traceback.format_exc()[-2_000:]}) + "\n")
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    replies.write(json.dumps("ready") + "\n")
-    for line in sys.stdin:
-        job, what, *asked = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
-        found = {"make": make, "score": score}[what](*asked)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps([job, found]) + "\n")
+def load() -> Job:
+    """What does a job, `("make", …)` or `("score", …)` with what these functions take."""
+    import reasoning_gym  # noqa: F401  # type: ignore[import-not-found]
 
-
-if __name__ == "__main__":
-    main()
+    kinds: dict[str, Job] = {"make": make, "score": score}
+    return lambda kind, *asked: kinds[kind](*asked)

@@ -18,7 +18,7 @@ from distrl_envs.grading.plain_numbers import MOST_DIGITS, canonical, quick_verd
 from distrl_envs.grading.worker_pool import WorkerDied, WorkerPool, WorkerTimedOut
 from distrl_envs.task import Grade
 
-WORKER_SCRIPT = Path(__file__).with_name("math_worker.py")
+WORKER_SCRIPT = Path(__file__).with_name("worker_loop.py")
 ALARM_SLACK = 2.0
 """Seconds after its deadline at which a worker without a parent ends itself."""
 SHOWN_CHARACTERS = 500
@@ -83,7 +83,7 @@ class MathGrader:
         self.timeout = timeout
         self.workers = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
         self.max_answer_chars = max_answer_chars
-        arguments = [str(memory_mb << 20), str(timeout + ALARM_SLACK)]
+        arguments = ["math_worker", str(memory_mb << 20), str(timeout + ALARM_SLACK)]
         self.pool = WorkerPool(WORKER_SCRIPT, arguments, self.workers, jobs_per_worker)
         self._cache: OrderedDict[tuple[str, str], bool | None] = OrderedDict()
         self._cache_size = cache_size

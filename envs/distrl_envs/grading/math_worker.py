@@ -1,23 +1,13 @@
-"""The process that compares answers which plain text cannot decide; one job at a time.
+"""Compares answers which plain text cannot decide.
 
-Run as a script by `WorkerPool`. A job is a line `[id, gold, answer]` of JSON, its reply a line
-`[id, verdict]`. All time limits are the parent's; the alarm only ends a worker whose parent is
-gone. The alarm keeps its default action, which the kernel carries out inside C code too.
+A worker does it (`worker_loop`).
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import resource
-import signal
-import sys
-import traceback
-import types
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 _NO_FORMULA = re.compile(
@@ -26,43 +16,10 @@ _NO_FORMULA = re.compile(
 )
 _LIMITS = re.compile(r"_\{[^{}]*\}")
 _CALCULUS = re.compile(r"\\(?:sum|prod|i{0,3}int|oint|lim)(?![A-Za-z])")
-OUT_OF_MEMORY = 3
-"""Exit status of a worker that ran into its memory limit."""
 
 
-def main() -> None:
-    """Reads `memory_bytes` and `alarm_seconds` from the command line and serves until EOF."""
-    memory_bytes, alarm_seconds = int(sys.argv[1]), float(sys.argv[2])
-    replies = os.fdopen(os.dup(1), "w", buffering=1)
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    try:
-        decide = _load()
-    except Exception:
-        replies.write(json.dumps({"error": traceback.format_exc()[-2_000:]}) + "\n")
-        return
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    replies.write(json.dumps("ready") + "\n")
-    for line in sys.stdin:
-        job, gold, answer = json.loads(line)
-        signal.setitimer(signal.ITIMER_REAL, alarm_seconds)
-        try:
-            verdict = decide(gold, answer)
-        except MemoryError:
-            os._exit(OUT_OF_MEMORY)
-        except Exception:
-            # Malformed text, in whatever way it shows, is not the answer.
-            verdict = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        replies.write(json.dumps([job, bool(verdict)]) + "\n")
-
-
-def _load() -> Any:
-    """Imports what decides, without the environments of the package, and warms it up."""
-    package = types.ModuleType("distrl_envs")
-    package.__path__ = [str(Path(__file__).resolve().parents[1])]
-    sys.modules["distrl_envs"] = package
+def load() -> Callable[[str, str], bool]:
+    """Imports what decides whether an answer is the gold one, and warms it up."""
     import logging
 
     from math_verify import parse, verify
@@ -89,7 +46,8 @@ def _load() -> Any:
         )
 
     decide("\\sum x", "\\sum y")
-    return decide
+    # Malformed text, in whatever way it shows, is not the answer.
+    return lambda gold, answer: bool(_unless_malformed(lambda: decide(gold, answer), False))
 
 
 def _asks_algebra(gold: str, answer: str) -> bool:
@@ -113,7 +71,3 @@ def _unless_malformed(compute: Callable[[], Any], otherwise: Any) -> Any:
         raise
     except Exception:
         return otherwise
-
-
-if __name__ == "__main__":
-    main()

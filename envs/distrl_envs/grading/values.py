@@ -16,7 +16,7 @@ from typing import Any
 
 from mpmath import mp
 
-from distrl_envs.grading.expressions import Tree, Unsupported, read_expression
+from distrl_envs.grading.expressions import Tree, Unsupported
 from distrl_envs.grading.plain_numbers import rounds
 
 PRIMES = (1267650600228229401496703205653, 2535301200456458802993406423129,
@@ -47,14 +47,6 @@ _FAILURES = (ArithmeticError, ValueError, TypeError, RecursionError)
 
 class NotRational(Exception):
     """The value is not a rational number or function, or not one that is computed as such."""
-
-
-def same_value(one: str, other: str) -> bool | None:
-    """Whether two normalised expressions are equal, None where one is not understood."""
-    try:
-        return same_tree(read_expression(one), read_expression(other))
-    except Unsupported:
-        return None
 
 
 def same_tree(one: Tree, other: Tree) -> bool:

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.grading import gym_worker
+from distrl_envs.grading import gym_worker, worker_loop
 from distrl_envs.grading.worker_pool import WorkerDied, WorkerPool, WorkerTimedOut
 from distrl_envs.task import (
     GENERATED_ROWS,
@@ -169,5 +169,5 @@ class ReasoningGymTask(Task):
 def shared_pool(timeout: float, workers: int | None) -> WorkerPool:
     """One pool per process and settings."""
     size = workers or max(1, min(8, (os.cpu_count() or 1) // 2))
-    arguments = [str(MEMORY_BYTES), str(max(timeout, MAKING_TIMEOUT) + ALARM_SLACK)]
-    return WorkerPool(Path(gym_worker.__file__), arguments, size, JOBS_PER_WORKER)
+    arguments = ["gym_worker", str(MEMORY_BYTES), str(max(timeout, MAKING_TIMEOUT) + ALARM_SLACK)]
+    return WorkerPool(Path(worker_loop.__file__), arguments, size, JOBS_PER_WORKER)
