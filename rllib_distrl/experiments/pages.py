@@ -23,7 +23,7 @@ from rllib_distrl.experiments.tables import (
 )
 from rllib_distrl.figures.look import Chart
 from rllib_distrl.files import write_atomic
-from rllib_distrl.viewer.html import Table, report_page, section
+from rllib_distrl.viewer.html import Table, prose, report_page, section
 
 _COLOURS = (
     "Filled blue: above zero, filled orange: below, clear after correction; hollow: the interval "
@@ -207,7 +207,7 @@ def html_page(
     body = []
     for number, part in enumerate(parts):
         figure = part.figure.to_svg(f"figure{number}") if part.figure else ""
-        points = "".join(f"<li>{html.escape(point)}</li>" for point in part.points)
+        points = "".join(f"<li>{prose(point)}</li>" for point in part.points)
         points = f"<ul>{points}</ul>" if points else ""
         table = part.table.to_html() if part.table else ""
         if figure and table:

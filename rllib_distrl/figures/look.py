@@ -22,6 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, GREY, GRID, PAPER = "#222222", "#666666", "#E6E6E6", "#FFFFFE"
 PANEL_INCHES = (3.9, 2.7)
+_LEAST_SCALE = 0.75  # of a figure on a narrow page, which scrolls then: its texts stay readable
 # A page in the dark replaces these by its own.
 _PAGE_COLOURS = {
     INK: "var(--ink)", GREY: "var(--soft)", GRID: "var(--line)", PAPER: "var(--card)",
@@ -63,6 +64,8 @@ class Chart(Figure):
         # Every figure numbers its parts alike: figure_1, axes_1 …
         svg = re.sub(r'\bid="', f'id="{name}-', svg)
         svg = re.sub(r'(href="#|url\(#)', rf"\1{name}-", svg)
+        least = round(96 * _LEAST_SCALE * self.get_figwidth())
+        svg = svg.replace("<svg", f'<svg style="min-width: {least}px"', 1)
         for colour, variable in _PAGE_COLOURS.items():
             svg = svg.replace(colour.lower(), variable)
         return svg

@@ -49,7 +49,7 @@ def draw_pass_k(
             )
         panel.plot(
             curve.ks, curve.mean, label=curve.label, linewidth=1.7, markersize=5,
-            markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3, **style,
+            markeredgecolor=PAPER, markeredgewidth=0.6, zorder=3, clip_on=False, **style,
         )  # fmt: skip
     ks = sorted({k for curve in curves for k in curve.ks})
     powers = [k for k in ks if k & (k - 1) == 0]

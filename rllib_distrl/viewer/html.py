@@ -35,20 +35,28 @@ def html_page(title: str, body: str, *, style: str, script: str = "") -> str:
 
 def report_page(title: str, sections: Sequence[str], note: str = "") -> str:
     """A page of sections below a headline, without scripts."""
-    head = f"<h1>{html.escape(title)}</h1>" + (f"<p>{html.escape(note)}</p>" if note else "")
-    return html_page(title, "\n".join([head, *sections]), style="report.css")
+    head = f"<h1>{html.escape(title)}</h1>" + (f"<p>{prose(note)}</p>" if note else "")
+    body = "\n".join([f"<header>{head}</header>", "<main>", *sections, "</main>"])
+    return html_page(title, body, style="report.css")
 
 
-def section(title: str, body: str, words: str = "") -> str:
+def prose(text: str) -> str:
+    """Plain text as HTML; what stands between backticks is code."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def section(title: str, body: str, words: str = "", *, half: bool = False) -> str:
     """A part of a report.
 
     Args:
         title: Plain text.
         body: HTML.
         words: What a reader must know; plain text.
+        half: Whether it shares the width of a wide page with another one.
     """
-    said = f"<p>{html.escape(words)}</p>" if words else ""
-    return f"<section><h2>{html.escape(title)}</h2>{said}{body}</section>"
+    said = f"<p>{prose(words)}</p>" if words else ""
+    kind = ' class="half"' if half else ""
+    return f"<section{kind}><h2>{html.escape(title)}</h2>{said}{body}</section>"
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from rllib_distrl.viewer.html import Table, report_page, section
 from rllib_distrl.viewer.training_plots import as_runs
 
 _NOTHING = "–"
+_HALF_INCHES = 7.9  # wider figures have the page's width for themselves
 
 
 def write_report(runs: Run | Iterable[Run], path: str | Path, *, title: str = "") -> Path:
@@ -69,10 +70,10 @@ def _figures(runs: list[Run]) -> list[str]:
 def _figure(title: str, name: str, plot: Callable[[Any], Chart], data: Any, words: str = "") -> str:
     """A section with a figure, or with the reason why there is none."""
     try:
-        body = plot(data).to_svg(name)
+        figure = plot(data)
     except ValueError as error:
-        body, words = f"<p>Not shown: {html.escape(str(error))}</p>", ""
-    return section(title, body, words)
+        return section(title, f"<p>Not shown: {html.escape(str(error))}</p>", half=True)
+    return section(title, figure.to_svg(name), words, half=figure.get_figwidth() < _HALF_INCHES)
 
 
 def _results(runs: list[Run]) -> str:
@@ -156,5 +157,6 @@ def _failures(runs: list[Run]) -> str:
     for run in runs:
         if run.folder.error_file.is_file():
             text = run.folder.error_file.read_text(encoding="utf-8", errors="replace")
-            body += f"<p>{html.escape(run.name)} failed:</p><pre>{html.escape(text)}</pre>"
+            failed = f"<p>{html.escape(run.name)} failed:</p>"
+            body += f'{failed}<pre class="error">{html.escape(text)}</pre>'
     return section("Failures", body)

@@ -93,6 +93,7 @@ def plot_metrics(runs: Runs, metrics: Mapping[str, str], *, least_range: float =
         for number, run in enumerate(runs):
             _curve(panel, run, key, COLOURS[number % len(COLOURS)])
         panel.set_xlabel("iteration")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         low, high = panel.get_ylim()
         if high - low < least_range:
             middle = (low + high) / 2
@@ -201,6 +202,7 @@ def plot_grades(runs: Runs) -> Chart:
         )  # fmt: skip
         panel.set_ylim(0, 1)
         panel.set_xlabel("iteration")
+        panel.xaxis.get_major_locator().set_params(integer=True)
     legend(figure, axes)
     return figure
 

@@ -5,7 +5,10 @@ import time
 
 import pytest
 
+from rllib_distrl import load_run
+from rllib_distrl.viewer.run_report import write_report
 from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
+from tests.viewer.runs import make_run
 from tests.viewer.tables import HOSTILE, make_table
 
 pytestmark = pytest.mark.slow
@@ -319,6 +322,33 @@ def test_two_hundred_percent_zoom(driver, show):
         assert cut == []
     finally:
         driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_reports_are_readable_on_a_phone_and_in_the_dark(driver, tmp_path):
+    runs = [load_run(make_run(tmp_path / name)) for name in ("one", "two")]
+    page = write_report(runs, tmp_path / "report.html")
+    phone = {"width": 390, "height": 800, "deviceScaleFactor": 2, "mobile": True}
+    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        backgrounds = []
+        for theme in ("light", "dark"):
+            media = [{"name": "prefers-color-scheme", "value": theme}]
+            driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": media})
+            driver.get(page.as_uri())
+            script = "return getComputedStyle(document.body).backgroundColor"
+            backgrounds.append(driver.execute_script(script))
+        assert backgrounds == ["rgb(246, 247, 249)", "rgb(16, 20, 24)"]
+        wide = "return document.documentElement.scrollWidth - innerWidth"
+        assert driver.execute_script(wide) == 0  # Wide figures scroll in their section.
+        texts = driver.execute_script(
+            "return [...document.querySelectorAll('svg text')].map(t => parseFloat("
+            "getComputedStyle(t).fontSize) * t.getScreenCTM().d)"
+        )
+        assert len(texts) > 50 and min(texts) >= 7
+        assert driver.get_log("browser") == []
+    finally:
+        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
 
 
 def test_completions_without_tokens(driver, show, tmp_path):

@@ -1,4 +1,3 @@
-import json
 import re
 import subprocess
 import sys
@@ -16,54 +15,17 @@ from rllib_distrl.runs.folder import create_run
 from rllib_distrl.viewer import critic_plots, training_plots
 from rllib_distrl.viewer.critic_plots import reliability, shared_states
 from rllib_distrl.viewer.run_report import write_report
-from tests.viewer.tables import make_table
-
-RECIPE = {
-    "run": {"model": "builtin:countdown-tiny", "iterations": 4},
-    "environment": {"env": "distrl_envs:distrl/Countdown-v0"},
-}
+from tests.viewer.runs import RECIPE, make_run
 
 
-def make_run(path, returns=(0.1, 0.2, 0.3, 0.4), lr=1e-3, tokens=True):
-    run = create_run(path, recipe_from_tables({**RECIPE, "training": {"lr": lr}}, "tiny"), ["x"])
-    rows = [
-        {
-            "iteration": i + 1,
-            "env_runners/episode_return_mean": value,
-            "env_runners/grade_status/correct": i,
-            "env_runners/grade_status/wrong": 4 - i,
-            "timers/env_runner_sampling_timer": 1.0,
-            "timers/learner_update_timer": 2.0,
-            "learners/default_policy/logp_mismatch_max": None if i == 1 else 1.5,
-            "learners/default_policy/quantile_coverage_50": 0.5,
-            **{f"learners/default_policy/quantile_pit_{b}": 0.1 for b in range(10)},
-        }
-        for i, value in enumerate(returns)
-    ]
-    run.progress_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    run.write_eval({"before": {"avg@4": 0.25}, "after": {"avg@4": 0.5}})
-    run.samples.mkdir()
-    for when, correct in (("before", 1), ("after", 2)):
-        frame = pd.DataFrame(
-            {
-                "problem": np.repeat(np.arange(3), 4),
-                "sample": np.tile(np.arange(4), 3),
-                "score": np.tile([1.0] * correct + [0.0] * (4 - correct), 3),
-                "status": np.tile(["correct"] * correct + ["wrong"] * (4 - correct), 3),
-                "finish_reason": "stop",
-                "answer": "1",
-                "prompt": "p",
-                "completion": "c",
-            }
-        )
-        frame.to_parquet(run.samples / f"{when}.parquet")
-    if tokens:
-        make_table(completions=12, generations=4).to_parquet(run.tokens_file)
-    return path
+@pytest.fixture(scope="module")
+def one(tmp_path_factory):
+    """A run that tests only read."""
+    return make_run(tmp_path_factory.mktemp("runs") / "one")
 
 
-def test_load_run_gives_frames(tmp_path):
-    run = load_run(make_run(tmp_path / "one"))
+def test_load_run_gives_frames(one):
+    run = load_run(one)
     assert run.name == "one"
     assert run.iterations.index.tolist() == [1, 2, 3, 4]
     assert run.iterations["env_runners/episode_return_mean"].tolist() == [0.1, 0.2, 0.3, 0.4]
@@ -130,8 +92,8 @@ def test_figures_draw_the_numbers(tmp_path):
     assert fan._repr_png_().startswith(b"\x89PNG")
 
 
-def test_the_page_has_every_section_and_no_way_out(tmp_path):
-    one, two = make_run(tmp_path / "one"), make_run(tmp_path / "two<b>", lr=2e-3, tokens=False)
+def test_the_page_has_every_section_and_no_way_out(one, tmp_path):
+    two = make_run(tmp_path / "two<b>", lr=2e-3, tokens=False)
     (two / "error.txt").write_text("Traceback <script>alert(1)</script>")
     page = write_report([load_run(one), load_run(two)], tmp_path / "report.html").read_text()
     titles = re.findall(r"<h2>(.*?)</h2>", page)

@@ -17,8 +17,8 @@ const MODES = [
 ];
 const FILTERS = [
   { name: "All", keep: () => true },
-  { name: "Correct", keep: (c) => index.score[c] >= 1 },
-  { name: "Wrong", keep: (c) => index.score[c] < 1 },
+  { name: "Correct", keep: (c) => index.status[c] === "correct" },
+  { name: "Wrong", keep: (c) => index.status[c] !== "correct" },
   { name: "Truncated", keep: (c) => index.cut[c] },
   { name: "Most uncertain", by: "uncertainty" },
   { name: "Largest bonus", by: "bonus" },
