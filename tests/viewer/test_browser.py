@@ -341,8 +341,9 @@ def test_reports_are_readable_on_a_phone_and_in_the_dark(driver, tmp_path):
         wide = "return document.documentElement.scrollWidth - innerWidth"
         assert driver.execute_script(wide) == 0  # Wide figures scroll in their section.
         texts = driver.execute_script(
-            "return [...document.querySelectorAll('svg text')].map(t => parseFloat("
-            "getComputedStyle(t).fontSize) * t.getScreenCTM().d)"
+            "return [...document.querySelectorAll('svg text')].map(t => {"
+            "const m = t.getScreenCTM(); return parseFloat(getComputedStyle(t).fontSize)"
+            " * Math.hypot(m.c, m.d); })"
         )
         assert len(texts) > 50 and min(texts) >= 7
         assert driver.get_log("browser") == []
