@@ -1,4 +1,10 @@
-"""What several test modules build."""
+"""What several test modules build and start."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 from rllib_distrl.algorithm.distrl_config import DistRLConfig
 
@@ -17,4 +23,19 @@ def distrl_config(model=TINY, prompts=4, generations=2, **training):
         )
         .training(**{"lr": 1e-3, **training})
         .debugging(seed=1)
+    )
+
+
+def start_python(
+    *arguments: str | Path, cwd: Path | None = None, **pipes: Any
+) -> subprocess.Popen[str]:
+    """Python in a session of its own, which finds the modules that this process finds."""
+    path = os.pathsep.join(map(os.path.abspath, sys.path))
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        text=True,
+        start_new_session=True,
+        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes},
     )

@@ -6,7 +6,6 @@ import os
 import pty
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from rllib_distrl.cli.errors import Interrupted, exit_code_of
 from rllib_distrl.cli.interrupts import Interrupts, kept_from_ray
+from tests.helpers import start_python
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -101,16 +101,9 @@ with Interrupts("first", "last words") as interrupts:
 
 
 def start(tenths: int, terminal: int | None = None) -> subprocess.Popen[str]:
-    path = os.pathsep.join(map(os.path.abspath, sys.path))
-    process = subprocess.Popen(
-        [sys.executable, "-c", WORK, str(tenths)],
-        stdin=terminal,
-        stdout=terminal or subprocess.PIPE,
-        stderr=terminal or subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
+    everything = ("stdin", "stdout", "stderr")
+    pipes = {} if terminal is None else dict.fromkeys(everything, terminal)
+    process = start_python("-c", WORK, str(tenths), **pipes)
     if process.stdout is not None:
         assert process.stdout.readline() == "ready\n"
     return process

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typer.testing import CliRunner
 from rllib_distrl.cli.app import app
 from rllib_distrl.runs.checkpoints import checkpoint_iteration, list_checkpoints
 from rllib_distrl.runs.log import read_progress
+from tests.helpers import start_python
 
 RECIPE = """
 [run]
@@ -52,16 +52,7 @@ SECONDS = 150
 
 
 def start(*arguments: str | Path, cwd: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "rllib_distrl.cli", *map(str, arguments)],
-        cwd=cwd,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    return start_python("-m", "rllib_distrl.cli", *arguments, cwd=cwd)
 
 
 @pytest.fixture(scope="module")
@@ -100,10 +91,9 @@ def interrupted(folder: Path, finished: Any) -> tuple[Path, str, int]:
     stopped_after = len(read_progress(run / "progress.jsonl"))
     newest = list_checkpoints(run / "checkpoints")[0]
     assert checkpoint_iteration(newest) == stopped_after
-    process = start("train", "again", "--resume", cwd=folder)
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, out + err
-    return run, out, stopped_after
+    resumed = CliRunner().invoke(app, ["train", str(run), "--resume"])
+    assert resumed.exit_code == 0, resumed.stderr
+    return run, resumed.stdout, stopped_after
 
 
 def test_what_a_user_reads_is_clean(finished: tuple[Path, str, str]) -> None:
@@ -192,9 +182,9 @@ def test_an_interrupted_run_ends_like_an_undisturbed_one(
 
 def test_a_budget_of_tokens_ends_a_run_and_is_continued_when_raised(folder: Path) -> None:
     settings = ("run.budget_tokens=900", "eval.before=false", "eval.interval=0")
-    process = start("train", "tiny.toml", *settings, "--out", "budget", cwd=folder)
-    out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 0, out + err
+    arguments = [str(folder / "tiny.toml"), *settings, "--out", str(folder / "budget")]
+    done = CliRunner().invoke(app, ["train", *arguments])
+    assert done.exit_code == 0, done.stderr
     tokens = [
         row["num_env_steps_sampled_lifetime"]
         for row in read_progress(folder / "budget" / "progress.jsonl")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -15,6 +12,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from rllib_distrl.runs.log import read_progress
 from tests.envs.byte_tokenizer import byte_tokenizer
+from tests.helpers import start_python
 
 SCORES = """
 def wanted_letters(prompt, completion, row):
@@ -85,14 +83,11 @@ def test_training_on_rows_of_ones_own(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     recipe = tmp_path / "letters.toml"
     recipe.write_text(RECIPE.format(model=tmp_path / "model", data=tmp_path / "rows.jsonl"))
-    path = os.pathsep.join([str(tmp_path), *map(os.path.abspath, sys.path)])
-    done = subprocess.run(
-        [sys.executable, "-m", "rllib_distrl.cli", "train", str(recipe), "--out", "run"],
-        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True,
-        timeout=250,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped 1 of 17 rows" in done.stderr
+    # `-m` finds the scores in the working directory.
+    training = start_python("-m", "rllib_distrl.cli", "train", recipe, "--out", "run", cwd=tmp_path)
+    out, err = training.communicate(timeout=250)
+    assert training.returncode == 0, out + err
+    assert "skipped 1 of 17 rows" in err
 
     last = read_progress(tmp_path / "run" / "progress.jsonl")[-1]
     assert last["evaluation/env_runners/num_episodes"] == 4

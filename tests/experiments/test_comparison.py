@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from rllib_distrl.experiments.comparison import Comparison
 from rllib_distrl.experiments.plan import make_plan
 from rllib_distrl.experiments.record import Record, measure_samples, score_counts, thinned
 from rllib_distrl.runs.log import read_progress
+from tests.helpers import start_python
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -50,12 +49,9 @@ SETTINGS = ("--seeds", "2", "--budget-tokens", "8000", "--jobs", "2")
 
 
 def compare(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tune" / "compare.py"), str(folder / "variants.toml"),
-         *SETTINGS, "--out", str(folder / "out"), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    script, variants = ROOT / "tune" / "compare.py", folder / "variants.toml"
+    settings = (*SETTINGS, "--out", folder / "out", *arguments)
+    return start_python(script, variants, *settings, stderr=subprocess.STDOUT)
 
 
 def check_validations(good: dict[str, Any], run: Path) -> None:

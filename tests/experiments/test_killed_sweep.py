@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 
 from tests.experiments.test_sweep import RECIPE
+from tests.helpers import start_python
 
 ROOT = Path(__file__).parents[2]
 METRIC = "evaluation/env_runners/best@4"
@@ -31,13 +31,9 @@ SETTINGS = ("run.budget_tokens=2000", "run.checkpoint_interval=3", "eval.interva
 
 
 def sweep(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "tune" / "sweep.py"), str(folder / "tiny.toml"),
-         str(folder / "space.toml"), *SETTINGS, "--out", str(folder / "out"),
-         "--max-concurrent", "1", *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+    script, recipe, space = ROOT / "tune/sweep.py", folder / "tiny.toml", folder / "space.toml"
+    settings = (*SETTINGS, "--out", folder / "out", "--max-concurrent", "1", *arguments)
+    return start_python(script, recipe, space, *settings, stderr=subprocess.STDOUT)
 
 
 def reports(folder: Path) -> dict[Path, list[dict[str, object]]]:

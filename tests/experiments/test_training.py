@@ -1,11 +1,15 @@
-"""Where training ends."""
+"""The training loop: where it ends, and who ends it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from rllib_distrl.experiments.training import RunLength
+from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS
+from rllib_distrl.experiments.training import RunLength, Training
 from rllib_distrl.settings import RunSettings
+from tests.helpers import distrl_config
 
 STEPS = "num_env_steps_sampled_lifetime"
 
@@ -28,3 +32,21 @@ def test_the_first_iteration_that_reaches_the_budget_ends_a_run(key: str) -> Non
     assert not length.reached({"iteration": 7})
     assert length.share_done(1, 200) == pytest.approx(0.4)
     assert length.share_done(9, 600) == 1.0
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_training_stops_where_it_is_asked_to_and_goes_on_to_its_end(build: Any) -> None:
+    training = Training(build(distrl_config(prompts=2)), RunLength(3))
+    seen: list[int] = []
+
+    def note(row: dict[str, Any]) -> None:
+        seen.append(row["iteration"])
+
+    training.run(after=note, stopping=lambda: training.row["iteration"] == 2)
+    assert (seen, training.over) == ([1, 2], False)
+    training.run(after=note)
+    assert (seen, training.over) == ([1, 2, 3], True)
+    training.run(before=lambda: pytest.fail("it was over"))
+    assert training.row["learners/default_policy/entropy"] > 0.0
+    # An iteration of 4 completions is one minibatch.
+    assert training.row[OPTIMIZER_STEPS] == 3
