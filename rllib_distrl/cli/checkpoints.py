@@ -132,7 +132,7 @@ def probe(algo: Any, recipe: Recipe) -> dict[str, float]:
     """Judges an algorithm's critic as the recipe's `[eval]` table says; {} where that is off.
 
     Returns:
-        What `algorithms.critic_probe.probe_critic` returns; {} without a critic.
+        What `algorithm.critic_probe.probe_critic` returns; {} without a critic.
     """
     from rllib_distrl.algorithm.critic_probe import probe_critic
 
