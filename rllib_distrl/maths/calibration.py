@@ -147,12 +147,12 @@ def crps(
 
 
 def explained_variance(
-    values: Float[Tensor, "B T"], returns: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
+    values: Float[Tensor, "*B"], returns: Float[Tensor, "*B"], loss_mask: Bool[Tensor, "*B"]
 ) -> float:
     """1 − Var(y − V)/Var(y).
 
     Args:
-        values: V.
+        values: V, of tokens in rows or of single states.
         returns: y, observed returns to go.
         loss_mask: True where a token counts.
 
