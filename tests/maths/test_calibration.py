@@ -13,6 +13,7 @@ from rllib_distrl.maths.calibration import (
     explained_variance_by_position,
     pit_histogram,
     pit_ks,
+    state_metrics,
 )
 from rllib_distrl.maths.quantiles import midpoints
 from rllib_distrl.maths.rank_correlation import (
@@ -204,3 +205,12 @@ def test_partial_correlation_given_two_is_that_of_regression_residuals():
 
 def ranks(values):
     return np.argsort(np.argsort(values.numpy())) + 1.0
+
+
+def test_states_by_hand() -> None:
+    # V − y is 0 and −1: its variance is 1/4, that of y is 1.
+    found = state_metrics(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0]))
+    assert found["quantile_state_rmse"] == pytest.approx(0.5**0.5)
+    assert found["quantile_state_explained_variance"] == pytest.approx(0.75)
+    alike = state_metrics(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 2.0]))
+    assert "quantile_state_explained_variance" not in alike
