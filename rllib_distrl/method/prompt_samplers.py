@@ -131,8 +131,65 @@ class Uniform(_Serving):
         return PromptRequest(int(row), position)
 
 
+class _Counting:
+    """Keeps how many completions of each row were correct, and of how many."""
+
+    name: str
+
+    def __init__(self, n_rows: int, seed: int, pool: int | None):
+        if pool is not None and pool < 1:
+            raise ValueError(f"{self.name} needs pool >= 1, got pool={pool}.")
+        rows = min(n_rows, pool or n_rows)
+        if rows > LARGEST_LISTED_TASK:
+            raise ValueError(
+                f"{self.name} keeps counts of every row, and the task has {n_rows:,}. Set its "
+                "pool, the number of rows to serve, for example to 10_000."
+            )
+        self.seed = seed
+        self._served = 0
+        self._correct, self._seen = np.zeros(rows), np.zeros(rows)
+
+    def _requests(self, rows: Sequence[int]) -> list[PromptRequest]:
+        first, self._served = self._served, self._served + len(rows)
+        return [PromptRequest(row, first + place) for place, row in enumerate(rows)]
+
+    def _count(self, results: Sequence[PromptResult], decay: float) -> None:
+        """Takes results in; what rows among them counted before is decayed once."""
+        rows = [result.prompt.row for result in results]
+        served = list(set(rows))
+        self._correct[served] *= decay
+        self._seen[served] *= decay
+        for row, result in zip(rows, results, strict=True):
+            self._correct[row] += result.correct
+            self._seen[row] += len(result.statuses)
+
+    def get_state(self) -> dict[str, Any]:
+        """Counts and cursors."""
+        return {
+            "served": self._served, "correct": self._correct.copy(), "seen": self._seen.copy(),
+        }  # fmt: skip
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            ValueError: If it counts other rows, or is another sampler's.
+        """
+        _check_same_sampler(self, state)
+        counted, rows = len(state["seen"]), len(self._seen)
+        if counted != rows:
+            raise ValueError(
+                f"The state of {self.name} has counts of {counted} rows and the task "
+                f"now serves {rows}, so they would be taken for other problems. Go on with the "
+                "data, pool, max_prompt_tokens and on_long_prompt that it was saved with, or "
+                "start anew."
+            )
+        self._served = int(state["served"])
+        self._correct, self._seen = np.array(state["correct"]), np.array(state["seen"])
+
+
 @register("prompt_sampler", "variance_mix")
-class VarianceMix:
+class VarianceMix(_Counting):
     """A curriculum: part of the prompts by the variance p(1 - p) of being right, the rest evenly.
 
     A prompt that always or never succeeds teaches little; variance-aware sampling (MMR1,
@@ -141,6 +198,8 @@ class VarianceMix:
     completions correct, so that unseen prompts (p = 1/2) come first; what a row's earlier visits
     counted is halved at each new one, because the policy moves (our choices).
     """
+
+    name = "variance_mix"
 
     def __init__(
         self,
@@ -163,21 +222,14 @@ class VarianceMix:
         Raises:
             ValueError: For settings out of bounds, or too many rows to keep counts of.
         """
-        if not 0.0 < share <= 1.0 or not 0.0 <= decay <= 1.0 or (pool is not None and pool < 1):
+        if not 0.0 < share <= 1.0 or not 0.0 <= decay <= 1.0:
             raise ValueError(
-                "variance_mix needs 0 < share <= 1, 0 <= decay <= 1 and pool >= 1, got "
-                f"share={share}, decay={decay}, pool={pool}."
+                f"variance_mix needs 0 < share <= 1 and 0 <= decay <= 1, got share={share}, "
+                f"decay={decay}."
             )
-        rows = min(n_rows, pool or n_rows)
-        if rows > LARGEST_LISTED_TASK:
-            raise ValueError(
-                f"variance_mix keeps counts of every row, and the task has {n_rows:,}. Set its "
-                "pool, the number of rows to serve, for example to 10_000."
-            )
-        self.seed, self.share, self.decay = seed, share, decay
-        self._even = WithoutReplacement(rows, seed)
-        self._served = 0
-        self._correct, self._seen = np.zeros(rows), np.zeros(rows)
+        super().__init__(n_rows, seed, pool)
+        self.share, self.decay = share, decay
+        self._even = WithoutReplacement(len(self._seen), seed)
 
     @property
     def weights(self) -> np.ndarray:
@@ -190,46 +242,82 @@ class VarianceMix:
         weights, drawn = self.weights, round(self.share * n)
         rng = np.random.default_rng([self.seed, self._served])
         rows = rng.choice(len(weights), size=drawn, p=weights / weights.sum()).tolist()
-        rows += [prompt.row for prompt in self._even.next(n - drawn)]
-        first, self._served = self._served, self._served + n
-        return [PromptRequest(row, first + place) for place, row in enumerate(rows)]
+        return self._requests(rows + [prompt.row for prompt in self._even.next(n - drawn)])
 
     def update(self, results: Sequence[PromptResult]) -> None:
         """Counts what was correct."""
-        rows = [result.prompt.row for result in results]
-        for row in set(rows):
-            self._correct[row] *= self.decay
-            self._seen[row] *= self.decay
-        for row, result in zip(rows, results, strict=True):
-            self._correct[row] += result.correct
-            self._seen[row] += len(result.statuses)
+        self._count(results, self.decay)
 
     def get_state(self) -> dict[str, Any]:
         """Counts and cursors."""
-        return {
-            "served": self._served,
-            "even": self._even.get_state(),
-            "correct": self._correct.copy(),
-            "seen": self._seen.copy(),
-        }
+        return {**super().get_state(), "even": self._even.get_state()}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues where `state` was taken.
+        """Continues where `state` was taken; raises ValueError as the counts do."""
+        super().set_state(state)
+        self._even.set_state(state["even"])
+
+
+@register("prompt_sampler", "beta_thompson")
+class BetaThompson(_Counting):
+    """Thompson sampling of the variance: the rows with the largest p̃ (1 − p̃), p̃ ~ Beta(a, b).
+
+    a and b are 1 and what was right or wrong so far; both fade towards 1, a little at every
+    iteration and more for rows that are served, because the policy moves. Rows that were never
+    served are therefore tried, and those that are neither too easy nor too hard come back (VADE,
+    arXiv 2511.18902; the rates of fading are our choice).
+    """
+
+    name = "beta_thompson"
+
+    def __init__(
+        self,
+        n_rows: int,
+        seed: int,
+        *,
+        decay: float = 0.9,
+        fading: float = 0.99,
+        pool: int | None = None,
+    ):
+        """Starts without results.
+
+        Args:
+            n_rows: Rows of the task.
+            seed: Decides what is drawn.
+            decay: What is left of a served row's older counts.
+            fading: What is left of all counts after each iteration.
+            pool: Only the first so many rows are served; all where None.
 
         Raises:
-            ValueError: If it counts other rows, or is another sampler's.
+            ValueError: For settings out of bounds, or too many rows to keep counts of.
         """
-        _check_same_sampler(self, state)
-        counted, rows = len(state["seen"]), len(self._seen)
-        if counted != rows:
+        if not 0.0 <= decay <= 1.0 or not 0.0 <= fading <= 1.0:
             raise ValueError(
-                f"The state of variance_mix has counts of {counted} rows and the task now serves "
-                f"{rows}, so they would be taken for other problems. Go on with the data, pool, "
-                "max_prompt_tokens and on_long_prompt that it was saved with, or start anew."
+                "beta_thompson needs decay and fading in [0, 1], got "
+                f"decay={decay}, fading={fading}."
             )
-        self._served = int(state["served"])
-        self._even.set_state(state["even"])
-        self._correct, self._seen = np.array(state["correct"]), np.array(state["seen"])
+        super().__init__(n_rows, seed, pool)
+        self.decay, self.fading = decay, fading
+
+    @property
+    def beta(self) -> tuple[np.ndarray, np.ndarray]:
+        """(rows,) each, a and b."""
+        return 1.0 + self._correct, 1.0 + self._seen - self._correct
+
+    def next(self, n: int) -> list[PromptRequest]:
+        """N prompts, no row a second time before every row was served once."""
+        rng = np.random.default_rng([self.seed, self._served])
+        rows: list[int] = []
+        while len(rows) < n:
+            drawn = rng.beta(*self.beta)
+            rows += np.argsort(-drawn * (1.0 - drawn), kind="stable")[: n - len(rows)].tolist()
+        return self._requests(rows)
+
+    def update(self, results: Sequence[PromptResult]) -> None:
+        """Counts what was correct, and lets all counts fade."""
+        self._correct *= self.fading
+        self._seen *= self.fading
+        self._count(results, self.decay)
 
 
 def _check_same_sampler(sampler: PromptSampler, state: dict[str, Any]) -> None:

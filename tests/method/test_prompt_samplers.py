@@ -136,3 +136,25 @@ def test_seeds_differ(name):
 def test_settings_out_of_bounds_are_refused(bad):
     with pytest.raises(ValueError, match=rf"{next(iter(bad))}={next(iter(bad.values()))}"):
         make({"name": "variance_mix", **bad}, 5)
+
+
+def test_thompson_counts_fade_and_add_up():
+    sampler = make({"name": "beta_thompson", "decay": 0.5, "fading": 0.8}, 3)
+    sampler.update([result(1, correct=2, of=8)])
+    # Then both rows fade by .8, and row 1 by another half: 1 + .4 · 2 + 3, 1 + .4 · 6 + 1.
+    sampler.update([result(1, correct=3, of=4, visit=1)])
+    for found, expected in zip(sampler.beta, ([1, 4.8, 1], [1, 4.4, 1]), strict=True):
+        np.testing.assert_allclose(found, expected)
+
+
+def test_thompson_serves_what_is_open_and_tries_what_is_unknown():
+    sampler = make({"name": "beta_thompson", "fading": 1.0, "decay": 1.0}, 40)
+    sampler.update([result(row, correct=0, of=400) for row in range(10)])
+    sampler.update([result(row, correct=400, of=400) for row in range(10, 20)])
+    sampler.update([result(row, correct=200, of=400) for row in range(20, 30)])
+    counts = np.bincount([row for _ in range(200) for row in rows(sampler.next(10))], minlength=40)
+    # p̃(1 − p̃) of hopeless and solved rows is at most .01; an unknown row's exceeds that of an
+    # open one, .25 less a few thousandths, about as often as it falls below.
+    assert counts[:20].sum() == 0
+    assert counts[20:30].min() > 50 and counts[30:].min() > 5
+    assert len(set(rows(sampler.next(40)))) == 40
