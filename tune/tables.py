@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs that come from docs/results, between their markers.
+"""Writes the tables of README.md and docs that come from results or code, between their markers.
 
     python tune/tables.py
 
@@ -14,6 +14,7 @@ import statistics
 from functools import cache
 from pathlib import Path
 
+from rllib_distrl.cli.methods import markdown
 from rllib_distrl.experiments.decisions import Decisions, decide
 from rllib_distrl.experiments.pages import read_about, renew_table, with_baseline
 from rllib_distrl.experiments.record import Record, read_records
@@ -149,6 +150,7 @@ TABLES = {
     (ROOT / "docs" / "headline.md", "search"): search,
     (ROOT / "docs" / "headline.md", "longer completions"): longer_completions,
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
+    (ROOT / "docs" / "methods.md", "methods"): markdown,
 }
 
 

@@ -177,6 +177,18 @@ def new(
 
 
 @app.command()
+def methods(
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help="advantage, policy_loss, ...; all.")
+    ] = None,
+) -> None:
+    """List what a recipe may choose by name, with its settings."""
+    from rllib_distrl.cli.methods import run_methods
+
+    run_methods(kind)
+
+
+@app.command()
 def explain(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Show what a recipe does per iteration and what memory it needs; starts nothing."""
     import gc

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from rllib_distrl.maths import advantages as critic_maths
+from rllib_distrl.maths import credit
 from rllib_distrl.maths import group_advantages as group_maths
 from rllib_distrl.maths.best_of_k import gain_over_best, law_of_batch
 from rllib_distrl.maths.group_calibration import (
@@ -24,6 +25,7 @@ SOURCES = ("quantiles", "values", "returns")
 """What may be known of a prompt: the critic's law, its value, or the batch's returns alone."""
 
 register("advantage", "gae")(of_batch(critic_maths.gae))
+register("advantage", "macro_gae")(of_batch(credit.macro_gae))
 register("advantage", "grpo")(of_batch(group_maths.grpo, per_row=True))
 register("advantage", "rloo")(of_batch(group_maths.leave_one_out, per_row=True))
 
@@ -60,6 +62,42 @@ def reinforce_pp(batch: SequenceBatch, *, gamma: float = 1.0) -> Tensor:
     """
     to_go = critic_maths.returns_to_go(batch.rewards, batch.loss_mask, gamma)
     return critic_maths.whiten(to_go, batch.loss_mask, batch.all_reduce)
+
+
+@register("advantage", "spro", needs=("groups", "ref_logp"))
+def spro(batch: SequenceBatch, *, beta: float = 0.05, std_epsilon: float = 1e-6) -> Tensor:
+    """GRPO's advantage and, at each token, R̃_t less its mean over the group's that still run.
+
+    R̃_t = β Σ_{j≤t} ln(π/π_ref) of the policy that sampled, the process reward that a policy carries
+    in itself (SPRO, arXiv 2507.01551, after notes on it); β is our choice.
+    """
+    of_group = group_maths.grpo(batch.returns, batch.group, std_epsilon=std_epsilon)
+    gained = zero_padding(batch.action_logp - batch.column("ref_logp"), batch.loss_mask)
+    step = credit.step_relative(beta * gained.cumsum(1), batch.group, batch.loss_mask)
+    return batch.at_tokens(of_group) + step
+
+
+def _noise_forward_fits(config: Any, **settings: Any) -> None:
+    demand(config, "advantage 'noise_forward'", whiten_advantages=False)
+
+
+@register("advantage", "noise_forward", fits=_noise_forward_fits)
+def noise_forward(batch: SequenceBatch, *, false_negative_rate: float) -> Tensor:
+    """ρ1 for a completion that passed, ρ1 − 1 for one that did not.
+
+    Under a verifier that rejects right answers with probability ρ1 and accepts no wrong one, the
+    expectation is (1 − ρ1)(r* − 1), r* the true reward: its gradient up to scale and baseline
+    (arXiv 2510.00915, forward correction). Returns above 1/2 count as passed.
+
+    Raises:
+        ValueError: For a rate outside [0, 1).
+    """
+    if not 0.0 <= false_negative_rate < 1.0:
+        raise ValueError(
+            f"noise_forward needs 0 <= false_negative_rate < 1, got {false_negative_rate}"
+        )
+    failed = (batch.returns <= 0.5).to(batch.rewards.dtype)
+    return batch.at_tokens(false_negative_rate - failed)
 
 
 def _opo_fits(config: Any) -> None:

@@ -6,7 +6,9 @@ from torch import Tensor
 from rllib_distrl.maths.aggregation import AGGREGATIONS, token_weights
 from rllib_distrl.maths.kl import check_kl, kl_estimate
 from rllib_distrl.maths.statistics import importance_weights
+from rllib_distrl.maths.weighted_losses import differentiable_kl
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import register
 
 
@@ -35,6 +37,9 @@ def kl(logp: Tensor, batch: SequenceBatch, *, coeff: float = 1e-3, estimator: st
         (B, T).
     """
     return coeff * kl_estimate(logp, batch.column("ref_logp"), estimator, batch.loss_mask)
+
+
+register("regulariser", "rpg_kl")(of_batch(differentiable_kl, given=("logp",)))
 
 
 def _aggregation(name: str) -> None:

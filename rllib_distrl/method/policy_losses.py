@@ -3,12 +3,13 @@
 And losses of whole groups, which stand in their place and give one number per row (B,).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths import group_losses, losses
+from rllib_distrl.maths import contrastive_losses, group_losses, losses, weighted_losses
 from rllib_distrl.maths.statistics import bounded_log_ratio, masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch, takes_settings_of
@@ -70,6 +71,33 @@ def _check_copg(*, beta: float) -> None:
 
 
 register("group_loss", "copg", check=_check_copg)(of_batch(group_losses.copg, given=("logp",)))
+register("group_loss", "disco")(of_batch(contrastive_losses.disco, given=("logp",)))
+register("group_loss", "pairwise_bt")(of_batch(contrastive_losses.pairwise_bt, given=("logp",)))
+
+
+# In these the ratio weighs or gates a token instead of being clipped.
+
+
+def _of_sequences(name: str) -> Callable[..., None]:
+    def fits(config: Any, **settings: Any) -> None:
+        demand(config, f"policy_loss {name!r}", aggregation="sequence_mean")
+
+    return fits
+
+
+_CLIPS = ("clip_param", "clip_param_high")
+register("policy_loss", "cispo", own_defaults=_CLIPS)(
+    of_batch(weighted_losses.cispo, given=("logp",))
+)
+register("policy_loss", "rapid")(of_batch(weighted_losses.truncated_importance, given=("logp",)))
+register("policy_loss", "sapo", fits=_of_sequences("sapo"))(
+    of_batch(weighted_losses.sapo, given=("logp",))
+)
+register("policy_loss", "gmpo", fits=_of_sequences("gmpo"))(
+    of_batch(weighted_losses.gmpo, given=("logp",))
+)
+register("policy_loss", "dppo")(of_batch(weighted_losses.dppo, given=("logp",)))
+register("policy_loss", "rpg", own_defaults=_CLIPS)(of_batch(weighted_losses.rpg, given=("logp",)))
 
 
 # Two losses that treat tokens apart whose probability and advantage rise together, both from arXiv

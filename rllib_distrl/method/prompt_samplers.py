@@ -147,7 +147,8 @@ class _Counting:
             )
         self.seed = seed
         self._served = 0
-        self._correct, self._seen = np.zeros(rows), np.zeros(rows)
+        self._correct: np.ndarray = np.zeros(rows)
+        self._seen: np.ndarray = np.zeros(rows)
 
     def _requests(self, rows: Sequence[int]) -> list[PromptRequest]:
         first, self._served = self._served, self._served + len(rows)
@@ -302,7 +303,7 @@ class BetaThompson(_Counting):
     @property
     def beta(self) -> tuple[np.ndarray, np.ndarray]:
         """(rows,) each, a and b."""
-        return 1.0 + self._correct, 1.0 + self._seen - self._correct
+        return self._correct + 1.0, self._seen - self._correct + 1.0
 
     def next(self, n: int) -> list[PromptRequest]:
         """N prompts, no row a second time before every row was served once."""
@@ -320,7 +321,7 @@ class BetaThompson(_Counting):
         self._count(results, self.decay)
 
 
-def _check_same_sampler(sampler: PromptSampler, state: dict[str, Any]) -> None:
+def _check_same_sampler(sampler: Any, state: dict[str, Any]) -> None:
     present = sampler.get_state()
     if state.keys() != present.keys():
         raise ValueError(

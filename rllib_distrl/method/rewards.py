@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rllib_distrl.maths.group_advantages import group_index
 from rllib_distrl.maths.kl import check_kl, kl_estimate
 from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.method.batch import SequenceBatch
@@ -96,3 +97,79 @@ def noise_backward(
         raise ValueError(f"noise_backward needs rates >= 0 whose sum is below 1, got {rates}")
     corrected = (batch.returns - false_positive_rate) / (1.0 - sum(rates))
     return _add_at_end(batch, corrected - batch.returns)
+
+
+def _check_perturb(*, sigma_start: float, sigma_end: float, horizon: int) -> None:
+    if min(sigma_start, sigma_end) < 0 or horizon < 1:
+        raise ValueError(
+            "reward 'random_perturb' takes deviations >= 0 and horizon >= 1; got "
+            f"{sigma_start}, {sigma_end} and {horizon}"
+        )
+
+
+@register("reward", "random_perturb", check=_check_perturb)
+def random_perturb(
+    batch: SequenceBatch, *, sigma_start: float = 0.5, sigma_end: float = 0.0, horizon: int = 100
+) -> Tensor:
+    """R + N(0, σ²), σ going linearly from its start to its end over `horizon` iterations.
+
+    Random reward perturbation (RRP, arXiv 2506.08737); the numbers are our choice.
+    """
+    done = min(1.0, (batch.k - 1) / horizon)
+    sigma = sigma_start + (sigma_end - sigma_start) * done
+    device = batch.generator.device if batch.generator is not None else batch.rewards.device
+    noise = torch.randn(len(batch), generator=batch.generator, device=device)
+    return _add_at_end(batch, sigma * noise.to(batch.rewards))
+
+
+@register("reward", "neg_entropy", needs=("entropy",))
+def neg_entropy(batch: SequenceBatch) -> Tensor:
+    """−mean_t H in the place of the task's reward: training without a verifier.
+
+    RENT (arXiv 2505.22660); its penalty for completions without an answer is left out, because
+    rewards do not say so here.
+    """
+    entropy = zero_padding(batch.column("entropy"), batch.loss_mask).sum(1)
+    return _add_at_end(batch, -entropy / batch.lengths.clamp(min=1) - batch.returns)
+
+
+@register("reward", "em_sequence")
+def em_sequence(batch: SequenceBatch) -> Tensor:
+    """Σ_t log π in the place of the task's reward (EM-RL, arXiv 2505.15134, of sequences)."""
+    logp = zero_padding(batch.action_logp, batch.loss_mask).sum(1)
+    return _add_at_end(batch, logp - batch.returns)
+
+
+@register("reward", "em_token", needs=("entropy",))
+def em_token(batch: SequenceBatch) -> Tensor:
+    """−Σ_t H in the place of the task's reward (EM-RL, arXiv 2505.15134, of tokens)."""
+    entropy = zero_padding(batch.column("entropy"), batch.loss_mask).sum(1)
+    return _add_at_end(batch, -entropy - batch.returns)
+
+
+def _check_budget(*, pass_rate: float, quantile: float) -> None:
+    if not 0.0 < pass_rate <= 1.0 or not 0.0 <= quantile <= 1.0:
+        raise ValueError(
+            "reward 'length_budget' takes pass_rate in (0, 1] and quantile in [0, 1]; got "
+            f"{pass_rate} and {quantile}"
+        )
+
+
+@register("reward", "length_budget", needs=("groups",), check=_check_budget)
+def length_budget(
+    batch: SequenceBatch, *, pass_rate: float = 0.75, quantile: float = 0.8
+) -> Tensor:
+    """No reward beyond a prompt's budget of tokens: a quantile of its passed completions' lengths.
+
+    Only for prompts whose group passes at least at this rate (returns above 1/2), the others have
+    the length limit. After PALU (arXiv 2510.10168); estimated from the present group, rate and
+    quantile are our choice.
+    """
+    index, sizes = group_index(batch.group)
+    passed, lengths = batch.returns > 0.5, batch.lengths.to(batch.rewards.dtype)
+    budget = torch.full_like(sizes, torch.iinfo(sizes.dtype).max).to(lengths.dtype)
+    for number in range(len(sizes)):
+        rows = passed[index == number]
+        if float(rows.to(lengths.dtype).mean()) >= pass_rate:
+            budget[number] = lengths[(index == number) & passed].quantile(quantile)
+    return _add_at_end(batch, torch.where(lengths > budget[index], -batch.returns, 0.0))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths import optimism
+from rllib_distrl.maths import credit, optimism
 from rllib_distrl.maths.group_advantages import group_mean
 from rllib_distrl.maths.group_calibration import (
     calibrated_edges,
@@ -99,6 +99,87 @@ def length_power(batch: SequenceBatch, advantages: Tensor, *, alpha: float = 1.0
     power = batch.lengths.clamp(min=1).to(advantages.dtype) ** -alpha
     weight = power / group_mean(power, batch.group)
     return zero_padding(advantages * weight.unsqueeze(1), batch.loss_mask)
+
+
+@register("shaper", "perplexity_position")
+@takes_settings_of(credit.perplexity_and_position)
+def perplexity_position(batch: SequenceBatch, advantages: Tensor, **settings: Any) -> Tensor:
+    """`maths.credit.perplexity_and_position`: less for odd completions, more for late tokens."""
+    return credit.perplexity_and_position(
+        advantages, batch.action_logp, batch.loss_mask, all_reduce=batch.all_reduce, **settings
+    )
+
+
+@register("shaper", "mpt_mask", needs=("entropy",))
+def mpt_mask(
+    batch: SequenceBatch,
+    advantages: Tensor,
+    *,
+    probability: float = 0.99,
+    entropy_below: float = 0.2,
+) -> Tensor:
+    """Takes the advantage from mastered tokens: well known ones of right completions.
+
+    Where R > 1/2, π(o_t) ≥ p and the completion's mean entropy is below a target; such tokens
+    would only sharpen the policy (UloRL, arXiv 2507.19766). They still count as tokens in the
+    loss's mean (our choice).
+    """
+    lengths = batch.lengths.clamp(min=1)
+    entropy = zero_padding(batch.column("entropy"), batch.loss_mask).sum(1) / lengths
+    sure = (batch.returns > 0.5) & (entropy < entropy_below)
+    mastered = sure.unsqueeze(1) & (batch.action_logp.exp() >= probability)
+    return torch.where(mastered, 0.0, zero_padding(advantages, batch.loss_mask))
+
+
+def _check_downsample(*, completions: float, tokens: float, horizon: int | None) -> None:
+    if not 0.0 < completions <= 1.0 or not 0.0 < tokens <= 1.0:
+        raise ValueError(
+            "shaper 'downsample' takes shares in (0, 1]; got completions = "
+            f"{completions}, tokens = {tokens}"
+        )
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"shaper 'downsample' takes horizon >= 1 or none; got {horizon}")
+
+
+@register("shaper", "downsample", needs=("groups", "entropy"), check=_check_downsample)
+def downsample(
+    batch: SequenceBatch,
+    advantages: Tensor,
+    *,
+    completions: float = 0.5,
+    tokens: float = 0.2,
+    horizon: int | None = None,
+) -> Tensor:
+    """D³S: only the completions whose advantages vary most, and of these the tokens of large |A| H.
+
+    Both shares grow linearly to 1 over `horizon` iterations; none: they stay. arXiv 2509.22115,
+    after notes on it; the shares are our choice. The other tokens have advantage 0 and still count
+    in the loss's mean, the shares of tokens are of this learner's (our choices).
+    """
+    done = 0.0 if horizon is None else min(1.0, (batch.k - 1) / horizon)
+    of_rows, of_tokens = (share + (1.0 - share) * done for share in (completions, tokens))
+    valid = zero_padding(advantages, batch.loss_mask)
+    per_row = valid.sum(1) / batch.lengths.clamp(min=1)
+    kept = credit.most_varied(per_row, batch.group, of_rows).unsqueeze(1) & batch.loss_mask
+    score = valid.abs() * zero_padding(batch.column("entropy"), batch.loss_mask)
+    return torch.where(credit.largest_share(score, kept, of_tokens), valid, 0.0)
+
+
+@register("shaper", "confidence_reweight", needs=("groups", "prompt_logp"))
+def confidence_reweight(
+    batch: SequenceBatch, advantages: Tensor, *, alpha: float = 0.3, share: float = 0.2
+) -> Tensor:
+    """A_i + α (c(prompt) − c(completion)), c the confidence in the least likely tokens.
+
+    Off for groups without a completion that passed. ProGRPO's ARM (arXiv 2602.05281), after notes
+    on it; α is our choice. A prompt's tokens of probability 1 are taken for padding.
+    """
+    prompt = batch.column("prompt_logp")
+    of_prompt = credit.lowest_confidence(prompt, prompt != 0, share)
+    of_completion = credit.lowest_confidence(batch.action_logp, batch.loss_mask, share)
+    passed = group_mean((batch.returns > 0.5).to(advantages.dtype), batch.group) > 0
+    added = torch.where(passed, alpha * (of_prompt - of_completion), 0.0)
+    return zero_padding(advantages + added.unsqueeze(1), batch.loss_mask)
 
 
 def _prior(batch: SequenceBatch, source: str) -> Tensor:

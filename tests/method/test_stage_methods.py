@@ -38,6 +38,7 @@ def batch(filler=0.0, dtype=torch.float64):
         advantages=column(),
         entropy=column().abs(),
         ref_logp=column(),
+        prompt_logp=torch.full((8, 3), -0.5, dtype=dtype),
         width=5,
         generator=torch.Generator().manual_seed(9),
     )
@@ -81,9 +82,16 @@ def equal_groups(size, values, dtype):
 
 def test_every_group_estimator_is_tried_at_equal_returns():
     critic = {"quantiles", "values"}
-    needs = {name: resolve("advantage", {"name": name, **GROUP_ESTIMATORS.get(name, {})}).needs
-             for name in names("advantage")}  # fmt: skip
+    more = {"noise_forward": {"false_negative_rate": 0.1}}
+    needs = {
+        name: resolve(
+            "advantage", {"name": name, **{**GROUP_ESTIMATORS, **more}.get(name, {})}
+        ).needs
+        for name in names("advantage")
+    }
+    # SPRO adds the policy's own process reward, which is there at equal returns too.
     without_critic = {n for n, need in needs.items() if "groups" in need and not need & critic}
+    without_critic -= {"spro"}
     assert without_critic == set(GROUP_ESTIMATORS)
 
 
@@ -371,6 +379,7 @@ def _run(kind, name, filler):
         "maxk": {"k": 2},
         "overlong": {"cache_tokens": 3},
         "noise_backward": {"false_positive_rate": 0.1, "false_negative_rate": 0.1},
+        "noise_forward": {"false_negative_rate": 0.1},
     }.get(name, {})
     stage = resolve(kind, {"name": name, **settings})
     stage.prepare(b)

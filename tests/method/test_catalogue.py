@@ -1,0 +1,120 @@
+"""Methods of the field by hand, as a recipe names them."""
+
+import math
+
+import pytest
+import torch
+
+from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.registry import resolve
+
+MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
+LOGP = torch.tensor([[-0.001, -1.0, -0.005], [-2.0, 0, 0], [-0.1, -0.3, 0], [-0.2, -0.4, -0.6]])
+ENTROPY = torch.tensor([[0.1, 0.3, 0.05], [1.0, 0, 0], [0.2, 0.4, 0], [0.6, 0.6, 0.6]])
+
+
+def batch(returns, **columns):
+    """Two groups of two; the return arrives at the last token."""
+    rewards = torch.zeros(4, 3)
+    rewards[torch.arange(4), MASK.sum(1) - 1] = torch.tensor(returns)
+    return SequenceBatch(
+        rewards=rewards, loss_mask=MASK, action_logp=LOGP, group=torch.tensor([0, 0, 1, 1]),
+        entropy=ENTROPY, **columns,
+    )  # fmt: skip
+
+
+def test_spro_adds_what_the_policy_gained_since_the_reference():
+    reference = torch.where(MASK, LOGP - 0.1 * torch.tensor([[1.0], [3.0], [0.0], [0.0]]), 0.0)
+    found = resolve("advantage", {"name": "spro", "beta": 0.5})(
+        batch([1.0, 0.0, 1.0, 1.0], ref_logp=reference)
+    )
+    grpo = 0.5 / (math.sqrt(0.5) + 1e-6)
+    # R̃ of the first row .05 at its first token, .15 of the other's: their mean is .1, and from
+    # the second token on the first row is alone.
+    expected = [[grpo - 0.05, grpo, grpo], [-grpo + 0.05, 0, 0], [0, 0, 0], [0, 0, 0]]
+    torch.testing.assert_close(found, torch.tensor(expected))
+
+
+def test_noise_forward_is_unbiased_up_to_scale_and_baseline():
+    rho = 0.25
+    weights = resolve("advantage", {"name": "noise_forward", "false_negative_rate": rho})
+    passed, failed = weights(batch([1.0, 0.0, 1.0, 0.0]))[:2, 0].tolist()
+    assert (1 - rho) * passed + rho * failed == pytest.approx(0.0)  # r* = 1
+    assert failed == pytest.approx((1 - rho) * -1.0)  # r* = 0
+    with pytest.raises(ValueError, match="0 <= false_negative_rate < 1"):
+        resolve("advantage", {"name": "noise_forward", "false_negative_rate": 1.0})(
+            batch([0.0, 0.0, 0.0, 0.0])
+        )
+
+
+def test_mastered_tokens_teach_nothing():
+    advantages = torch.where(MASK, 1.0, 0.0)
+    settings = {"name": "mpt_mask", "probability": 0.99, "entropy_below": 0.2}
+    found = resolve("shaper", settings)(batch([1.0, 1.0, 0.0, 1.0]), advantages)
+    # The first row is right and sure (.15 nats): two of its tokens have e^−.001 and e^−.005 ≥ .99.
+    assert found.tolist() == [[0, 1, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]]
+    wrong = resolve("shaper", settings)(batch([0.0, 1.0, 0.0, 1.0]), advantages)
+    assert torch.equal(wrong, advantages)
+
+
+def test_downsampling_keeps_rows_of_spread_and_tokens_of_weight_and_ends():
+    advantages = torch.where(MASK, torch.tensor([[1.0], [-3.0], [2.0], [1.0]]), 0.0)
+    settings = {"name": "downsample", "completions": 0.5, "tokens": 0.5, "horizon": 10}
+    data = batch([1.0, 0.0, 1.0, 0.0])
+    # One row of each group of two has no spread: the lowest of them by order of trial, which is
+    # the highest advantage. Half of the 5 tokens kept, 3: |A| H = .1 .3 .05 | .4 .8.
+    found = resolve("shaper", settings)(data, advantages)
+    assert found.tolist() == [[0, 1, 0], [0, 0, 0], [2, 2, 0], [0, 0, 0]]
+    data.k = 11
+    assert torch.equal(resolve("shaper", settings)(data, advantages), advantages)
+
+
+def test_confidence_counts_in_groups_that_pass():
+    prompt = torch.tensor([[0.0, -1.0, -2.0], [0.0, -1.0, -2.0], [0.0, -1.0, 0], [0.0, -1.0, 0]])
+    found = resolve("shaper", {"name": "confidence_reweight", "alpha": 0.5})(
+        batch([1.0, 0.0, 0.0, 0.0], prompt_logp=prompt), torch.zeros(4, 3)
+    )
+    # The least likely token of three counts at 20 %: e^−2 of the prompt, e^−1 and e^−2 of the rows.
+    first = 0.5 * (math.exp(-2) - math.exp(-1))
+    expected = torch.where(MASK, torch.tensor([[first], [0.0], [0.0], [0.0]]), 0.0)
+    torch.testing.assert_close(found, expected)
+
+
+def test_perturbed_rewards_have_the_scheduled_spread():
+    generator = torch.Generator().manual_seed(0)
+    settings = {"name": "random_perturb", "sigma_start": 1.0, "sigma_end": 0.2, "horizon": 4}
+    stage, gained = resolve("reward", settings), {}
+    for k in (1, 3, 50):
+        data = batch([0.0, 0.0, 0.0, 0.0], k=k, generator=generator)
+        gained[k] = torch.stack([stage(data).sum(1) for _ in range(500)]).std().item()
+        last = torch.arange(3) == (MASK.sum(1) - 1).unsqueeze(1)
+        assert (stage(data)[~last] == 0).all()
+    # 2,000 draws: the standard error of a standard deviation is 1.6 %.
+    assert gained == pytest.approx({1: 1.0, 3: 0.6, 50: 0.2}, rel=0.06)
+    with pytest.raises(ValueError, match="deviations >= 0"):
+        resolve("reward", {**settings, "sigma_end": -1.0})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("neg_entropy", [-0.15, -1.0, -0.3, -0.6]),
+        ("em_token", [-0.45, -1.0, -0.6, -1.8]),
+        ("em_sequence", [-1.006, -2.0, -0.4, -1.2]),
+    ],
+)
+def test_rewards_without_a_verifier_stand_at_the_last_token(name, expected):
+    found = resolve("reward", name)(batch([1.0, 0.0, 1.0, 0.0]))
+    assert found.sum(1).tolist() == pytest.approx(expected)
+    assert found[torch.arange(4), MASK.sum(1) - 1].tolist() == pytest.approx(expected)
+
+
+def test_a_budget_of_tokens_holds_where_the_prompt_is_solved():
+    settings = {"name": "length_budget", "pass_rate": 1.0, "quantile": 0.0}
+    # The first group passes, with 3 and 1 tokens: the budget is 1. The second passes once.
+    found = resolve("reward", settings)(batch([1.0, 1.0, 0.0, 1.0])).sum(1)
+    assert found.tolist() == [0.0, 1.0, 0.0, 1.0]
+    easier = resolve("reward", {**settings, "pass_rate": 0.5, "quantile": 1.0})
+    assert easier(batch([1.0, 1.0, 0.0, 1.0])).sum(1).tolist() == [1.0, 1.0, 0.0, 1.0]
+    with pytest.raises(ValueError, match="pass_rate in"):
+        resolve("reward", {**settings, "pass_rate": 0.0})
