@@ -135,6 +135,7 @@ def plot_spread_against_error(tables: Tables) -> Chart:
         panel.text(0.98, 0.97, "\n".join([*words, f"{len(spread)} states"]), color=INK, fontsize=8,
                    ha="right", va="top", transform=panel.transAxes)  # fmt: skip
         panel.set_xlabel("spread (std of the quantiles)")
+        panel.locator_params(axis="x", nbins=4)
         panel.set_ylabel("|value − mean return|")
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _results(runs: list[Run]) -> str:
             "tokens sampled",
             [_last(run, "num_env_steps_sampled_lifetime", "{:,.0f}") for run in runs],
         ),
-        ("hours", [_last(run, "time_total_s", "{:.2f}", 1 / 3600) for run in runs]),
+        ("training time", [_training_time(run) for run in runs]),
     ]
     for name in names:
         rows.append((f"{name}, before → after (%)", [_before_after(run, name) for run in runs]))
@@ -99,10 +100,16 @@ def _before_after(run: Run, name: str) -> str:
     return " → ".join(_NOTHING if share is None else f"{100 * share:.1f}" for share in shares)
 
 
-def _last(run: Run, key: str, form: str, factor: float = 1.0) -> str:
+def _training_time(run: Run) -> str:
+    """`h:mm:ss`."""
+    seconds = _last(run, "time_total_s", "{:.0f}")
+    return seconds if seconds == _NOTHING else str(timedelta(seconds=int(seconds)))
+
+
+def _last(run: Run, key: str, form: str) -> str:
     if key not in run.iterations or run.iterations[key].dropna().empty:
         return _NOTHING
-    return form.format(float(run.iterations[key].dropna().iloc[-1]) * factor)
+    return form.format(float(run.iterations[key].dropna().iloc[-1]))
 
 
 def _settings(runs: list[Run]) -> str:
