@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from rllib_distrl import moved
 
 if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl import DistRL
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+    from rllib_distrl.algorithm.distrl import DistRL, DistRLConfig
+    from rllib_distrl.algorithm.export import export_policy
     from rllib_distrl.algorithm.inspection import inspect_policy
-    from rllib_distrl.algorithm.wiring import export_policy, wire_language_model
+    from rllib_distrl.algorithm.wiring import wire_language_model
     from rllib_distrl.learner.connector import SequencesFromEpisodes
     from rllib_distrl.learner.distrl_learner import DistRLLearner
     from rllib_distrl.method.token_table import TokenTable
@@ -44,13 +44,13 @@ _MODULES = {
     "CausalLMModule": "model.causal_lm_module",
     "CompletionEnvRunner": "rollout.completion_env_runner",
     "DistRL": "algorithm.distrl",
-    "DistRLConfig": "algorithm.distrl_config",
+    "DistRLConfig": "algorithm.distrl",
     "DistRLLearner": "learner.distrl_learner",
     "DistRLModule": "model.distrl_module",
     "RolloutSettings": "settings",
     "SequencesFromEpisodes": "learner.connector",
     "TokenTable": "method.token_table",
-    "export_policy": "algorithm.wiring",
+    "export_policy": "algorithm.export",
     "inspect_policy": "algorithm.inspection",
     "load_run": "runs.reading",
     "wire_language_model": "algorithm.wiring",

@@ -26,9 +26,11 @@ PACKAGES = {
 }
 # Modules whose own name changed, or that are in a package now.
 MODULES = {
+    "algorithms.distrl_config": "algorithm.distrl",
     "algorithms.env_runner_fleet": "rollout.fleet",
     "algorithms.language_model": "algorithm.wiring",
-    "algorithms.scaling": "rollout.scaling",
+    "algorithms.optimizer_steps": "rllib_traps",
+    "algorithms.sampling": "rollout.groups",
     "checkpoints": "runs.checkpoints",
     "cli.critic": "cli.checkpoints",
     "cli.disk": "cli.checks",

@@ -73,9 +73,9 @@ class Recipe:
                 there is no such model, its tokenizer has no EOS or its window is too short.
         """
         from rllib_distrl.algorithm.registry import algorithm_config
-        from rllib_distrl.algorithm.validation_clock import time_validations
         from rllib_distrl.algorithm.wiring import check_window, wire_language_model
         from rllib_distrl.model.loading import load_tokenizer
+        from rllib_distrl.rollout.pool_metrics import time_validations
 
         load_tokenizer(self.run.model)
         check_window(self.run.model, self.rollout.max_completion_tokens)

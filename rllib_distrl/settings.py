@@ -249,6 +249,11 @@ class RolloutSettings(Settings):
     """Most env runners that scaling may ask Ray for; 0: as many as fit into the nodes that the
     cluster has at that time."""
 
+    @classmethod
+    def of(cls, model_config: Mapping[str, Any]) -> "RolloutSettings":
+        """Those that travel in a module's ``model_config``, for any algorithm."""
+        return cls(**model_config.get("rollout", {}))
+
     @property
     def episodes_per_iteration(self) -> int:
         """Prompts times completions per prompt."""

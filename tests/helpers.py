@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.algorithm.distrl_config import DistRLConfig
+from rllib_distrl.algorithm.distrl import DistRLConfig
+from rllib_distrl.rllib_traps import given_model_config
 
 COUNTDOWN = "distrl_envs:distrl/Countdown-v0"
 TINY = "builtin:countdown-tiny"
@@ -39,3 +40,8 @@ def start_python(
         start_new_session=True,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **pipes},
     )
+
+
+def with_model_config(config, **settings):
+    """Adds to what `rl_module(model_config=...)` was given."""
+    return config.rl_module(model_config={**given_model_config(config), **settings})

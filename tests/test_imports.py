@@ -14,12 +14,12 @@ from rllib_distrl import moved
 ROOT = Path(__file__).parents[1]
 # Every folder may import those before it; folders of one line do not know one another's order.
 LAYERS = [
-    {"maths", "recipe_schema", "files", "moved"},
+    {"maths", "recipe_schema", "files", "moved", "rllib_traps"},
     {"settings", "figures"},
     {"method"},
     {"engine", "model"},
-    {"learner"},
-    {"rollout", "algorithm"},
+    {"learner", "rollout"},
+    {"algorithm"},
     {"recipe", "evaluation", "runs"},
     {"viewer"},
     {"experiments"},

@@ -7,6 +7,8 @@ import ray
 import torch
 from ray.exceptions import GetTimeoutError, RayError
 
+from rllib_distrl.settings import RolloutSettings
+
 
 def check_runner_gpus(config: Any) -> None:
     """Refuses GPUs for runners that would sample on the CPU.
@@ -54,7 +56,7 @@ def check_cluster(config: Any) -> None:
             "process learns, and PyTorch sees no GPU in it. Set num_learners >= 1 where other "
             "nodes have GPUs, or num_gpus_per_learner = 0."
         )
-    if config.model_config["rollout"]["max_env_runners"]:
+    if RolloutSettings.of(config.model_config).max_env_runners:
         return
     if not ray.is_initialized():
         ray.init()  # As RLlib does by its first `ray.put`, unless it is asked what there is.

@@ -15,24 +15,24 @@ from ray.rllib.utils.metrics import (
 )
 from ray.rllib.utils.metrics.metrics_logger import MetricsLogger
 
-from rllib_distrl.algorithm.learner_shards import shards_of
-from rllib_distrl.algorithm.sampling import prompt_results
+from rllib_distrl.algorithm.batches import Batches
 from rllib_distrl.engine.protocol import Completion, Request
 from rllib_distrl.learner.pretraining import TOKENS, pretrain_critic
 from rllib_distrl.rollout.episodes import Played, build_episode
+from rllib_distrl.rollout.groups import Group, shards_of
 from rllib_distrl.settings import PretrainingSettings
 
-Groups = list[list[SingleAgentEpisode]]
 _COLUMNS = ("row", "key", "sample", "token_ids", "finish_reason", "score")
 
 
-def pretrain(algo: Any) -> None:
+def pretrain(algo: Any, batches: Batches) -> None:
     """Teaches the critic of a `DistRL`; tokens count as sampled, wherever they come from.
 
     Runs of an equal budget would not be equal otherwise.
 
     Args:
         algo: before its first iteration.
+        batches: its own.
 
     Raises:
         ValueError: for samples that do not fit the task.
@@ -40,7 +40,7 @@ def pretrain(algo: Any) -> None:
     table = algo.config.critic_pretraining
     settings = PretrainingSettings(**table)
     if settings.samples is None:
-        groups = _sampled(algo, settings.rollouts)
+        groups = _sampled(algo, batches, settings.rollouts)
     else:
         groups = read_groups(algo, settings.samples)
     tokens = sum(len(episode) for group in groups for episode in group)
@@ -65,18 +65,18 @@ def _count(algo: Any, tokens: int) -> None:
     algo.metrics.aggregate([logger.reduce()], key=ENV_RUNNER_RESULTS)
 
 
-def _sampled(algo: Any, rollouts: int) -> Groups:
+def _sampled(algo: Any, batches: Batches, rollouts: int) -> list[Group]:
     """Whole groups of the next prompts, an iteration's worth at a time."""
-    groups: Groups = []
+    groups: list[Group] = []
     for _ in range(rollouts // algo.config.rollout_settings.episodes_per_iteration):
-        batch = algo._sample()
+        batch, _ = batches.next(algo.iteration + 1)
         algo.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
-        algo.prompt_sampler.update(prompt_results(batch.groups))
+        algo.prompt_sampler.update(batch.prompt_results())
         groups += batch.groups
     return groups
 
 
-def read_groups(algo: Any, path: str) -> Groups:
+def read_groups(algo: Any, path: str) -> list[Group]:
     """Saved completions as episodes, grouped by problem.
 
     Args:

@@ -82,7 +82,7 @@ def _mean_returns(
             heads.append(head)
     continued = runner.engine.generate(requests, runner.sampling_params(explore=True))
     whole = [_joined(head, tail, limit) for head, tail in zip(heads, continued, strict=True)]
-    verdicts = runner._grade(requests, whole)
+    verdicts = runner.grade(requests, whole)
     returns = []
     for number, (request, completion, verdict) in enumerate(
         zip(requests, whole, verdicts, strict=True)

@@ -1,21 +1,29 @@
-"""DistRL: PPO on a language model with a critic that knows the return distribution."""
+"""DistRL: PPO on a language model with a critic that knows the return distribution.
 
+As in RLlib, the configuration and the algorithm that it builds are one file.
+"""
+
+import secrets
 import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from ray.rllib.algorithms.algorithm import Algorithm
+from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
+from ray.rllib.connectors.learner import LearnerConnectorPipeline
 from ray.rllib.core import (
     COMPONENT_LEARNER,
     COMPONENT_LEARNER_GROUP,
     COMPONENT_RL_MODULE,
     DEFAULT_MODULE_ID,
 )
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_context import EnvContext
-from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+from ray.rllib.utils import from_config
 from ray.rllib.utils.metrics import (
     ENV_RUNNER_RESULTS,
     ENV_RUNNER_SAMPLING_TIMER,
@@ -26,13 +34,10 @@ from ray.rllib.utils.metrics import (
     TIMERS,
 )
 
+from rllib_distrl.algorithm.batches import Batches
 from rllib_distrl.algorithm.cluster import check_cluster, why_no_runner_starts
 from rllib_distrl.algorithm.critic_pretraining import pretrain
-from rllib_distrl.algorithm.distrl_config import DistRLConfig
-from rllib_distrl.algorithm.dynamic_sampling import sample_informative
-from rllib_distrl.algorithm.fresh_batches import FreshBatches
-from rllib_distrl.algorithm.learner_shards import update_learners
-from rllib_distrl.algorithm.probe_check import MismatchWarning, ProbeCheck
+from rllib_distrl.algorithm.export import export_policy
 from rllib_distrl.algorithm.restoring import (
     SETTINGS,
     WEIGHTS,
@@ -41,50 +46,204 @@ from rllib_distrl.algorithm.restoring import (
     module_settings,
     saved_settings,
 )
-from rllib_distrl.algorithm.sampling import (
-    SampledGroups,
-    check_weights,
-    prompt_results,
-)
-from rllib_distrl.algorithm.wiring import export_policy, runner_weights
-from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION
+from rllib_distrl.algorithm.scaling import check_scale
+from rllib_distrl.algorithm.validation import check_attributes, take_settings, validate_distrl
+from rllib_distrl.algorithm.weight_sync import MismatchWarning, WeightSync
+from rllib_distrl.algorithm.wiring import env_settings, set_env_settings
+from rllib_distrl.learner.connector import SequencesFromEpisodes
+from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION, DistRLLearner
 from rllib_distrl.learner.refusals import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.method import registry
+from rllib_distrl.model.distrl_module import DistRLModule
 from rllib_distrl.model.loading import resolve
-from rllib_distrl.rollout.contract import check_env, check_whole
+from rllib_distrl.recipe_schema import builder_parameters, check_names
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.rollout.contract import check_contract, check_env, check_whole
 from rllib_distrl.rollout.fleet import EnvRunnerFleet
-from rllib_distrl.rollout.scaling import check_scale
+from rllib_distrl.rollout.groups import Group, SampledGroups, shards_of
+from rllib_distrl.settings import RolloutSettings, TrainingSettings, signature_of
 
 PROMPT_SAMPLER = "prompt_sampler"
 CRITIC_PRETRAINED = "critic_pretrained"
-# How many runners have contributed to the batch.
-NUM_ENV_RUNNERS = "num_env_runners"
-NUM_STALE_EPISODES = "num_stale_episodes_dropped"
-WEIGHTS_VERSION_LAG = "weights_version_lag"
 WEIGHTS_PROBE_ERROR = "weights_probe_error"
 
+# Long generations take their time; RLlib's 60 s would drop them silently.
+SAMPLE_TIMEOUT_S = 1_800.0
+# Tries in a row to complete a batch, each of which waits for a runner if there is none.
+FAILURES_TOLERANCE = 10
+# RLlib would skip an evaluation whose runner is just being restarted.
+EVALUATION_WAIT_S = 120.0
 
-@contextmanager
-def _exits_are_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except SystemExit as error:
-        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        if str(frame.f_globals.get("__name__")).startswith("ray."):
-            raise  # Ray ends this process.
-        raise RuntimeError(
-            f"sys.exit({error.code!r}) was called while {doing}, by {frame.f_code.co_name}() "
-            f"in {frame.f_code.co_filename}:{frame.f_lineno}."
-        ) from error
+
+class DistRLConfig(AlgorithmConfig):
+    """Configures DistRL.
+
+    The model is named in ``rl_module(model_config={"model": ...})``, sampling in
+    ``rollout(...)``, the method in ``training(...)``:
+
+    >>> config = (
+    ...     DistRLConfig()
+    ...     .environment("distrl_envs:distrl/Countdown-v0")
+    ...     .rl_module(model_config={"model": "builtin:countdown-tiny"})
+    ...     .rollout(prompts_per_iteration=4, num_generations=2, max_completion_tokens=24)
+    ... )
+    >>> config.n_quantiles
+    16
+    """
+
+    if TYPE_CHECKING:  # The fields of `TrainingSettings` are attributes, as RLlib's settings are.
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, algo_class: type | None = None):
+        """Starts from the method's defaults."""
+        super().__init__(algo_class=algo_class or DistRL)
+        self._rollout: dict[str, Any] = {}
+        self._env_settings: dict[str, Any] = {}  # what `validate` has put into env_config
+        self._set_runner_defaults()
+        for name, value in TrainingSettings.defaults().items():
+            setattr(self, name, value)
+        # RLlib's settings, for an update on sequences.
+        self.gamma = 1.0
+        self.lr = 1e-5
+        self.grad_clip = 1.0
+        self.grad_clip_by = "global_norm"
+        self.num_epochs = 1
+        self.minibatch_size = None
+
+    def _set_runner_defaults(self) -> None:
+        self.env_runner_cls = CompletionEnvRunner
+        self.num_env_runners = 0
+        # Runners have no connector states to merge after every iteration.
+        self.merge_env_runner_states = False
+        self.broadcast_env_runner_states = False
+        self.sample_timeout_s = SAMPLE_TIMEOUT_S
+        self.num_consecutive_env_runner_failures_tolerance = FAILURES_TOLERANCE
+        self.evaluation_unhealthy_workers_timeout_s = EVALUATION_WAIT_S
+
+    def training(self, **settings: Any) -> Self:
+        """Sets the method: the fields of `TrainingSettings`; others are RLlib's own.
+
+        Of RLlib's, ``lr``, ``gamma``, ``grad_clip``, ``num_epochs`` and ``minibatch_size`` (which
+        counts sequences here) are read.
+
+        Returns:
+            This config.
+
+        Raises:
+            ValueError: for a name that is neither ours nor RLlib's.
+        """
+        check_names("training()", settings, builder_parameters(self, "training"))
+        ours = TrainingSettings.model_fields.keys() & settings.keys()
+        super().training(**{name: settings[name] for name in settings.keys() - ours})
+        for name in ours:
+            if settings[name] is not from_config.NotProvided:
+                setattr(self, name, settings[name])
+        return self
+
+    training.__signature__ = signature_of(TrainingSettings)  # type: ignore[attr-defined]
+
+    def rollout(self, **settings: Any) -> Self:
+        """Sets how completions are sampled: the fields of `RolloutSettings`.
+
+        Returns:
+            This config.
+
+        Raises:
+            ValueError: for a field that does not exist.
+        """
+        check_names("rollout()", settings, RolloutSettings.model_fields)
+        self._rollout = {**self._rollout, **settings}
+        return self
+
+    @property
+    def rollout_settings(self) -> RolloutSettings:
+        """How completions are sampled, checked; `rollout` sets it.
+
+        The values are kept as they were given, where Ray Tune finds what it is to search.
+        """
+        return RolloutSettings(**self._rollout)
+
+    @property
+    def _model_config_auto_includes(self) -> dict[str, Any]:
+        rollout = self.rollout_settings
+        return {
+            "critic": self.critic,
+            "critic_checkpoint": self.critic_checkpoint,
+            "n_quantiles": self.n_quantiles,
+            "head_center": self.head_center,
+            "init_spread": self.init_spread,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "precision": self.precision,
+            "activation_checkpointing": self.activation_checkpointing,
+            "temperature": rollout.temperature,
+            "seed": self.seed,
+            "rollout": rollout.to_dict(),
+        }
+
+    def get_default_rl_module_spec(self) -> RLModuleSpec:
+        """`DistRLModule`."""
+        return RLModuleSpec(module_class=DistRLModule)
+
+    def get_default_learner_class(self) -> type:
+        """`DistRLLearner`."""
+        return DistRLLearner
+
+    def build_learner_connector(
+        self, input_observation_space: Any, input_action_space: Any, device: Any = None
+    ) -> LearnerConnectorPipeline:
+        """The pipeline from episodes to the train batch.
+
+        As with RLlib's defaults, the pieces of ``training(learner_connector=...)`` come first,
+        where they may change the episodes, and `SequencesFromEpisodes` makes the batch of these.
+        Pieces that change the batch follow a `SequencesFromEpisodes` of their own:
+        ``lambda obs, act: [SequencesFromEpisodes(obs, act), MyConnector(obs, act)]``.
+        """
+        custom = self.copy(copy_frozen=False)
+        custom.add_default_connectors_to_learner_pipeline = False
+        pipeline: Any = AlgorithmConfig.build_learner_connector(
+            custom, input_observation_space, input_action_space, device
+        )
+        if not any(isinstance(piece, SequencesFromEpisodes) for piece in pipeline.connectors):
+            if not self.add_default_connectors_to_learner_pipeline:
+                raise ValueError(
+                    "add_default_connectors_to_learner_pipeline is False, and learner_connector "
+                    "has no SequencesFromEpisodes, which makes the batch. Add it, or leave "
+                    "add_default_connectors_to_learner_pipeline out."
+                )
+            pipeline.append(SequencesFromEpisodes(input_observation_space, input_action_space))
+        return pipeline
+
+    def validate(self) -> None:
+        """Checks everything that can be checked before anything starts.
+
+        Without a seed one is drawn here, so that every process has the same.
+
+        Raises:
+            ValueError: with what was got, what is allowed and what to do.
+        """
+        check_contract(self, ours=True)
+        check_attributes(self)
+        take_settings(self)
+        super().validate()
+        validate_distrl(self)
+        if self.seed is None:
+            self.seed = secrets.randbelow(2**31)
+        settings = env_settings(self.model_config["model"], self.rollout_settings, "token")
+        set_env_settings(self, settings)
 
 
 class DistRL(Algorithm):
-    """One iteration: serve prompts, sample whole groups, update, sync weights, verify."""
+    """One iteration: serve prompts, sample whole groups, update, sync weights, verify.
+
+    Attributes:
+        prompt_sampler: chooses the prompts of all runners.
+        between_iterations: whether the state is that of a whole iteration, fit to be saved.
+    """
 
     config: Any
     learner_group: Any
     env_runner_group: Any
-    _built = False  # `on_algorithm_init` restores checkpoints before `setup` is done
 
     def __init__(self, config: Any = None, *args: Any, **kwargs: Any):
         """RLlib's, which lets ``from_checkpoint`` fall back to a class without its settings.
@@ -123,22 +282,35 @@ class DistRL(Algorithm):
         self.prompt_sampler = sampler(n_rows, self.config.seed)
         self._critic_pretrained = self.config.critic_pretraining is None
         self._refused_in_a_row = 0
+        self._warn_of_mismatch = MismatchWarning(self.config)
+        # Another thread that scales waits for the end of the iteration.
+        self._scaling = threading.RLock()
         try:
             super().setup(config)
         except IndexError as error:
             self._explain_dead_runners(error)
             raise
-        self._check_probes = ProbeCheck(
-            self.learner_group, self.config.model_config, self.config.sample_timeout_s
-        )
-        self._warn_of_mismatch = MismatchWarning(self.config)
-        self.fleet = EnvRunnerFleet(self.env_runner_group, self.config, self._check_probes)
-        self._batches = FreshBatches(self)
-        # Another thread that scales waits for the end of the iteration.
-        self._scaling = threading.RLock()
-        self._built = True
         self._sync_weights()
         self.between_iterations = True
+
+    @cached_property
+    def weight_sync(self) -> WeightSync:
+        """The runners, and the policy that they sample with.
+
+        Made when it is first asked for: `on_algorithm_init` may restore a checkpoint before `setup`
+        is done.
+        """
+        return WeightSync(self.learner_group, self.env_runner_group, self.config, self.trial_id)
+
+    @cached_property
+    def batches(self) -> Batches:
+        """What runners are sampling."""
+        return Batches(self.weight_sync, self.prompt_sampler, self.config)
+
+    @property
+    def fleet(self) -> EnvRunnerFleet:
+        """The remote runners."""
+        return self.weight_sync.fleet
 
     def _check_task(self) -> int:
         """The task's number of rows; makes the env here, where its errors reach the user whole."""
@@ -178,37 +350,24 @@ class DistRL(Algorithm):
                 logps are not finite.
             RunnersLostError: when the batch could not be completed.
         """
-        overlap = self.config.rollout_settings.max_staleness > 0
         with self._scaling:
             self._check_refusals()
             self._take_over_foreign_weights()
-            if not self._critic_pretrained:
-                pretrain(self)
-                self._critic_pretrained = True
-            with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
-                batch = self._sample()
-                self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
-                self._log_runners(batch)
+            self._pretrain_critic()
+            batch = self.sample_groups()
             self.between_iterations = False
-            self.prompt_sampler.update(prompt_results([*batch.groups, *batch.dropped]))
+            self.prompt_sampler.update(batch.prompt_results())
+            overlap = self.config.rollout_settings.max_staleness > 0
             if overlap:
                 with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-                    self._send_weights()
+                    self.weight_sync.send()
                     self.fleet.admit()
-                self._batches.start(self.config.rollout_settings.prompts_per_iteration)
-            with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
-                learner_results = self._update_learners(batch.groups)
-                self.metrics.aggregate(learner_results, key=LEARNER_RESULTS)
-            self._warn_of_mismatch(
-                self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, "logp_mismatch_p95"))
-            )
-            self._refused_in_a_row = int(
-                self.metrics.peek((LEARNER_RESULTS, DEFAULT_MODULE_ID, REFUSED_IN_A_ROW))
-            )
+                self.batches.start()
+            self.update_learners(batch.groups)
             with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
-                self._fetch_weights()
+                self.weight_sync.fetch()
                 if not overlap:
-                    self._send_weights()
+                    self.weight_sync.send()
             self.between_iterations = True
 
     def _check_refusals(self) -> None:
@@ -223,41 +382,56 @@ class DistRL(Algorithm):
             "max_nonfinite_steps says how many are tolerated."
         )
 
-    def _sample(self) -> SampledGroups:
-        before = self._batches.prompts_learned
-        try:
-            batch, counts = sample_informative(
-                self._sample_fresh,
-                self.config.rollout_settings.prompts_per_iteration,
-                self.config.max_sampling_rounds,
+    def _take_over_foreign_weights(self) -> None:
+        """Syncs what somebody has put into the learners' modules since the last sync."""
+        if self.weight_sync.fetch_foreign():
+            self.batches.drop()
+            self.weight_sync.send()
+
+    def _pretrain_critic(self) -> None:
+        if not self._critic_pretrained:
+            pretrain(self, self.batches)
+            self._critic_pretrained = True
+
+    def sample_groups(self) -> SampledGroups:
+        """The batch of an iteration, whole groups; its metrics and counts are logged."""
+        with self.metrics.log_time((TIMERS, ENV_RUNNER_SAMPLING_TIMER)):
+            batch, counts = self.batches.next(self.iteration + 1)
+            self.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
+            counts |= {
+                WEIGHTS_PROBE_ERROR: self.weight_sync.check_probes.error,
+                **self.fleet.take_counts(),
+            }
+            for name, count in counts.items():
+                self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
+        return batch
+
+    def update_learners(self, groups: list[Group]) -> None:
+        """Lets the learners learn from whole groups, as many for each; logs what they report."""
+        steps = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
+        learners = self.config.num_learners
+        # One reference per learner keeps episodes and groups whole: given episodes, Ray 2.60
+        # cuts them in the middle (utils/minibatch_utils.py, ShardEpisodesIterator).
+        batch = (
+            {"episodes_refs": shards_of(groups, learners)}
+            if learners > 1
+            else {"episodes": [episode for group in groups for episode in group]}
+        )
+        with self.metrics.log_time((TIMERS, LEARNER_UPDATE_TIMER)):
+            results = self.learner_group.update(
+                **batch,
+                timesteps={
+                    NUM_ENV_STEPS_SAMPLED_LIFETIME: steps,
+                    TRAINING_ITERATION: self.iteration + 1,
+                },
+                num_epochs=self.config.num_epochs,
+                minibatch_size=self.config.minibatch_size,
+                shuffle_batch_per_epoch=self.config.shuffle_batch_per_epoch,
             )
-        except Exception:
-            if self.config.max_sampling_rounds > 1:
-                # A checkpoint that is written now continues with the prompts of all rounds.
-                self.prompt_sampler.set_state(before)
-            raise
-        for name, count in counts.items():
-            self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
-        return batch
-
-    def _sample_fresh(self, n_prompts: int) -> SampledGroups:
-        batch, n_stale = self._batches.next(n_prompts)
-        self.metrics.log_value((ENV_RUNNER_RESULTS, NUM_STALE_EPISODES), n_stale, window=1)
-        return batch
-
-    @property
-    def _version(self) -> int:
-        return self._latest[1][0]
-
-    def _log_runners(self, batch: SampledGroups) -> None:
-        counts = {
-            NUM_ENV_RUNNERS: len(batch.episodes_per_runner),
-            WEIGHTS_VERSION_LAG: self._batches.lag(batch),
-            WEIGHTS_PROBE_ERROR: self._check_probes.error,
-            **self.fleet.take_counts(),
-        }
-        for name, count in counts.items():
-            self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
+            self.metrics.aggregate(results, key=LEARNER_RESULTS)
+        found = (LEARNER_RESULTS, DEFAULT_MODULE_ID)
+        self._warn_of_mismatch(self.metrics.peek((*found, "logp_mismatch_p95")))
+        self._refused_in_a_row = int(self.metrics.peek((*found, REFUSED_IN_A_ROW)))
 
     def restore_env_runners(self, env_runner_group: Any) -> list[int]:
         """Lets runners that have come up into service; training does not wait for the others."""
@@ -266,7 +440,7 @@ class DistRL(Algorithm):
         with self._scaling:
             # While a batch is under way, its weights may no longer be the learner's: runners are
             # admitted when it is finished.
-            return [] if self._batches.under_way else self.fleet.admit()
+            return [] if self.batches.under_way else self.fleet.admit()
 
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:
         """RLlib's evaluation, once more if all of its runners were lost in the middle of it."""
@@ -292,67 +466,13 @@ class DistRL(Algorithm):
         """
         check_scale(self.config, n)
         with self._scaling:
-            self._batches.drain()
+            self.batches.drain()
             self.fleet.scale(n)
-
-    def _update_learners(self, groups: list[list[SingleAgentEpisode]]) -> list[Any]:
-        steps = self.metrics.peek((ENV_RUNNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME), default=0)
-        settings = {
-            "timesteps": {
-                NUM_ENV_STEPS_SAMPLED_LIFETIME: steps,
-                TRAINING_ITERATION: self.iteration + 1,
-            },
-            "num_epochs": self.config.num_epochs,
-            "minibatch_size": self.config.minibatch_size,
-            "shuffle_batch_per_epoch": self.config.shuffle_batch_per_epoch,
-        }
-        return update_learners(self.learner_group, self.config.num_learners, groups, settings)
 
     def _sync_weights(self) -> None:
         """Sends the policy to all runners, which prove that they have it."""
-        self._fetch_weights()
-        if self._built:
-            self._send_weights()
-
-    def _fetch_weights(self) -> None:
-        dtype = self.config.rollout_settings.dtype
-        self._latest = runner_weights(self.learner_group, dtype)
-        self._weights_stamp = self._learners_stamp()
-
-    def _learners_stamp(self) -> Any:
-        results = self.learner_group.foreach_learner(lambda learner: learner.weights_stamp)
-        return [result.get() for result in results]
-
-    def _take_over_foreign_weights(self) -> None:
-        """Syncs what somebody has put into the learners' modules since the last sync."""
-        if self._learners_stamp() == self._weights_stamp:
-            return
-        before = self._latest[1]
-        self._fetch_weights()
-        if self._latest[1] != before:
-            self._drop_batch()
-            self._send_weights()
-
-    def _drop_batch(self) -> None:
-        """Forgets a batch that is under way; its prompts are served again."""
-        if self._built and self._batches.under_way:
-            served = self._batches.prompts_learned
-            self._batches.drop()
-            self.prompt_sampler.set_state(served)
-
-    def _send_weights(self) -> None:
-        update, weights = self._latest
-        local_runner: Any = self.env_runner
-        if local_runner is not None:
-            local_runner.set_state(update)
-            if not self.fleet.wanted:
-                self._check_local_runner(local_runner)
-        self.fleet.sync(update, weights)
-
-    def _check_local_runner(self, runner: Any) -> None:
-        held = runner.held_weights()
-        check_weights("The local env runner", (held.version, held.hash), self._latest[1])
-        self._check_probes({"The local env runner": held.probe})
+        self.weight_sync.fetch()
+        self.weight_sync.send()
 
     def export_model(self, path: str | Path) -> None:
         """Writes the policy as a plain Hugging Face folder."""
@@ -366,9 +486,9 @@ class DistRL(Algorithm):
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state, the prompt sampler's behind the last batch learned, what is checked."""
         state = super().get_state(*args, **kwargs)
-        state[PROMPT_SAMPLER] = self._batches.prompts_learned
+        state[PROMPT_SAMPLER] = self.batches.prompts_learned
         state[SETTINGS] = module_settings(self.config)
-        state[WEIGHTS] = self._latest[1]
+        state[WEIGHTS] = self.weight_sync.latest[1]
         state[CRITIC_PRETRAINED] = self._critic_pretrained
         return state
 
@@ -380,7 +500,7 @@ class DistRL(Algorithm):
                 prompts.
         """
         check_settings(self.config, state.get(SETTINGS, {}), "The state")
-        self._drop_batch()
+        self.batches.drop()
         if PROMPT_SAMPLER in state:  # First: it may refuse.
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
         super().set_state(state)
@@ -410,9 +530,23 @@ class DistRL(Algorithm):
             filesystem = kwargs.get("filesystem")
             saved = saved_settings(path, filesystem, self.STATE_FILE_NAME)
             check_settings(self.config, saved, f"The checkpoint {path}")
-        self._drop_batch()
+        self.batches.drop()
         self._restored_weights = None
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()
-        check_restored(path, self._restored_weights, self._latest[1])
+        check_restored(path, self._restored_weights, self.weight_sync.latest[1])
         self.between_iterations = whole
+
+
+@contextmanager
+def _exits_are_errors(doing: str) -> Iterator[None]:
+    try:
+        yield
+    except SystemExit as error:
+        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        if str(frame.f_globals.get("__name__")).startswith("ray."):
+            raise  # Ray ends this process.
+        raise RuntimeError(
+            f"sys.exit({error.code!r}) was called while {doing}, by {frame.f_code.co_name}() "
+            f"in {frame.f_code.co_filename}:{frame.f_lineno}."
+        ) from error

@@ -6,8 +6,7 @@ batch. What differs between them is in the configurations below, and any of it c
 
 from typing import Any
 
-from rllib_distrl.algorithm.distrl import DistRL
-from rllib_distrl.algorithm.distrl_config import DistRLConfig
+from rllib_distrl.algorithm.distrl import DistRL, DistRLConfig
 
 
 class GroupBaselineConfig(DistRLConfig):

@@ -7,14 +7,13 @@ import numpy as np
 import pandas as pd
 
 from distrl_envs.task import Task, distinct_rows
-from rllib_distrl.algorithm.learner_shards import shards_of
-from rllib_distrl.algorithm.sampling import SamplingError
-from rllib_distrl.algorithm.wiring import runner_weights
+from rllib_distrl.algorithm.weight_sync import runner_weights
 from rllib_distrl.learner.token_table import read_tokens
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.method.token_table import QUANTILES, TOKEN_NUMBERS, TokenTable
 from rllib_distrl.model.token_texts import single_texts, token_texts
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.rollout.groups import SamplingError, shards_of
 
 N_TOP = 5
 _PER_TOKEN = (*TOKEN_NUMBERS, QUANTILES, "top_ids", "top_logps")
@@ -53,7 +52,7 @@ def inspect_policy(
     try:
         task = runner.token_env.unwrapped.task
         chosen = list(rows) if rows is not None else distinct_rows(task, problems)
-        generations = num_generations or runner.rollout["num_generations"]
+        generations = num_generations or runner.rollout.num_generations
         groups = sample(algo, runner, chosen, generations)
         tokenizer = runner.token_env.unwrapped.tokenizer
         frame = _frame(groups, score(algo, groups, n_top), task, tokenizer)
@@ -89,7 +88,7 @@ def sample(algo: Any, runner: Any, rows: list[int], generations: int) -> list[li
     learners = max(algo.config.num_learners, 1)
     if len(rows) < learners:
         raise ValueError(f"got {len(rows)} problems; {learners} learners need one each")
-    update, (_, weights_hash) = runner_weights(algo.learner_group, runner.rollout["dtype"])
+    update, (_, weights_hash) = runner_weights(algo.learner_group, runner.rollout.dtype)
     runner.set_state(update)
     report = runner.sample_prompts([PromptRequest(row, 0) for row in rows], generations)
     if report.error is not None:

@@ -6,14 +6,11 @@ that stages share with `[training]`, and below for the parts that are no stages.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rllib_distrl.maths.optimism import LEARNED_STATS
 from rllib_distrl.method.pipeline import SHARED, Method
 from rllib_distrl.method.registry import KINDS, Stage, methods
-
-if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
 
 
 @dataclass(frozen=True)
@@ -31,11 +28,11 @@ class Part:
     reads: tuple[str, ...]
 
 
-def _of_quantiles(config: "DistRLConfig") -> bool:
+def _of_quantiles(config: Any) -> bool:
     return config.critic != "none" and config.n_quantiles > 1
 
 
-def _fresh(config: "DistRLConfig") -> bool:
+def _fresh(config: Any) -> bool:
     return config.critic != "none" and config.critic_checkpoint is None
 
 
@@ -66,7 +63,7 @@ PARTS = (
 )  # fmt: skip
 
 
-def check_all_settings_are_read(config: "DistRLConfig") -> None:
+def check_all_settings_are_read(config: Any) -> None:
     """Refuses settings that differ from the algorithm's own and that nothing chosen reads.
 
     Args:

@@ -1,45 +1,31 @@
 """Wiring a language model into any `AlgorithmConfig`, ours or RLlib's own."""
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium
-import torch
 from ray.rllib.algorithms.algorithm_config import AlgorithmConfig
-from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
-from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
-from ray.rllib.utils.torch_utils import convert_to_torch_tensor
-from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from rllib_distrl.algorithm.cluster import check_runner_gpus, cluster_checked
-from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.model.attention import PRECISIONS
-from rllib_distrl.model.causal_lm import trunk_name
-from rllib_distrl.model.causal_lm_module import POLICY_PREFIX, CausalLMModule
-from rllib_distrl.model.critics import HEAD, TRUNK, save_critic
+from rllib_distrl.model.builtin import PREFIX
+from rllib_distrl.model.causal_lm_module import CausalLMModule
 from rllib_distrl.model.loading import (
-    GENERATION_CONFIG,
     eos_token_ids,
     load_config,
     load_generation_config,
-    load_model,
     load_tokenizer,
     resolve,
     window_of,
 )
 from rllib_distrl.model.lora import check_lora
 from rllib_distrl.recipe_schema import check_environment
+from rllib_distrl.rllib_traps import given_model_config, is_registered_env
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.contract import check_contract
 from rllib_distrl.settings import RolloutSettings
-
-BUILTIN_PREFIX = "builtin:"
 
 
 def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[str, Any]:
@@ -49,7 +35,7 @@ def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[st
     any other the env also needs the size of the model's vocabulary and what ends a completion.
     """
     settings = {"max_completion_tokens": rollout.max_completion_tokens, "obs_mode": obs_mode}
-    if model.startswith(BUILTIN_PREFIX):
+    if model.startswith(PREFIX):
         return settings
     config = load_config(model).get_text_config()
     return {
@@ -77,7 +63,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     """
     rollout.check_machine()
     if hasattr(config, "rollout_settings"):
-        config.rl_module(model_config={**config._model_config, "model": model})
+        config.rl_module(model_config={**given_model_config(config), "model": model})
         return config.rollout(**rollout.to_dict())
     _check_algorithm(config)
     check_contract(config)
@@ -99,10 +85,11 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             "[rollout] max_staleness is for our algorithms. RLlib's APPO and IMPALA sample while "
             "they learn by themselves; its PPO does not. Remove max_staleness."
         )
-    precision = config._model_config.get("precision", PRECISIONS[0])
+    given = given_model_config(config)
+    precision = given.get("precision", PRECISIONS[0])
     if precision not in PRECISIONS:
         raise ValueError(f"precision is {precision!r}; it must be one of {', '.join(PRECISIONS)}.")
-    if lora := config._model_config.get("lora"):
+    if lora := given.get("lora"):
         check_lora(lora, load_config(model))
     # Only the sampled token's logp is kept, so there is no KL over the whole vocabulary.
     if hasattr(config, "use_kl_loss"):
@@ -118,7 +105,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             "rollout": rollout.to_dict(),
             # One step more than the longest episode, for the step that RLlib's GAE appends.
             "max_seq_len": rollout.max_completion_tokens + 1,
-            **config._model_config,
+            **given,
         },
     )
 
@@ -175,7 +162,7 @@ def set_env_settings(config: Any, settings: dict[str, Any]) -> None:
 
 
 def _gymnasium_makes(env: Any) -> bool:
-    return isinstance(env, str) and not _global_registry.contains(ENV_CREATOR, env)
+    return isinstance(env, str) and not is_registered_env(env)
 
 
 def _check_algorithm(config: Any) -> None:
@@ -213,155 +200,3 @@ def check_window(model: str, max_completion_tokens: int) -> None:
             f"[rollout] max_completion_tokens is {max_completion_tokens}, but the window of "
             f"{model} is {window} tokens, prompt included. Choose a smaller limit."
         )
-
-
-def policy_state(algo: Any) -> dict[str, Any]:
-    """The policy's weights by Hugging Face name, as float tensors, from the learner.
-
-    The learner is asked because ``algo.get_module()`` may lag behind it (Ray 2.60).
-    """
-    update, _ = runner_weights(algo.learner_group)
-    return hugging_face_names(update[COMPONENT_RL_MODULE])
-
-
-def nonfinite_weights(algo: Any) -> list[str]:
-    """Names of the learner's tensors, policy and critic, that hold a number that is not finite."""
-    component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
-    state = algo.learner_group.get_state(components=component)[COMPONENT_LEARNER]
-    tensors: Any = convert_to_torch_tensor(state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
-    return [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
-
-
-def runner_weights(
-    learner_group: Any, dtype: str = "float32"
-) -> tuple[dict[str, Any], tuple[int, str]]:
-    """The learner's present weights for env runners.
-
-    Args:
-        learner_group: the algorithm's.
-        dtype: type in which the engines hold them: [rollout] dtype.
-
-    Returns:
-        What an env runner's ``set_state`` takes, and the version and content hash that its
-        engine must then report.
-    """
-    component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
-    state = learner_group.get_state(components=component, inference_only=True)[COMPONENT_LEARNER]
-    module_state = state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
-    update = {COMPONENT_RL_MODULE: module_state, WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO]}
-    digest = content_hash(hugging_face_names(module_state), dtype=getattr(torch, dtype))
-    return update, (state[WEIGHTS_SEQ_NO], digest)
-
-
-def hugging_face_names(module_state: dict[str, Any]) -> dict[str, Any]:
-    """A module's state reduced to its policy, with Hugging Face's names, as tensors."""
-    tensors: Any = convert_to_torch_tensor(module_state)
-    return {
-        name.removeprefix(POLICY_PREFIX): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(POLICY_PREFIX)
-    }
-
-
-def export_policy(algo: Any, path: str | Path) -> None:
-    """Writes the policy as a plain Hugging Face folder: model, tokenizer, generation config.
-
-    The weights are float32, as they are learned, whatever type the model was loaded from.
-
-    Args:
-        algo: a built `Algorithm`, ours or stock, wired by `wire_language_model`.
-        path: folder to write.
-    """
-    name = algo.config.model_config["model"]
-    model = load_model(name)
-    model.load_state_dict(policy_state(algo))
-    with _generation_config_apart(model, Path(path)):
-        model.save_pretrained(path)
-    load_tokenizer(name).save_pretrained(path)
-
-
-@contextmanager
-def _generation_config_apart(model: Any, path: Path) -> Iterator[None]:
-    """Within it a model is saved; its generation config follows as it came.
-
-    Transformers (5.16) loads what it then refuses to save, such as a temperature without
-    `do_sample`, which older chat models have.
-    """
-    from transformers import GenerationConfig
-
-    own: GenerationConfig | None = getattr(model, "generation_config", None)
-    if own is None:
-        yield
-        return
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = own
-    own.to_json_file(path / GENERATION_CONFIG, keys_to_pop=["compile_config"])
-
-
-@lru_cache(maxsize=8)
-def check_export(model: str) -> None:
-    """Tries what an export writes beside weights, so that no training ends in an error there.
-
-    Args:
-        model: folder, hub id or ``builtin:...``.
-
-    Raises:
-        ValueError: with the reason.
-    """
-    if model.startswith(BUILTIN_PREFIX):  # written by this package
-        return
-    try:
-        with TemporaryDirectory(prefix="distrl-") as folder:
-            load_config(model).save_pretrained(folder)
-            generation, file = load_generation_config(model), Path(folder, GENERATION_CONFIG)
-            generation.to_json_file(file, keys_to_pop=["compile_config"])
-            load_tokenizer(model).save_pretrained(folder)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the temporary folder's
-        raise ValueError(
-            f"What is trained from {model!r} could not be exported: {error} Mend the model's "
-            "folder, or name another model."
-        ) from error
-
-
-def export_critic(algo: Any, path: str | Path) -> None:
-    """Writes the critic alone, trunk and head; see `rllib_distrl.model.critics`.
-
-    The trunk of a critic that shares the policy's states is the policy's.
-
-    Args:
-        algo: a built `Algorithm`, ours or stock, wired by `wire_language_model`.
-        path: folder to write.
-
-    Raises:
-        ValueError: If the algorithm has no critic, or none with a trunk of its own weights.
-    """
-    if algo.config.model_config.get("lora"):
-        raise ValueError(
-            "With lora the critic is adapters on the policy's frozen weights, which no folder of "
-            "its own can hold. Export the policy; continue the run to go on with its critic."
-        )
-    component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
-    state = algo.learner_group.get_state(components=component)[COMPONENT_LEARNER]
-    tensors: Any = convert_to_torch_tensor(state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
-    critic = {name: t for name, t in tensors.items() if name.startswith((TRUNK, HEAD))}
-    if not critic:
-        raise ValueError(f"{type(algo).__name__} has no critic to export.")
-    settings = algo.config.model_config
-    if settings.get("critic", "separate") != "separate":
-        trunk = f"{POLICY_PREFIX}{trunk_name(load_model(settings['model']))}."
-        critic |= {
-            TRUNK + name.removeprefix(trunk): t
-            for name, t in tensors.items()
-            if name.startswith(trunk)
-        }
-    save_critic(
-        path,
-        critic,
-        head_center=settings.get("head_center", "mean"),
-        trunk_config=load_config(settings["model"]).to_dict(),
-    )

@@ -98,7 +98,7 @@ def export_checkpoint(
     critic: bool = False,
 ) -> None:
     """Restores a checkpoint into the run's algorithm and writes its policy or its critic."""
-    from rllib_distrl.algorithm.wiring import export_critic, export_policy
+    from rllib_distrl.algorithm.export import export_critic, export_policy
 
     with restored(run, checkpoint, interrupts) as algo:
         (export_critic if critic else export_policy)(algo, out)

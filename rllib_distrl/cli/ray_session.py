@@ -68,8 +68,9 @@ _ANSWER_SECONDS = 10.0
 def cpus_needed(config: Any) -> int:
     """Returns how many CPUs the actors of an `AlgorithmConfig` reserve, at most."""
     from rllib_distrl.algorithm.cluster import num_aggregators
+    from rllib_distrl.settings import RolloutSettings
 
-    most = max(config.num_env_runners, config.model_config["rollout"]["max_env_runners"])
+    most = max(config.num_env_runners, RolloutSettings.of(config.model_config).max_env_runners)
     runners = most * config.num_cpus_per_env_runner
     evaluation = (config.evaluation_num_env_runners or 0) * config.num_cpus_per_env_runner
     per_learner = config.num_cpus_per_learner

@@ -121,7 +121,7 @@ def take_scale_request(run: RunFolder, algo: Any) -> str:
     Returns:
         What happened, for the console; "" if there was no request.
     """
-    from rllib_distrl.rollout.scaling import scale_env_runners
+    from rllib_distrl.algorithm.scaling import scale_env_runners
 
     try:
         request = read_request(run)

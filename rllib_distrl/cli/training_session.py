@@ -156,8 +156,8 @@ def _reporter(
 @contextmanager
 def _said_what_to_do(training: Training, run: RunFolder) -> Iterator[None]:
     """Says of an error that ends training where it was and how to go on."""
-    from rllib_distrl.algorithm.sampling import RunnersLostError, SamplingError
     from rllib_distrl.learner.refusals import NonFiniteError
+    from rllib_distrl.rollout.groups import RunnersLostError, SamplingError
 
     try:
         yield
@@ -229,7 +229,7 @@ def _try_export(algo: Any, run: RunFolder) -> None:
     Raises:
         ValueError: With the reason why it does not.
     """
-    from rllib_distrl.algorithm.wiring import export_policy
+    from rllib_distrl.algorithm.export import export_policy
 
     remove_temporaries(run.path)  # of a process that was killed in here
     with TemporaryDirectory(prefix=".tmp-export-", dir=run.path) as folder:
@@ -244,7 +244,7 @@ def _try_export(algo: Any, run: RunFolder) -> None:
 
 def _write_model(algo: Any, session: Session) -> None:
     """Writes the Hugging Face folder, whole or not at all."""
-    from rllib_distrl.algorithm.wiring import export_policy
+    from rllib_distrl.algorithm.export import export_policy
 
     with replaced_folder(session.run.model) as folder:
         export_policy(algo, folder)

@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS
-from rllib_distrl.algorithm.validation_clock import EVALUATION, SECONDS
 from rllib_distrl.evaluation.summary import SampleTable, per_problem
 from rllib_distrl.experiments.plan import Contender
 from rllib_distrl.experiments.statistics import FloatArray, ValidationFit
 from rllib_distrl.files import write_atomic
 from rllib_distrl.maths import pass_k
+from rllib_distrl.rllib_traps import EVALUATION, OPTIMIZER_STEPS, SECONDS
 from rllib_distrl.runs.folder import open_run
 from rllib_distrl.runs.log import (
     VALIDATED_PROBLEMS,

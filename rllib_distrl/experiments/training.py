@@ -110,8 +110,7 @@ class Training:
 
     def step(self) -> Row:
         """Trains one iteration, validating where the algorithm's configuration says so."""
-        from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS, optimizer_steps
-        from rllib_distrl.algorithm.validation_clock import without_repeats
+        from rllib_distrl.rllib_traps import OPTIMIZER_STEPS, optimizer_steps, without_repeats
 
         result = without_repeats(self.algo.train())
         result = {**result, OPTIMIZER_STEPS: optimizer_steps(self.algo)}
@@ -124,7 +123,7 @@ class Training:
 
     def validate(self) -> Row:
         """Validates now, if the newest iteration has not; the row has it then."""
-        from rllib_distrl.algorithm.validation_clock import EVALUATION
+        from rllib_distrl.rllib_traps import EVALUATION
 
         if not any(key.startswith(f"{EVALUATION}/") for key in self.row):
             self.row = {**self.row, **flatten_result({EVALUATION: self.algo.evaluate()})}
@@ -218,7 +217,7 @@ class TrainingCheckpoints:
         self._copy_or_warn()
 
     def _check_weights(self, algo: Any, iteration: int) -> None:
-        from rllib_distrl.algorithm.wiring import nonfinite_weights
+        from rllib_distrl.algorithm.export import nonfinite_weights
 
         if not (bad := nonfinite_weights(algo)):
             return

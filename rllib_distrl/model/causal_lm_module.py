@@ -31,6 +31,7 @@ from rllib_distrl.model.sequences import (
     from_incremental_obs,
     from_prompts,
 )
+from rllib_distrl.settings import RolloutSettings
 
 DEFAULT_MICRO_BATCH_TOKENS = 16_384
 POLICY_PREFIX = "policy."
@@ -154,7 +155,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def _next_tokens(self, batch: dict[str, Any], greedy: bool) -> dict[str, Any]:
         """``actions`` (B,) int64 and ``action_logp`` (B,) float32 after B prompts."""
         prompts = from_prompts(batch, self.policy)
-        rollout = self.model_config.get("rollout", {})
+        rollout = RolloutSettings.of(self.model_config).to_dict()
         settings = {**rollout, "temperature": self.temperature}
         params = SamplingParams.of(settings, 1, greedy=greedy)
         head = self.policy.get_output_embeddings()

@@ -33,6 +33,7 @@ from rllib_distrl.rollout.contract import (
 )
 from rllib_distrl.rollout.episodes import build_episode, play, play_watched
 from rllib_distrl.rollout.pool_metrics import PROBLEMS, pool_metrics, pool_record
+from rllib_distrl.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
 
@@ -158,11 +159,11 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         """Builds env, module and engine as ``config`` says."""
         if not kwargs.get("worker_index"):  # The driver's: its errors reach the user as they are.
             check_contract(config)
-        torch.set_num_threads(int(config.model_config["rollout"]["torch_threads"]))
+        self.rollout = RolloutSettings.of(config.model_config)
+        torch.set_num_threads(self.rollout.torch_threads)
         if config.in_evaluation:
             config = _off_training_problems(config)
         super().__init__(config=config, **kwargs)
-        self.rollout = config.model_config["rollout"]
         # The local runner beside remote ones has no env, and nothing to sample.
         self.engine = None if self.env is None else self._make_engine()
         self._load_engine()
@@ -193,13 +194,13 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
 
     def _make_engine(self) -> RolloutEngine:
         return make_engine(
-            self.rollout["engine"],
+            self.rollout.engine,
             self.module.policy.config,
             tuple(self.token_env.unwrapped.eos_token_ids),
-            max_batch_size=self.rollout["max_batch_size"],
+            max_batch_size=self.rollout.max_batch_size,
             device=str(self._device or "cpu"),
-            dtype=getattr(torch, self.rollout["dtype"]),
-            options=self.rollout["engine_options"],
+            dtype=getattr(torch, self.rollout.dtype),
+            options=self.rollout.engine_options,
         )
 
     def _load_engine(self) -> None:
@@ -211,7 +212,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     def _check_engine(self) -> None:
         """Refuses a model that the engine does not sample from as it should."""
         if self.engine is not None:
-            params, dtype = self.sampling_params(True), self.rollout["dtype"]
+            params, dtype = self.sampling_params(True), self.rollout.dtype
             check_engine(self.engine, self.module.policy, params, dtype)
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -242,7 +243,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
 
     def sampling_params(self, explore: bool) -> SamplingParams:
         """How to sample: as the recipe says, or greedily with ``explore=False``."""
-        return SamplingParams.of(self.rollout, self._longest, greedy=not explore)
+        return SamplingParams.of(self.rollout.to_dict(), self._longest, greedy=not explore)
 
     def sample_prompts(
         self,
@@ -313,8 +314,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     def _generations(self, by_episodes: bool) -> int:
         """Completions per prompt where RLlib asks for samples."""
         if self.config.in_evaluation:
-            return self.rollout["evaluation_generations"]
-        return 1 if by_episodes else self.rollout["num_generations"]
+            return self.rollout.evaluation_generations
+        return 1 if by_episodes else self.rollout.num_generations
 
     def _log_pools(
         self,
@@ -371,7 +372,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             for completion in self.engine.generate(requests, params)
         ]
         generated = time.perf_counter()
-        verdicts = self._grade(requests, completions)
+        verdicts = self.grade(requests, completions)
         graded = time.perf_counter()
         sampling = params.distribution()  # one dict for all episodes: it is pickled once
         episodes = [
@@ -396,7 +397,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             ]
         return requests
 
-    def _grade(
+    def grade(
         self, requests: Sequence[Request], completions: Sequence[Completion]
     ) -> list[Verdict]:
         """The env's verdicts on a batch, which tasks with worker processes grade in parallel."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import gymnasium
 from gymnasium.envs.registration import load_env_creator
-from ray.tune.registry import ENV_CREATOR, _global_registry
 
 from distrl_envs.token_env import TokenEnv
 from distrl_envs.user_code import search_working_directory
+from rllib_distrl.rllib_traps import is_registered_env
 
 _TOKEN_ENVS = (
     "Use one of distrl_envs, such as 'distrl_envs:distrl/Countdown-v0', with a task of your own if "
@@ -93,7 +93,7 @@ def _check_unread(config: Any, unread: Mapping[str, str]) -> None:
 
 def _check_env_id(env: Any) -> None:
     """Gymnasium's ids say what they make; for Tune's and for functions see `check_env`."""
-    if not isinstance(env, str) or _global_registry.contains(ENV_CREATOR, env):
+    if not isinstance(env, str) or is_registered_env(env):
         return
     module, _, env_id = env.rpartition(":")
     try:

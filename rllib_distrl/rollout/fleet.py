@@ -3,14 +3,20 @@
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError
+from ray import ObjectRef
+from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rllib_distrl.algorithm.probe_check import ProbeCheck
+from rllib_distrl.engine.weight_proof import Probe
+from rllib_distrl.rllib_traps import actor_manager, count_restart, next_runner_number
 from rllib_distrl.rollout.completion_env_runner import LoadedWeights
+
+CheckProbes = Callable[[Mapping[str, Probe]], None]
+"""Compares what runners compute, by their names, with what the learner computes, or raises."""
 
 logger = logging.getLogger(__name__)
 
@@ -19,9 +25,6 @@ NUM_FAILED_ENV_RUNNERS = "num_failed_env_runners"
 NUM_HUNG_ENV_RUNNERS = "num_hung_env_runners"
 NUM_LOST_PROMPTS = "num_lost_prompts"
 
-# Tags of calls under way, in RLlib's actor manager.
-_PROBE = "probe"
-_CALL = "call"
 _PROBE_S = 0.1  # a runner that is up answers a ping in a millisecond or two
 _STOP_S = 10.0
 # In no placement group. Ray 2.60 takes None, though it does not say so.
@@ -33,32 +36,35 @@ class EnvRunnerFleet:
     """Keeps the remote runners of one `EnvRunnerGroup` at a wanted number, and up to date.
 
     A runner serves once it has confirmed version and hash of the present weights, and its engine
-    computes the learner's logps with them. Until then, and after a failure, RLlib's actor manager
-    holds it for unhealthy. Runners that die are restarted by Ray, those that hang are killed
-    first, and both come back through `admit`.
+    computes the learner's logps with them. Until then, and after a failure, RLlib's actor manager,
+    which also knows the runners, holds it for unhealthy. Runners that die are restarted by Ray,
+    those that hang are killed first, and both come back through `admit`.
 
     Attributes:
         wanted: how many remote runners there should be.
         weights: version and content hash that every serving runner has confirmed.
         deadline_s: how long a runner may take for anything before it counts as dead.
         counts: failures since the last `take_counts`.
+
+    Args:
+        group: the algorithm's `EnvRunnerGroup`, whose runners are taken over; `sync` comes next.
+        config: its `AlgorithmConfig`.
+        check_probes: compares what the runners compute with the learner.
+        trial_id: of the Tune trial that the algorithm is, if it is one.
     """
 
-    def __init__(self, group: Any, config: Any, check_probes: ProbeCheck):
-        """Takes over the runners that ``group`` has; `sync` comes next.
-
-        Args:
-            group: the algorithm's `EnvRunnerGroup`.
-            config: its `AlgorithmConfig`: time limits, and whether runners are restarted.
-            check_probes: compares what the runners compute with the learner.
-        """
-        self._group = group
-        self._manager = group._worker_manager
-        self._check_probes = check_probes
-        self._restarts = config.restart_failed_env_runners
+    def __init__(
+        self, group: Any, config: Any, check_probes: CheckProbes, trial_id: str | None = None
+    ):
+        self._manager = actor_manager(group)
+        self._config, self._check_probes, self._trial_id = config, check_probes, trial_id
+        self._config_ref: ObjectRef | None = None
+        self._restarts: bool = config.restart_failed_env_runners
         self._update: Any = None
         self._process: dict[int, str] = {}
         self._confirmed: set[int] = set()  # served at the last look
+        self._calls: dict[ObjectRef, int] = {}  # of `ask`, to the runner's number
+        self._pings: dict[int, ObjectRef] = {}  # of runners that do not serve
         self.wanted: int = group.num_remote_env_runners()
         self.weights: tuple[int, str] = (-1, "")
         self.deadline_s = float(config.sample_timeout_s)
@@ -114,17 +120,23 @@ class EnvRunnerFleet:
         out = [number for number in manager.actor_ids() if not manager.is_actor_healthy(number)]
         for number in self._confirmed.intersection(out):
             self.fail(number, "was found dead by RLlib")
-        if not out:
-            return []
-        manager.foreach_actor_async("ping", tag=_PROBE, healthy_only=False, remote_actor_ids=out)
-        answers = list(manager.fetch_ready_async_reqs(tags=_PROBE, timeout_seconds=_PROBE_S))
-        for answer in answers:
-            if isinstance(answer.get(), ActorDiedError):
-                self._replace(answer.actor_id, answer.get())
-        confirmed = self._load([answer.actor_id for answer in answers if answer.ok])
+        confirmed = self._load(self._answering(out))
         for number in confirmed:
             manager.set_actor_state(number, healthy=True)
         return confirmed
+
+    def _answering(self, numbers: list[int]) -> list[int]:
+        """Those that answer a ping, which may have been sent long before they were up."""
+        for number in numbers:
+            if number not in self._pings:
+                self._pings[number] = self._actor(number).ping.remote()
+        pings = {self._pings[number]: number for number in numbers}
+        answers = _collect(pings, _PROBE_S)
+        for number, answer in answers:
+            del self._pings[number]
+            if isinstance(answer, ActorDiedError):
+                self._replace(number, answer)
+        return [number for number, answer in answers if not isinstance(answer, RayError)]
 
     def wait_for(self, n: int, timeout_s: float) -> bool:
         """Whether at least ``n`` runners serve within so many seconds."""
@@ -143,16 +155,10 @@ class EnvRunnerFleet:
             method: its name.
             arguments: keyword arguments for each runner, by its number.
         """
-        if not arguments:
-            return  # RLlib takes an empty list of runners for all of them
-        for number in arguments:
-            self._manager._remove_async_state(number)
-        self._manager.foreach_actor_async(
-            [method] * len(arguments),
-            tag=_CALL,
-            kwargs=list(arguments.values()),
-            remote_actor_ids=list(arguments),
-        )
+        self._calls = {
+            getattr(self._actor(number), method).remote(**keywords): number
+            for number, keywords in arguments.items()
+        }
 
     def answers(self, timeout_s: float) -> list[tuple[int, Any]]:
         """What runners have answered to `ask`, or the exception that came instead.
@@ -160,12 +166,15 @@ class EnvRunnerFleet:
         Args:
             timeout_s: how long to wait for the last one.
         """
-        results = self._manager.fetch_ready_async_reqs(tags=_CALL, timeout_seconds=timeout_s)
-        return [(result.actor_id, result.get()) for result in results]
+        return _collect(self._calls, timeout_s)
+
+    def _actor(self, number: int) -> Any:
+        return self._manager.actors()[number]
 
     def fail(self, number: int, why: str) -> None:
         """Takes a runner whose process has ended out of service."""
         self._count_failure(number)
+        self._forget_calls(number)
         self._manager.set_actor_state(number, healthy=False)
         logger.warning("%s %s.", self.name(number), why)
 
@@ -175,7 +184,7 @@ class EnvRunnerFleet:
 
     def restart(self, number: int, why: str) -> None:
         """Kills a runner that hangs or is broken; Ray starts it again."""
-        ray.kill(self._manager.actors()[number], no_restart=False)
+        ray.kill(self._actor(number), no_restart=False)
         self.fail(number, f"{why}; it is restarted" if self._restarts else why)
 
     def scale(self, n: int) -> None:
@@ -208,14 +217,8 @@ class EnvRunnerFleet:
         """Sends the present weights; returns the numbers of those that have confirmed them."""
         if not numbers:
             return []
-        results = self._manager.foreach_actor(
-            "load_weights",
-            kwargs={"state": self._update},
-            remote_actor_ids=numbers,
-            healthy_only=False,
-            timeout_seconds=self.deadline_s,
-        )
-        loaded = {result.actor_id: result.get() for result in results}
+        calls = {self._actor(n).load_weights.remote(state=self._update): n for n in numbers}
+        loaded = dict(_collect(calls, self.deadline_s))
         for number in numbers:
             self._confirm(number, loaded.get(number))
         confirmed = [n for n in numbers if isinstance(loaded.get(n), LoadedWeights)]
@@ -237,7 +240,7 @@ class EnvRunnerFleet:
             )
         else:
             if self._process.get(number) not in (None, answer.process):
-                self._manager._num_actor_restarts += 1
+                count_restart(self._manager)
                 self._count_failure(number)  # unless somebody has noticed its end before
             self._process[number] = answer.process
             self._confirmed.add(number)
@@ -246,26 +249,34 @@ class EnvRunnerFleet:
         """Removes a runner that Ray will not restart, and asks for another one in its place."""
         self._manager.remove_actor(number)
         self._confirmed.discard(number)
+        self._forget_calls(number)
         if error.actor_init_failed:
             logger.error("%s cannot start and is not replaced: %s", self.name(number), error)
         elif self._restarts:
-            self._manager._num_actor_restarts += 1
+            count_restart(self._manager)
             logger.warning("%s is gone for good; Ray is asked for another.", self.name(number))
             self._add()
         else:
             logger.warning("%s is gone for good.", self.name(number))
 
     def _add(self) -> None:
-        group, manager = self._group, self._manager
+        config, manager = self._config, self._manager
+        if self._config_ref is None:
+            self._config_ref = ray.put(config)
         actor = (
-            ray.remote(**group._remote_args)(group.env_runner_cls)
-            .options(scheduling_strategy=_OUTSIDE)
+            ray.remote(config.env_runner_cls)
+            .options(
+                num_cpus=config.num_cpus_per_env_runner,
+                num_gpus=config.num_gpus_per_env_runner,
+                resources=config.custom_resources_per_env_runner,
+                max_restarts=config.max_num_env_runner_restarts if self._restarts else 0,
+                scheduling_strategy=_OUTSIDE,
+            )
             .remote(
-                config=group._remote_config_obj_ref,
-                # RLlib would give the numbers of removed runners again, and so their seeds.
-                worker_index=manager._next_id,
+                config=self._config_ref,
+                worker_index=next_runner_number(manager),
                 num_workers=self.wanted,
-                tune_trial_id=group._tune_trial_id,
+                tune_trial_id=self._trial_id,
             )
         )
         manager.add_actors([actor])
@@ -273,14 +284,36 @@ class EnvRunnerFleet:
 
     def _remove(self, numbers: list[int]) -> None:
         serving = [number for number in numbers if number in self.serving()]
-        if serving:
-            self._manager.foreach_actor(
-                "stop", remote_actor_ids=serving, timeout_seconds=min(_STOP_S, self.deadline_s)
-            )
+        stops = {self._actor(number).stop.remote(): number for number in serving}
+        _collect(stops, min(_STOP_S, self.deadline_s))
         for number in numbers:
             self._process.pop(number, None)
             self._confirmed.discard(number)
+            self._forget_calls(number)
             ray.kill(self._manager.remove_actor(number))
+
+    def _forget_calls(self, number: int) -> None:
+        self._pings.pop(number, None)
+        self._calls = {call: n for call, n in self._calls.items() if n != number}
+
+
+def _collect(calls: dict[ObjectRef, int], timeout_s: float) -> list[tuple[int, Any]]:
+    """Takes out of ``calls`` those that have ended within so many seconds.
+
+    Returns:
+        Each one's number, and its result or the exception that came instead.
+    """
+    if not calls:
+        return []
+    ready, _ = ray.wait(list(calls), num_returns=len(calls), timeout=timeout_s)
+    found = []
+    for call in ready:
+        try:
+            answer = ray.get(call)
+        except RayError as error:
+            answer = error.as_instanceof_cause() if isinstance(error, RayTaskError) else error
+        found.append((calls.pop(call), answer))
+    return found
 
 
 def _stamp(weights: tuple[int, str]) -> str:

@@ -1,13 +1,16 @@
 """What a pool of completions of one problem says, while training goes on."""
 
+import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from distrl_envs.task import Grade
 from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
 from rllib_distrl.maths.pass_k import best_at_k, count_scores, distinct_correct, pass_at_k
+from rllib_distrl.rllib_traps import SECONDS
 
 CORRECT, NO_ANSWER = "correct", "no_answer"
 PROBLEMS = "problems"
@@ -66,3 +69,26 @@ def pool_metrics(
     metrics["distinct_correct"] = float(distinct_correct(answers, right))
     metrics["unparsable"] = sum(grade.status == NO_ANSWER for grade in grades) / n
     return metrics
+
+
+def time_validations(config: Any) -> None:
+    """Makes a configuration report `evaluation/seconds` and `evaluation/problems`.
+
+    The seconds are without the transfer of weights; the problems are as `join_pools` has them, in
+    place of the single pools under `evaluation/env_runners`.
+
+    Args:
+        config: any `AlgorithmConfig`.
+    """
+    config.callbacks(on_evaluate_start=_start, on_evaluate_end=_end)
+
+
+def _start(algorithm: Any, **kwargs: Any) -> None:
+    algorithm.validation_started = time.perf_counter()
+
+
+def _end(algorithm: Any, evaluation_metrics: dict[str, Any], **kwargs: Any) -> None:
+    evaluation_metrics[SECONDS] = time.perf_counter() - algorithm.validation_started
+    pools = evaluation_metrics.get("env_runners", {}).pop(PROBLEMS, None)
+    if isinstance(pools, list):  # NaN where there are none
+        evaluation_metrics[PROBLEMS] = join_pools(pools)

@@ -18,12 +18,12 @@ class RecordedDistRL(DistRL):
         self.contributors = []
         super().setup(config)
 
-    def _sample(self):
-        batch = super()._sample()
+    def sample_groups(self):
+        batch = super().sample_groups()
         self.contributors.append(batch.episodes_per_runner)
         return batch
 
-    def _update_learners(self, groups):
+    def update_learners(self, groups):
         rollout = self.config.rollout_settings
         assert len(groups) == rollout.prompts_per_iteration
         for group in groups:
@@ -36,7 +36,7 @@ class RecordedDistRL(DistRL):
                 key = (info["row"], info["visit"], info["sample"])
                 assert key not in self.keys, f"{key} is used twice"
                 self.keys.add(key)
-        return super()._update_learners(groups)
+        return super().update_learners(groups)
 
 
 def recorded(runners, **settings):

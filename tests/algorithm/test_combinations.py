@@ -7,19 +7,19 @@ import torch
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.engine.weights import content_hash
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.algorithm.recorded_distrl import kill, pid_of, train_until
 from tests.algorithm.test_distrl import assert_same_update, learner_metrics
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, with_model_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
 def watch_batches(algo):
     """Per iteration: (row, visit, sample) and the weights' version of what is learned from."""
-    update, seen = algo._update_learners, []
+    update, seen = algo.update_learners, []
 
     def watched(groups):
         episodes = [episode for group in groups for episode in group]
@@ -34,7 +34,7 @@ def watch_batches(algo):
         assert len(seen[-1]) == len(episodes)
         return update(groups)
 
-    algo._update_learners = watched
+    algo.update_learners = watched
     return seen
 
 
@@ -49,8 +49,7 @@ def test_a_bf16_learner_with_adapters_proves_its_weights(build, dtype):
         entropy_coeff=0.01,
         lr=1e-2,
     ).rollout(dtype=dtype, temperature=1.5)
-    model_config = {**config._model_config, "lora": {"r": 4, "alpha": 8}}
-    algo = build(config.rl_module(model_config=model_config))
+    algo = build(with_model_config(config, lora={"r": 4, "alpha": 8}))
     initial = policy_state(algo)
     for _ in range(2):
         result = algo.train()

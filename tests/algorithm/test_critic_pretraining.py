@@ -5,7 +5,7 @@ import ray
 import torch
 
 from rllib_distrl.algorithm.critic_pretraining import read_groups
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.evaluation.evaluate import evaluate_model
 from rllib_distrl.learner.pretraining import pretrain_critic
 from rllib_distrl.settings import EvalSettings

@@ -1,9 +1,9 @@
 import pytest
 import torch
 
-from rllib_distrl.algorithm.probe_check import ProbeCheck
-from rllib_distrl.algorithm.wiring import policy_state
-from tests.helpers import distrl_config
+from rllib_distrl.algorithm.export import policy_state
+from rllib_distrl.algorithm.weight_sync import ProbeCheck
+from tests.helpers import distrl_config, with_model_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -118,8 +118,7 @@ def test_adapters_train_merge_and_resume(build, tmp_path):
     from transformers import AutoModelForCausalLM
 
     config = distrl_config(prompts=4, generations=4, regularisers=[{"name": "kl", "coeff": 0.1}])
-    model_config = {**config._model_config, "lora": {"r": 4, "alpha": 8}}
-    config.rl_module(model_config=model_config)
+    with_model_config(config, lora={"r": 4, "alpha": 8})
     straight = build(config.copy(copy_frozen=False))
     before = policy_state(straight)
     straight.train()
@@ -188,7 +187,7 @@ def test_two_learners_of_adapters_correct_and_report_what_one_does(build):
         importance_bound=1.2,
         micro_batch_tokens=80,
     ).rollout(temperature=2.0, top_k=20, dtype="bfloat16")
-    config.rl_module(model_config={**config._model_config, "lora": {"r": 4, "alpha": 8}})
+    with_model_config(config, lora={"r": 4, "alpha": 8})
     one = build(config.copy(copy_frozen=False))
     two = build(config.copy(copy_frozen=False).learners(num_learners=2))
     expected, found = (learner_metrics(algo.train()) for algo in (one, two))

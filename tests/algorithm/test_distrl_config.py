@@ -2,7 +2,7 @@ import pytest
 
 from rllib_distrl import DistRLConfig, RolloutSettings, wire_language_model
 from rllib_distrl.algorithm.registry import algorithm_config
-from tests.helpers import COUNTDOWN, TINY, distrl_config
+from tests.helpers import COUNTDOWN, TINY, distrl_config, with_model_config
 
 REFUSED = [
     ({"prompt_sampler": {"name": "unifrom"}}, "did you mean 'uniform'"),
@@ -77,7 +77,7 @@ def test_bad_rollouts_are_refused(rollout, message):
 
 def test_adapters_are_checked_before_anything_starts():
     config = distrl_config()
-    config.rl_module(model_config={**config._model_config, "lora": {"targets": ["q"]}})
+    with_model_config(config, lora={"targets": ["q"]})
     with pytest.raises(ValueError, match="linear layers down_proj"):
         config.validate()
 

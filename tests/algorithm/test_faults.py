@@ -8,9 +8,10 @@ import time
 import pytest
 import ray
 
-from rllib_distrl.algorithm.sampling import RunnersLostError
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
+from rllib_distrl.rllib_traps import actor_manager
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.rollout.groups import RunnersLostError
 from tests.algorithm.recorded_distrl import (
     held_weights,
     kill,
@@ -99,7 +100,7 @@ def test_a_hung_runner_counts_as_dead_after_the_deadline(pair, caplog):
 
 def test_a_runner_that_was_restarted_unnoticed_does_not_sample_before_it_is_told_the_weights(pair):
     pair.both_serve()
-    actor = pair.algo.env_runner_group._worker_manager.actors()[1]
+    actor = actor_manager(pair.algo.env_runner_group).actors()[1]
     kill(pid_of(pair.algo, 1))
     give_up = time.monotonic() + 60
     while time.monotonic() < give_up:
@@ -118,7 +119,7 @@ def test_a_runner_that_was_restarted_unnoticed_does_not_sample_before_it_is_told
 def test_a_runner_that_ray_will_not_restart_is_replaced_by_another(pair):
     pair.both_serve()
     numbers = pair.algo.fleet.serving()
-    ray.kill(pair.algo.env_runner_group._worker_manager.actors()[numbers[0]])
+    ray.kill(actor_manager(pair.algo.env_runner_group).actors()[numbers[0]])
     results = pair.train() + pair.train() + pair.both_serve()
     assert runner_metric(results, "num_failed_env_runners") == 1
     assert pair.algo.fleet.serving() == [numbers[1], max(numbers) + 1]

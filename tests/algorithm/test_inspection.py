@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 import torch
 
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.algorithm.inspection import inspect_policy
-from rllib_distrl.algorithm.wiring import policy_state
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")

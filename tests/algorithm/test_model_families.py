@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.algorithm.wiring import check_export, policy_state
+from rllib_distrl.algorithm.export import check_export, policy_state
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")

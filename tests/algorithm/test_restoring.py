@@ -14,14 +14,14 @@ import pytest
 import torch
 
 from rllib_distrl.algorithm.distrl import DistRL
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.algorithm.restoring import (
     SETTINGS,
     check_settings,
     module_settings,
     saved_settings,
 )
-from rllib_distrl.algorithm.wiring import policy_state
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, with_model_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 CLOCKS = ("_time", "throughput", "timer")
@@ -129,7 +129,7 @@ LORA = {"r": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}
 
 def with_lora(lora, **training):
     config = distrl_config(**training)
-    return config.rl_module(model_config={**config._model_config, "lora": lora})
+    return with_model_config(config, lora=lora)
 
 
 @pytest.mark.parametrize(

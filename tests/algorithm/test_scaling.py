@@ -3,8 +3,9 @@
 import pytest
 from ray import tune
 
-from rllib_distrl.algorithm.wiring import policy_state, runner_weights
-from rllib_distrl.rollout.scaling import check_scale, scale_env_runners
+from rllib_distrl.algorithm.export import policy_state
+from rllib_distrl.algorithm.scaling import check_scale, scale_env_runners
+from rllib_distrl.algorithm.weight_sync import runner_weights
 from tests.algorithm.recorded_distrl import (
     RecordedDistRL,
     held_weights,
@@ -13,7 +14,7 @@ from tests.algorithm.recorded_distrl import (
 )
 from tests.algorithm.test_distrl import assert_same_update
 from tests.algorithm.test_stock_algorithms import stock
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, with_model_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -110,7 +111,7 @@ def test_one_three_one_inside_a_tune_trial(tmp_path):
 def test_rllibs_own_algorithms_are_scaled_by_the_same_function():
     config = stock("PPO", train_batch_size_per_learner=128, minibatch_size=64, num_epochs=1)
     # The probes of new runners are then held to what bfloat16 can hold.
-    config.rl_module(model_config={**config._model_config, "precision": "bf16"})
+    with_model_config(config, precision="bf16")
     algo = config.env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25).build_algo()
     try:
         algo.train()

@@ -5,8 +5,8 @@ import torch
 from ray.rllib.algorithms.ppo import PPO
 
 from rllib_distrl import RolloutSettings, wire_language_model
+from rllib_distrl.algorithm.export import export_policy, policy_state
 from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.algorithm.wiring import export_policy, policy_state
 from rllib_distrl.model.causal_lm_module import CausalLMModule
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.helpers import COUNTDOWN, TINY

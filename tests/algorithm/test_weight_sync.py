@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.algorithm.sampling import RunnersLostError
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
+from rllib_distrl.algorithm.weight_sync import MismatchWarning
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weight_proof import PROBE_TOKENS, Probe, check_probe
 from rllib_distrl.engine.weights import content_hash
 from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.rollout.groups import RunnersLostError
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -98,7 +99,8 @@ def test_every_remote_engine_is_checked(build):
         with pytest.raises(RuntimeError, match=message):
             algo.train()
         become(TorchEngine)
-        algo._sync_weights()
+        algo.weight_sync.fetch()
+        algo.weight_sync.send()
     algo.train()
 
 
@@ -175,3 +177,22 @@ def test_a_runner_that_does_not_answer_is_named(build, caplog):
     assert re.search(r"Env runner 1 .* has not loaded its weights in 8 s", caplog.text)
     with pytest.raises(RunnersLostError, match="0 of them serve"):
         algo.train()
+
+
+@pytest.mark.parametrize(
+    ("rollout", "training", "ratios", "times"),
+    [
+        ({}, {}, [1.0001, 1.04], 0),
+        ({}, {}, [1.2, 3.0], 1),
+        ({"dtype": "bfloat16"}, {}, [1.2], 0),
+        ({}, {"precision": "bf16"}, [1.2, 1.6], 1),
+        ({"max_staleness": 1}, {}, [3.0], 0),
+        ({"top_p": 0.9}, {}, [3.0], 0),
+    ],
+)
+def test_a_mismatch_far_outside_its_range_is_told_once(rollout, training, ratios, times, caplog):
+    warn = MismatchWarning(distrl_config(**training).rollout(**rollout))
+    for ratio in ratios:
+        warn(ratio)
+    assert len(caplog.records) == times
+    assert all("logp_mismatch_p95" in record.message for record in caplog.records)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-
 from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS
+
 from rllib_distrl.experiments.training import RunLength, Training
 from rllib_distrl.settings import RunSettings
 from tests.helpers import distrl_config

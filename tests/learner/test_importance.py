@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
 from tests.helpers import distrl_config
@@ -115,9 +115,13 @@ def test_only_what_the_learner_samples_is_learned_from_uncorrected(build):
     }
 
     def learn(correction, explore=True, **rollout):
-        runner.rollout = {**runner.rollout, "temperature": 2.0, "top_k": 0, "top_p": 1.0, **rollout}
+        runner.rollout = runner.rollout.model_copy(
+            update={"temperature": 2.0, "top_k": 0, "top_p": 1.0, **rollout}
+        )
         episodes = runner.sample(num_episodes=2, explore=explore)
-        sampling = {name: runner.rollout[name] for name in ("temperature", "top_p", "top_k")}
+        sampling = {
+            name: getattr(runner.rollout, name) for name in ("temperature", "top_p", "top_k")
+        }
         assert episodes[0].infos[0]["sampling"] == {**sampling, "greedy": not explore}
         learners[correction].update(episodes=episodes)
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.learner.refusals import NonFiniteError
 from rllib_distrl.method.policy_losses import clip
 from rllib_distrl.method.registry import register

@@ -7,8 +7,8 @@ import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
 from safetensors.torch import load_file, save_file
 
+from rllib_distrl.algorithm.export import export_critic
 from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.algorithm.wiring import export_critic
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 from rllib_distrl.settings import RolloutSettings
 from tests.helpers import TINY, distrl_config

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, Qwen2Conf
 
 from rllib_distrl.learner.batch_pass import model_columns
 from rllib_distrl.model import lora
+from tests.helpers import with_model_config
 from tests.learner.rig import hot_config, make_learner, pass_apart, sample
 
 pytest.importorskip("peft")
@@ -111,7 +112,7 @@ def test_without_peft_the_extra_is_named(monkeypatch):
 
 def lora_config(**training):
     config = hot_config(**training)
-    config.rl_module(model_config={**config._model_config, "lora": SETTINGS})
+    with_model_config(config, lora=SETTINGS)
     config.validate()
     return config
 

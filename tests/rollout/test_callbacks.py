@@ -1,5 +1,7 @@
 """RLlib's callbacks about episodes, and wrappers around the env, as RLlib documents them."""
 
+from typing import ClassVar
+
 import gymnasium
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ def make_runner(callbacks=None, env=COUNTDOWN, **callback_functions):
 
 
 class Diary(RLlibCallback):
-    """What each hook saw, in order."""
+    """What each hook of the last one made saw, in order."""
+
+    seen: ClassVar = []
 
     def __init__(self):
-        self.seen = []
+        Diary.seen = []
 
     def on_episode_created(self, *, episode, **kwargs):
         self.seen.append(("created", episode.id_, episode.is_reset))
@@ -44,7 +48,6 @@ class Diary(RLlibCallback):
 
 def test_hooks_see_each_episode_grow():
     runner = make_runner(Diary)
-    (diary,) = runner._callbacks
     episodes = runner.sample_prompts(PROMPTS, 2).episodes
     expected = []
     for episode in episodes:
@@ -53,7 +56,7 @@ def test_hooks_see_each_episode_grow():
         expected.append(("start", 0, episode.infos[0]["row"]))
         expected += [("step", number, token) for number, token in enumerate(tokens, 1)]
         expected.append(("end", episode.id_, episode.get_return()))
-    assert diary.seen == [*expected, ("sample_end", [episode.id_ for episode in episodes])]
+    assert Diary.seen == [*expected, ("sample_end", [episode.id_ for episode in episodes])]
 
 
 def columns(episode):

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from rllib_distrl.algorithm.wiring import policy_state
+from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.engine.weights import content_hash
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.algorithm.test_stock_algorithms import stock
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, with_model_config
 
 pytestmark = [pytest.mark.vllm, pytest.mark.usefixtures("ray_session")]
 SKIPPED = "model.layers.1.mlp.down_proj.weight"
@@ -75,13 +75,8 @@ def test_a_broken_sync_is_refused(build, lies, message):
 
 def test_stock_ppo_samples_with_vllm(build):
     config = stock("PPO", train_batch_size_per_learner=128, minibatch_size=64, num_epochs=1)
-    config.rl_module(
-        model_config={
-            **config._model_config,
-            "rollout": {**config._model_config["rollout"], "engine": "vllm"},
-        }
-    )
-    algo = build(config)
+    rollout = {**config.model_config["rollout"], "engine": "vllm"}
+    algo = build(with_model_config(config, rollout=rollout))
     for _ in range(2):
         assert algo.train()["learners"]["default_policy"]["entropy"] > 0
     assert type(algo.env_runner.engine).__name__ == "VllmEngine"

@@ -4,9 +4,8 @@ from typing import Any
 
 import ray
 
-from rllib_distrl.algorithm.probe_check import ProbeCheck
-from rllib_distrl.algorithm.wiring import runner_weights
-from rllib_distrl.rollout.fleet import EnvRunnerFleet
+from rllib_distrl.algorithm.weight_sync import WeightSync
+from rllib_distrl.settings import RolloutSettings
 
 
 def scale_env_runners(algo: Any, n: int) -> None:
@@ -29,11 +28,11 @@ def scale_env_runners(algo: Any, n: int) -> None:
         algo.scale_env_runners(n)
         return
     check_scale(algo.config, n)
-    dtype = algo.config.model_config["rollout"]["dtype"]
-    check = ProbeCheck(algo.learner_group, algo.config.model_config, algo.config.sample_timeout_s)
-    fleet = EnvRunnerFleet(algo.env_runner_group, algo.config, check)
+    sync = WeightSync(algo.learner_group, algo.env_runner_group, algo.config, algo.trial_id)
+    sync.fetch()
+    fleet = sync.fleet
     known = fleet.present()
-    fleet.set_weights(*runner_weights(algo.learner_group, dtype))
+    fleet.set_weights(*sync.latest)
     fleet.scale(n)
     if not fleet.wait_for(n, algo.config.env_runner_restore_timeout_s):
         up = len(fleet.serving())
@@ -66,7 +65,7 @@ def check_scale(config: Any, n: int) -> None:
             "Cannot scale to 0 env runners: the driver was built with num_env_runners="
             f"{config.num_env_runners} and has no engine of its own. Ask for at least 1."
         )
-    limit = config.model_config["rollout"]["max_env_runners"]
+    limit = RolloutSettings.of(config.model_config).max_env_runners
     if limit:
         if n > limit:
             raise ValueError(

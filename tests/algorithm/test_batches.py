@@ -1,16 +1,15 @@
-"""Sampling beside learning, and episodes that come too late."""
+"""Batches: sampled beside learning, too late, or anew where a group has equal returns."""
 
 import logging
 import time
-from types import SimpleNamespace
 
 import pytest
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllib_distrl.algorithm.fresh_batches import FreshBatches
-from rllib_distrl.algorithm.sampling import SampledGroups, check_weights
+from rllib_distrl.algorithm.batches import sample_informative
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.rollout.groups import SampledGroups, check_weights
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -29,7 +28,7 @@ class TimedRunner(CompletionEnvRunner):
 
 def watch_updates(algo):
     """Spans of the updates, and the versions and rows that they learned from."""
-    update, seen = algo._update_learners, []
+    update, seen = algo.update_learners, []
 
     def watched(groups):
         started = time.time()
@@ -45,7 +44,7 @@ def watch_updates(algo):
         seen.append(((started, time.time()), versions, rows))
         return result
 
-    algo._update_learners = watched
+    algo.update_learners = watched
     return seen
 
 
@@ -105,12 +104,12 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     remote = {"num_env_runners": 1}
     algo = build(distrl_config().env_runners(**remote).rollout(max_staleness=1))
     seen = watch_updates(algo)
-    update = algo._update_learners
+    update = algo.update_learners
     algo.train()
-    algo._update_learners = lambda groups: (update(groups), update(groups))[1]
+    algo.update_learners = lambda groups: (update(groups), update(groups))[1]
     assert algo.train()["env_runners"]["weights_version_lag"] == 1
-    algo._update_learners = update
-    under_way = [prompt.row for prompt in algo._batches._sampling.prompts]
+    algo.update_learners = update
+    under_way = [prompt.row for prompt in algo.batches.under_way]
     with caplog.at_level(logging.WARNING):
         result = algo.train()["env_runners"]
     assert result["num_stale_episodes_dropped"] == 8
@@ -136,7 +135,7 @@ def test_the_oldest_weights_of_a_batch_decide_how_old_it_is():
         )  # fmt: skip
 
     batch = SampledGroups([[sampled_by(4), sampled_by(3)], [sampled_by(5)]], [], {})
-    assert FreshBatches(SimpleNamespace(_version=5)).lag(batch) == 2
+    assert batch.oldest_version() == 3
 
 
 @pytest.mark.parametrize("held", [(3, "another"), (2, "this"), (4, "this")])
@@ -152,3 +151,89 @@ def test_staleness_is_validated():
     with pytest.raises(ValueError, match="num_env_runners is 0"):
         distrl_config().rollout(max_staleness=1).validate()
     distrl_config().rollout(max_staleness=1).env_runners(num_env_runners=1).validate()
+
+
+class Finished:
+    """An episode of which only the return is read."""
+
+    def __init__(self, total):
+        self.total = total
+
+    def get_return(self):
+        return self.total
+
+
+class Rounds:
+    """Serves the given rounds of returns, and notes how many groups each was asked for."""
+
+    def __init__(self, *rounds):
+        self.rounds, self.asked = list(rounds), []
+
+    def __call__(self, n):
+        self.asked.append(n)
+        groups = [[Finished(total) for total in returns] for returns in self.rounds.pop(0)]
+        assert len(groups) == n
+        return SampledGroups(groups, [f"round {len(self.asked)}"], {1: 2 * n})
+
+
+def returns(groups):
+    return [[episode.total for episode in group] for group in groups]
+
+
+def test_missing_groups_are_sampled_until_the_batch_is_full():
+    rounds = Rounds([[0, 0], [1, 0], [1, 1]], [[0, 0], [0, 1]], [[0.5, 0]])
+    batch, counts = sample_informative(rounds, 3, max_rounds=10)
+    assert rounds.asked == [3, 2, 1]
+    assert returns(batch.groups) == [[1, 0], [0, 1], [0.5, 0]]
+    assert returns(batch.dropped) == [[0, 0], [1, 1], [0, 0]]
+    assert batch.metrics == ["round 1", "round 2", "round 3"]
+    assert batch.episodes_per_runner == {1: 12}
+    assert counts == {"num_sampling_rounds": 3, "num_dropped_groups": 3}
+
+
+def test_the_bound_fills_the_batch_with_what_was_dropped():
+    rounds = Rounds([[0, 0], [1, 0], [1, 1]], [[0, 0], [0, 0]])
+    batch, counts = sample_informative(rounds, 3, max_rounds=2)
+    assert returns(batch.groups) == [[1, 0], [0, 0], [1, 1]]
+    assert counts == {"num_sampling_rounds": 2, "num_dropped_groups": 2}
+
+
+def test_one_round_keeps_every_group():
+    batch, counts = sample_informative(Rounds([[0, 0], [1, 0]]), 2, max_rounds=1)
+    assert returns(batch.groups) == [[0, 0], [1, 0]]
+    assert counts == {"num_sampling_rounds": 1, "num_dropped_groups": 0}
+
+
+def test_real_sampling_counts_every_token_and_serves_fresh_prompts():
+    # The tiny model earns nothing: every round is dropped, and the bound ends it.
+    config = distrl_config(prompts=4, generations=2, max_sampling_rounds=3)
+    algo = config.build_algo()
+    try:
+        result = algo.train()
+        runners = result["env_runners"]
+        assert runners["num_sampling_rounds"] == 3
+        assert runners["num_dropped_groups"] == 8
+        assert runners["num_episodes_lifetime"] == 24
+        assert result["learners"]["default_policy"]["advantages_std"] >= 0
+    finally:
+        algo.stop()
+
+
+@pytest.mark.parametrize(
+    ("rollout", "training", "message"),
+    [
+        ({}, {"max_sampling_rounds": 0}, "max_sampling_rounds is 0"),
+        ({"num_generations": 1}, {"max_sampling_rounds": 2}, "a group of one always has equal"),
+        (
+            {"max_staleness": 1},
+            {"max_sampling_rounds": 2},
+            "before it is known what is missing",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(rollout, training, message):
+    config = distrl_config(**training).rollout(**rollout)
+    if rollout.get("max_staleness"):
+        config.env_runners(num_env_runners=1)
+    with pytest.raises(ValueError, match=message):
+        config.validate()

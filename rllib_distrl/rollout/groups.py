@@ -1,16 +1,14 @@
-"""Sampling whole groups, also while the learner learns; refusing what unknown weights made."""
+"""Sampling whole groups on the runners; refusing what unknown weights made."""
 
 import logging
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-from ray.rllib.core.columns import Columns
+import ray
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllib_distrl.learner.refusals import NonFiniteError
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
 from rllib_distrl.rollout.completion_env_runner import RunnerReport
 from rllib_distrl.rollout.fleet import (
@@ -24,27 +22,10 @@ logger = logging.getLogger(__name__)
 
 # Errors inside of runners, in one batch, that are taken for accidents of their processes.
 MAX_ERRORS = 3
+Group = list[SingleAgentEpisode]
+"""The episodes of one prompt."""
+
 _TICK_S = 0.5  # how soon the end of a runner is noticed while others work
-
-
-def check_finite(groups: list[list[SingleAgentEpisode]], *, iteration: int) -> None:
-    """Refuses a batch before anything is learned from it.
-
-    Raises:
-        NonFiniteError: naming the column, the episode, its row and the iteration.
-    """
-    for episode in (episode for group in groups for episode in group):
-        columns = {
-            Columns.REWARDS: episode.rewards.data,
-            Columns.ACTION_LOGP: episode.extra_model_outputs[Columns.ACTION_LOGP].data,
-        }
-        for name, column in columns.items():
-            if not np.isfinite(column).all():
-                raise NonFiniteError(
-                    f"{name} of episode {episode.id_} (row {episode.infos[0]['row']}) is not "
-                    f"finite in iteration {iteration}. Nothing was learned from this batch; "
-                    "check the task's rewards and the model."
-                )
 
 
 class RunnersLostError(RuntimeError):
@@ -64,32 +45,41 @@ class SampledGroups(NamedTuple):
         episodes_per_runner: how many episodes each runner has contributed, by its number; the
             local one is number 0.
         dropped: groups that were sampled and are not learned from.
+        n_stale_episodes: episodes that were sampled before, with weights that are too old.
     """
 
-    groups: list[list[SingleAgentEpisode]]
+    groups: list[Group]
     metrics: list[Any]
     episodes_per_runner: dict[int, int]
-    dropped: tuple[list[SingleAgentEpisode], ...] = ()
+    dropped: Sequence[Group] = ()
+    n_stale_episodes: int = 0
 
-    def versions(self) -> set[int]:
-        """Versions of the weights that sampled."""
+    def oldest_version(self) -> int:
+        """Of the weights that sampled."""
         episodes = (episode for group in self.groups for episode in group)
-        return {int(episode.extra_model_outputs[WEIGHTS_SEQ_NO].data[0]) for episode in episodes}
+        return min(int(one.extra_model_outputs[WEIGHTS_SEQ_NO].data[0]) for one in episodes)
 
     def n_episodes(self) -> int:
         """Episodes of all groups."""
         return sum(map(len, self.groups))
 
+    def prompt_results(self) -> list[PromptResult]:
+        """What the prompt sampler is told of all groups, the dropped ones included."""
+        return [
+            PromptResult(
+                PromptRequest(group[0].infos[0]["row"], group[0].infos[0]["visit"]),
+                tuple(float(episode.get_return()) for episode in group),
+                tuple(episode.infos[-1]["grade"].status for episode in group),
+            )
+            for group in (*self.groups, *self.dropped)
+        ]
 
-def prompt_results(groups: Sequence[Sequence[SingleAgentEpisode]]) -> list[PromptResult]:
-    """What the prompt sampler is told of whole groups."""
+
+def shards_of(groups: Sequence[Group], learners: int) -> list[ray.ObjectRef]:
+    """One reference per learner: learner r gets the groups r, r + learners, r + 2 learners …."""
     return [
-        PromptResult(
-            PromptRequest(group[0].infos[0]["row"], group[0].infos[0]["visit"]),
-            tuple(float(episode.get_return()) for episode in group),
-            tuple(episode.infos[-1]["grade"].status for episode in group),
-        )
-        for group in groups
+        ray.put([episode for group in groups[rank::learners] for episode in group])
+        for rank in range(learners)
     ]
 
 
@@ -116,7 +106,7 @@ class GroupSampling:
     ):
         self.fleet, self.local_runner = fleet, local_runner
         self.prompts, self.num_generations = prompts, num_generations
-        self.done: dict[PromptRequest, list[SingleAgentEpisode]] = {}
+        self.done: dict[PromptRequest, Group] = {}
         self.metrics: list[Any] = []
         self.episodes_per_runner: dict[int, int] = {}
         self.errors = 0

@@ -1,12 +1,15 @@
 """What `DistRLConfig.validate()` refuses."""
 
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
+from pydantic import BaseModel
 from ray.rllib.utils.schedules.scheduler import Scheduler
 
 from rllib_distrl.algorithm.cluster import check_runner_gpus
+from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
-from rllib_distrl.algorithm.wiring import check_export, check_rate, check_window
+from rllib_distrl.algorithm.wiring import check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_schedule_settings
 from rllib_distrl.maths.lr_schedule import lr_factor
 from rllib_distrl.method.pipeline import OPTIMISM, Method
@@ -14,18 +17,57 @@ from rllib_distrl.method.registry import Stage, resolve
 from rllib_distrl.model.critics import check_critic
 from rllib_distrl.model.loading import load_config
 from rllib_distrl.model.lora import check_lora
+from rllib_distrl.recipe_schema import builder_parameters, check_value, nearest
+from rllib_distrl.rllib_traps import given_model_config
 from rllib_distrl.settings import (
     DistanceSettings,
     EnsembleSettings,
     PretrainingSettings,
+    RolloutSettings,
     TrainingSettings,
+    as_lists,
 )
 
-if TYPE_CHECKING:
-    from rllib_distrl.algorithm.distrl_config import DistRLConfig
+
+def check_attributes(config: Any) -> None:
+    """Refuses what `update_from_dict` and plain assignments have added: nobody reads it.
+
+    Raises:
+        ValueError: with what to use.
+    """
+    known = vars(type(config)())
+    # RLlib leaves `class` behind when it copies a configuration (Ray 2.60).
+    for name in vars(config).keys() - known.keys() - {"class"}:
+        if name.startswith("__"):  # Tune's own, such as `__stderr_file__`.
+            continue
+        if name in RolloutSettings.model_fields:
+            hint = f"Use rollout({name}=...)."
+        else:
+            hint = f"Did you mean {nearest(name, known)!r}?"
+        raise ValueError(f"The configuration has no setting {name!r}. {hint}")
 
 
-def validate_distrl(config: "DistRLConfig") -> None:
+def take_settings(config: Any) -> None:
+    """Checks the types and bounds of ``config``'s settings and makes Python's values of them.
+
+    Raises:
+        ValueError: for the first one that is refused.
+    """
+    checked = TrainingSettings.of(config)
+    for name in TrainingSettings.model_fields:
+        value = getattr(checked, name)
+        if not isinstance(value, BaseModel):
+            setattr(config, name, value)
+    annotations = builder_parameters(config, "training")
+    for name in ("lr", "gamma", "grad_clip", "num_epochs", "minibatch_size"):
+        value = getattr(config, name)
+        value = as_lists(value.item() if isinstance(value, np.generic) else value)
+        setattr(config, name, value)
+        if value is not None:
+            check_value(f"training.{name}", value, annotations[name])
+
+
+def validate_distrl(config: Any) -> None:
     """Checks the settings of the method, of sampling and of batches.
 
     Raises:
@@ -56,8 +98,8 @@ def validate_distrl(config: "DistRLConfig") -> None:
     check_all_settings_are_read(config)
 
 
-def _check_model(config: "DistRLConfig") -> None:
-    settings = config._model_config if isinstance(config._model_config, dict) else {}
+def _check_model(config: Any) -> None:
+    settings = given_model_config(config)
     model = settings.get("model")
     if not model:
         raise ValueError(
@@ -89,7 +131,7 @@ def _check_model(config: "DistRLConfig") -> None:
         )
 
 
-def _check_overlap(config: "DistRLConfig") -> None:
+def _check_overlap(config: Any) -> None:
     if config.in_evaluation:  # Evaluation may run in this process, and trains nothing.
         return
     if config.rollout_settings.max_staleness and not config.num_env_runners:
@@ -100,7 +142,7 @@ def _check_overlap(config: "DistRLConfig") -> None:
         )
 
 
-def _check_critic_checkpoint(config: "DistRLConfig") -> None:
+def _check_critic_checkpoint(config: Any) -> None:
     if config.critic_checkpoint is None:
         return
     if config.critic != "separate":
@@ -115,7 +157,7 @@ def _check_critic_checkpoint(config: "DistRLConfig") -> None:
     )
 
 
-def _check_learning_rates(config: "DistRLConfig") -> None:
+def _check_learning_rates(config: Any) -> None:
     settings = lr_schedule_settings(TrainingSettings.of(config))
     changes = config.lr_schedule != "constant" or config.lr_warmup_iterations > 0
     if changes and not isinstance(config.lr, (int, float)):
@@ -127,7 +169,7 @@ def _check_learning_rates(config: "DistRLConfig") -> None:
     lr_factor(config.lr_warmup_iterations + 1, **settings)
 
 
-def _check_pretraining(config: "DistRLConfig") -> None:
+def _check_pretraining(config: Any) -> None:
     if config.critic_pretraining is None:
         return
     settings = PretrainingSettings(**config.critic_pretraining)
@@ -149,7 +191,7 @@ def _check_pretraining(config: "DistRLConfig") -> None:
         )
 
 
-def _check_method(config: "DistRLConfig") -> None:
+def _check_method(config: Any) -> None:
     if config.critic == "none" and config.bonus_coeff > 0:
         raise ValueError(
             f"bonus_coeff is {config.bonus_coeff}, but there is no critic to give a bonus. "
@@ -177,7 +219,7 @@ def _check_method(config: "DistRLConfig") -> None:
         raise ValueError("bonus_schedule='linear' needs bonus_horizon, its number of iterations.")
 
 
-def _check_batches(config: "DistRLConfig") -> None:
+def _check_batches(config: Any) -> None:
     rollout = config.rollout_settings
     learners = max(config.num_learners or 0, 1)
     if rollout.prompts_per_iteration % learners:
@@ -202,7 +244,7 @@ def _check_batches(config: "DistRLConfig") -> None:
         )
 
 
-def _check_dynamic_sampling(config: "DistRLConfig") -> None:
+def _check_dynamic_sampling(config: Any) -> None:
     if config.max_sampling_rounds == 1:
         return
     rollout = config.rollout_settings
@@ -219,7 +261,7 @@ def _check_dynamic_sampling(config: "DistRLConfig") -> None:
         )
 
 
-def _check_runners(config: "DistRLConfig") -> None:
+def _check_runners(config: Any) -> None:
     check_runner_gpus(config)
     limit = config.rollout_settings.max_env_runners
     if limit and config.num_env_runners > limit:
@@ -235,7 +277,7 @@ def _check_runners(config: "DistRLConfig") -> None:
         )
 
 
-def _check_stages(config: "DistRLConfig") -> None:
+def _check_stages(config: Any) -> None:
     _check_named_once(config)
     method = Method.from_config(config)
     read_out = [] if config.critic == "none" else [method.read_out]
@@ -246,7 +288,7 @@ def _check_stages(config: "DistRLConfig") -> None:
     resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks its settings' bounds.
 
 
-def _check_named_once(config: "DistRLConfig") -> None:
+def _check_named_once(config: Any) -> None:
     for setting in ("reward_transforms", "shapers", "regularisers"):
         chosen = [spec.get("name") for spec in getattr(config, setting)]
         for name in chosen:
@@ -269,7 +311,7 @@ def _check_named_once(config: "DistRLConfig") -> None:
             )
 
 
-def _check_needs(stage: Stage, config: "DistRLConfig") -> None:
+def _check_needs(stage: Stage, config: Any) -> None:
     what = f"{stage.method.kind} {stage.name!r}"
     if config.critic == "none" and stage.needs & {"quantiles", "values"}:
         raise ValueError(
@@ -289,7 +331,7 @@ def _check_needs(stage: Stage, config: "DistRLConfig") -> None:
         )
 
 
-def _check_controllers(config: "DistRLConfig") -> None:
+def _check_controllers(config: Any) -> None:
     controllers = [resolve("controller", spec)() for spec in config.controllers]
     moved = [controller.setting for controller in controllers]
     for setting in moved:
