@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from rllib_distrl.algorithm.optimizer_steps import OPTIMIZER_STEPS
 
 from rllib_distrl.experiments.training import RunLength, Training
+from rllib_distrl.rllib_traps import OPTIMIZER_STEPS
 from rllib_distrl.settings import RunSettings
 from tests.helpers import distrl_config
 
