@@ -1,5 +1,6 @@
 """What `DistRLConfig.validate()` refuses."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from ray.rllib.utils.schedules.scheduler import Scheduler
 from rllib_distrl.algorithm.cluster import check_runner_gpus
 from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
-from rllib_distrl.algorithm.wiring import check_rate, check_window
+from rllib_distrl.algorithm.wiring import check_model_config, check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_schedule_settings
 from rllib_distrl.maths.lr_schedule import lr_factor
 from rllib_distrl.method.pipeline import OPTIMISM, Method
@@ -112,6 +113,7 @@ def _check_model(config: Any) -> None:
             "rest of the configuration says. Use training(), rollout() or debugging() for it "
             "([training], [rollout] or [debugging] in a recipe)."
         )
+    check_model_config(config)
     check_window(model, config.rollout_settings.max_completion_tokens)
     check_export(model)
     if lora := settings.get("lora"):
@@ -175,6 +177,10 @@ def _check_pretraining(config: Any) -> None:
     settings = PretrainingSettings(**config.critic_pretraining)
     if settings.lr is None and not isinstance(config.critic_lr or config.lr, (int, float)):
         raise ValueError(f"lr is {config.lr}: critic_pretraining needs one number, its own lr.")
+    if settings.samples is not None and not Path(settings.samples).exists():
+        raise ValueError(
+            f"critic_pretraining.samples is {settings.samples!r}, which is no file or folder."
+        )
     per_iteration = config.rollout_settings.episodes_per_iteration
     if settings.rollouts % per_iteration:
         raise ValueError(
@@ -285,7 +291,12 @@ def _check_stages(config: Any) -> None:
         _check_needs(stage, config)
         stage.check_fits(config)
     _check_controllers(config)
-    resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks its settings' bounds.
+    sampler = resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks settings' bounds.
+    if not hasattr(sampler, "next"):
+        raise ValueError(
+            f"prompt_sampler {config.prompt_sampler!r} makes a {type(sampler).__name__}, which has "
+            "no next(n). docs/tasks.md says what a sampler is."
+        )
 
 
 def _check_named_once(config: Any) -> None:
@@ -333,6 +344,13 @@ def _check_needs(stage: Stage, config: Any) -> None:
 
 def _check_controllers(config: Any) -> None:
     controllers = [resolve("controller", spec)() for spec in config.controllers]
+    for spec, controller in zip(config.controllers, controllers, strict=True):
+        if not hasattr(controller, "setting"):
+            raise ValueError(
+                f"controller {spec['name']!r} makes a {type(controller).__name__}, which names no "
+                "setting to move. Name a class like `AdaptiveEntropy` in rllib_distrl/method/"
+                "controllers.py."
+            )
     moved = [controller.setting for controller in controllers]
     for setting in moved:
         if moved.count(setting) > 1:

@@ -21,11 +21,19 @@ from rllib_distrl.model.loading import (
     window_of,
 )
 from rllib_distrl.model.lora import check_lora
-from rllib_distrl.recipe_schema import check_environment
+from rllib_distrl.recipe_schema import check_environment, nearest
 from rllib_distrl.rllib_traps import given_model_config, is_registered_env
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.contract import check_contract
 from rllib_distrl.settings import RolloutSettings
+
+# What `CausalLMModule` reads, whatever the algorithm.
+_MODEL_KEYS = frozenset(
+    {
+        "activation_checkpointing", "critic", "critic_checkpoint", "lora", "max_seq_len",
+        "micro_batch_tokens", "model", "precision", "rollout", "seed", "temperature",
+    }
+)  # fmt: skip
 
 
 def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[str, Any]:
@@ -68,6 +76,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     _check_algorithm(config)
     check_contract(config)
     set_env_settings(config, env_settings(model, rollout, obs_mode="incremental"))
+    check_model_config(config)
     _check_minibatches(config, rollout)
     check_runner_gpus(config)
     check_export(model)
@@ -108,6 +117,26 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             **given,
         },
     )
+
+
+def check_model_config(config: Any) -> None:
+    """Refuses keys of ``rl_module(model_config=...)`` that no module of ours reads.
+
+    Args:
+        config: any `AlgorithmConfig`; with a module spec of the user's own anything passes.
+
+    Raises:
+        ValueError: with the nearest key.
+    """
+    if config._rl_module_spec is not None:
+        return
+    for name in (
+        given_model_config(config).keys() - _MODEL_KEYS - set(config._model_config_auto_includes)
+    ):
+        raise ValueError(
+            f"rl_module(model_config=...) has {name!r}, which nothing reads. The nearest one is "
+            f"{nearest(name, _MODEL_KEYS)!r}."
+        )
 
 
 def check_rate(name: str, rate: Any) -> None:

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self
 
+import psutil
+
 from rllib_distrl.cli.errors import Interrupted
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -109,22 +111,45 @@ class Interrupts:
 
 @contextlib.contextmanager
 def kept_from_ray() -> Iterator[None]:
-    """Within it Ray starts: its processes hear neither Ctrl-C nor the terminal's hanging up.
+    """Within it Ray starts: its processes hear none of the three signals.
 
-    Both go to every process of the terminal, and the checkpoint needs Ray's. A signal that comes
-    meanwhile is delivered at the end. Ray 2.60 takes SIGTERM, and exits on it in the middle of
-    starting: it is kept from that.
+    Terminals and job schedulers send them to every process, and the checkpoint needs Ray's. A
+    signal that comes meanwhile is delivered at the end. Ray 2.60 takes SIGTERM, and exits on it in
+    the middle of starting: it is kept from that. It also ends its processes with it:
+    `shut_ray_down` does otherwise.
     """
     from ray._private import utils
 
-    theirs, deaf = utils.set_sigterm_handler, {signal.SIGINT, signal.SIGHUP}
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, deaf)  # which Ray's processes inherit
+    theirs = utils.set_sigterm_handler
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)  # which Ray's processes inherit
     utils.set_sigterm_handler = lambda handler: None
     try:
         yield
     finally:
         utils.set_sigterm_handler = theirs
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def shut_ray_down() -> None:
+    """Ends Ray whose processes `kept_from_ray` has made deaf.
+
+    Ray 2.60 (_private/node.py) asks each by SIGTERM and waits a second before it kills it. What
+    its raylet has started would notice its end by itself, a while later.
+    """
+    import ray
+    from ray._private import worker
+
+    node: Any = worker.global_worker.node
+    infos = [info for some in node.all_processes.values() for info in some] if node else []
+    below = []
+    for info in infos:
+        info.process.terminate = info.process.kill
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below += psutil.Process(info.process.pid).children(recursive=True)
+    ray.shutdown()
+    for process in below:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _say(*parts: str) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rllib_distrl.cli.interrupts import Interrupts, kept_from_ray
+from rllib_distrl.cli.interrupts import Interrupts, kept_from_ray, shut_ray_down
 
 _ENVIRONMENT = {
     # Workers inherit these; what a user has set stays.
@@ -137,7 +137,7 @@ def ray_session(config: Any, interrupts: Interrupts | None = None) -> Iterator[N
             interrupts.check()
         yield
     finally:
-        ray.shutdown()
+        shut_ray_down()
 
 
 @contextmanager

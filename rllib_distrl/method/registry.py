@@ -311,7 +311,35 @@ def _imported(kind: str, name: str) -> Method:
     fitting = [method for method in declared if method.kind in _places(kind)]
     if declared and not fitting:
         raise ValueError(f"{kind}: {name!r} is registered as a {declared[0].kind}.")
+    if not fitting:
+        _check_positional(kind, name, function)
     return fitting[0] if fitting else Method(kind, name, function)
+
+
+def _check_positional(kind: str, name: str, function: Callable[..., Any]) -> None:
+    """Refuses what cannot be called as the built-in methods of the kind are."""
+    if not (known := names(kind)):
+        return
+    given = [
+        parameter
+        for parameter in inspect.signature(_METHODS[kind, known[0]].function).parameters
+        if parameter not in _METHODS[kind, known[0]].settings()
+    ]
+    try:
+        signature = inspect.signature(function)
+        signature.bind_partial(*given)
+        own = {
+            key
+            for key, p in list(signature.parameters.items())[len(given) :]
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        }
+        if own:
+            raise TypeError(f"it also asks for {', '.join(sorted(own))}")
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{kind} {name!r} cannot be called with ({', '.join(given)}): {error}. Give it these "
+            "arguments, and its settings as keyword-only ones after a *."
+        ) from None
 
 
 def methods(kind: str) -> list[Method]:

@@ -37,6 +37,8 @@ def check_lora(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> None:
     Raises:
         ValueError: With what was got, what is allowed and what to do.
     """
+    if not isinstance(lora, Mapping):
+        raise ValueError(f"lora is {lora!r:.80}; it must be a table, such as {dict(DEFAULTS)}.")
     for name in lora:
         if name not in DEFAULTS:
             near = nearest(name, DEFAULTS)
@@ -46,13 +48,20 @@ def check_lora(lora: Mapping[str, Any], model_config: PreTrainedConfig) -> None:
             "lora needs the package peft. Install it with `pip install 'rllib-distrl[peft]'`."
         )
     settings = {**DEFAULTS, **lora}
-    if not isinstance(settings["r"], int) or settings["r"] < 1:
-        raise ValueError(f"lora r is {settings['r']!r}; it must be an integer >= 1.")
-    if settings["alpha"] <= 0:
-        raise ValueError(f"lora alpha is {settings['alpha']}; it must be above 0.")
+    rank, alpha, targets = settings["r"], settings["alpha"], settings["targets"]
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise ValueError(f"lora r is {rank!r}; it must be an integer >= 1.")
+    if (
+        not isinstance(alpha, (int, float))
+        or isinstance(alpha, bool)
+        or not 0 < alpha < float("inf")
+    ):
+        raise ValueError(f"lora alpha is {alpha!r}; it must be a finite number above 0.")
+    listed = isinstance(targets, (list, tuple)) and all(isinstance(x, str) for x in targets)
+    if targets != ALL_LINEAR and not listed:
+        raise ValueError(f"lora targets is {targets!r}; it must be a list, or {ALL_LINEAR!r}.")
     model = without_weights(model_config)
     known = linear_layers(trunk_of(model))
-    targets = settings["targets"]
     unknown = [] if targets == ALL_LINEAR else [name for name in targets if name not in known]
     if unknown or not targets:
         raise ValueError(

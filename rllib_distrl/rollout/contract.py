@@ -55,6 +55,22 @@ _OUR_ALGORITHMS: Mapping[str, str] = {
 }
 
 
+_AT_LEAST: Mapping[str, int] = {
+    "num_learners": 0,
+    "num_cpus_per_learner": 0,
+    "num_gpus_per_learner": 0,
+    "num_env_runners": 0,
+    "num_cpus_per_env_runner": 0,
+    "num_gpus_per_env_runner": 0,
+    "evaluation_num_env_runners": 0,
+    "evaluation_interval": 0,
+    "evaluation_duration": 1,
+    "metrics_num_episodes_for_smoothing": 1,
+    "min_sample_timesteps_per_iteration": 0,
+    "min_train_timesteps_per_iteration": 0,
+}
+
+
 def check_contract(config: Any, ours: bool = False) -> None:
     """Refuses what a `CompletionEnvRunner` would pass over in silence.
 
@@ -79,7 +95,20 @@ def check_contract(config: Any, ours: bool = False) -> None:
         raise ValueError(f"framework is {config.framework_str!r}; there is 'torch' only.")
     if not config.in_evaluation:  # RLlib sets some of these itself there.
         _check_unread(config, {**_ENV_SIDE, **(_OUR_ALGORITHMS if ours else {})})
+    _check_counts(config)
     _check_env_id(config.env)
+
+
+def _check_counts(config: Any) -> None:
+    """Refuses numbers below what they count; RLlib (Ray 2.60) looks at few of them."""
+    for name, least in _AT_LEAST.items():
+        value = getattr(config, name)
+        if isinstance(value, (int, float)) and not value >= least:
+            raise ValueError(f"{name} is {value}; it must be >= {least}.")
+    for name in ("sample_timeout_s", "evaluation_sample_timeout_s"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} is {value}; it must be above 0.")
 
 
 def _check_unread(config: Any, unread: Mapping[str, str]) -> None:

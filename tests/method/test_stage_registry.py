@@ -180,3 +180,9 @@ def test_lengths_and_returns_skip_padding():
 def test_a_missing_column_says_what_there_is():
     with pytest.raises(ValueError, match=r"no column 'values'.*rewards"):
         resolve("advantage", "gae")(batch())
+
+
+@pytest.mark.parametrize("name", ["os:getcwd", "math:hypot", "textwrap:dedent"])
+def test_what_cannot_be_called_as_a_method_of_its_kind_is_refused(name):
+    with pytest.raises(ValueError, match=r"regulariser '.*' cannot be called with \(logp, batch\)"):
+        resolve("regulariser", name)

@@ -93,7 +93,11 @@ def test_adapters_depend_on_the_seed_alone():
     [
         ({"rank": 4}, "The nearest one is 'r'"),
         ({"r": 0}, "r is 0"),
+        ({"r": True}, "r is True"),
         ({"alpha": 0}, "alpha is 0"),
+        ({"alpha": "16"}, "alpha is '16'"),
+        (3, "lora is 3; it must be a table"),
+        ({"targets": 3}, "targets is 3"),
         ({"targets": ["query"]}, "q_proj"),
         ({"targets": ["lm_head"]}, "linear layers"),
         ({"targets": []}, "linear layers"),
