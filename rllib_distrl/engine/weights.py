@@ -35,6 +35,15 @@ def _words(tensor: torch.Tensor) -> torch.Tensor:
     return raw.view(torch.int64)
 
 
+def _products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Σ kᵢ wᵢ modulo 2⁶⁴ of every row (R, n): shape (R,)."""
+    if rows.is_cpu:
+        return rows @ keys
+    scratch = torch.empty_like(keys)  # GPUs have no product of integer matrices
+    sums = [torch.mul(row, keys, out=scratch).sum() for row in rows]
+    return torch.stack(sums) if sums else rows.new_empty(0)
+
+
 def _digest(tensor: torch.Tensor) -> bytes:
     """Multilinear hash of each row of words, then BLAKE2b of all rows' hashes.
 
@@ -43,14 +52,12 @@ def _digest(tensor: torch.Tensor) -> bytes:
     2014). It runs where the tensor is, at the speed of its memory.
     """
     words = _words(tensor)
-    keys, scratch = _keys(words.device), words.new_empty(_ROW)
-    whole = len(words) // _ROW * _ROW
-    rows = [torch.mul(row, keys, out=scratch).sum() for row in words[:whole].view(-1, _ROW)]
-    rest = words[whole:]
-    rows.append((rest * keys[: len(rest)]).sum())
+    keys, whole = _keys(words.device), len(words) // _ROW * _ROW
+    rows, rest = words[:whole].view(-1, _ROW), words[whole:]
+    hashes = [_products(rows, keys), _products(rest.view(1, -1), keys[: len(rest)])]
     total = hashlib.blake2b(digest_size=32)
     total.update(f"{tensor.dtype} {tensor.numel()} ".encode())
-    total.update(torch.stack(rows).cpu().numpy().tobytes())
+    total.update(torch.cat(hashes).cpu().numpy().tobytes())
     return total.digest()
 
 
