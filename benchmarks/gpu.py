@@ -47,6 +47,8 @@ SIZES: dict[str, dict[str, Any]] = {
 # Dense bfloat16 peaks in FLOP/s, from the vendor's data sheets.
 PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12}
 PROMPT = 64
+UNRECORDED = "operator by operator"
+"""The fast decoder without CUDA graphs."""
 TOKENS = 512
 """Of a completion in an update."""
 
@@ -159,10 +161,10 @@ def sampling(bench: Bench, size: str) -> None:
     model = make_model(config, bench.device)
     parameters = sum(p.numel() for p in model.parameters())
     tokens = 16 if bench.small else 256
-    cases = [("graph", 64), ("graph", 256), ("graph", 1024)]
+    cases = [("fast", 64), ("fast", 256), ("fast", 1024)]
     if size == "135m":
-        cases.append(("fast", 256))
-    for decoder, rows in [("graph", 8), ("fast", 8)] if bench.small else cases:
+        cases.append((UNRECORDED, 256))
+    for decoder, rows in [("fast", 8), (UNRECORDED, 8)] if bench.small else cases:
         bench.fresh()
         seconds = sampling_seconds(bench, model, decoder, rows, tokens)
         bench.add(
@@ -173,9 +175,12 @@ def sampling(bench: Bench, size: str) -> None:
 
 
 def engine_of(bench: Bench, model: Any, decoder: Any, rows: int, dtype: torch.dtype) -> TorchEngine:
-    engine = TorchEngine(
-        model.config, (), max_batch_size=rows, device=bench.device, dtype=dtype, decoder=decoder
+    name = "fast" if decoder == UNRECORDED else decoder
+    engine: Any = TorchEngine(
+        model.config, (), max_batch_size=rows, device=bench.device, dtype=dtype, decoder=name
     )
+    if decoder == UNRECORDED:
+        engine.decoder.records = False
     engine.load_weights(model.state_dict(), 0)
     return engine
 
@@ -309,7 +314,7 @@ def engine_numerics(bench: Bench, size: str) -> None:
     config = model_config(size)
     model = make_model(config, torch.device("cpu"))
     asked = requests(16, 24, config.vocab_size)
-    for decoder, dtype in [(d, t) for d in ("graph", "fast", "generic") for t in ("32", "16")]:
+    for decoder, dtype in [(d, t) for d in ("fast", UNRECORDED, "generic") for t in ("32", "16")]:
         kind = {"32": torch.float32, "16": torch.bfloat16}[dtype]
         engine = engine_of(bench, model, decoder, 16, kind)
         completions = engine.generate(asked, SamplingParams(max_tokens=24, temperature=0.9))
@@ -366,7 +371,7 @@ def profile(bench: Bench, size: str) -> None:
     config = model_config(size)
     model = make_model(config, bench.device)
     rows = 8 if bench.small else 256
-    engine = engine_of(bench, model, "graph", rows, torch.bfloat16)
+    engine = engine_of(bench, model, "fast", rows, torch.bfloat16)
     asked, params = requests(rows, 64, config.vocab_size), SamplingParams(max_tokens=64)
     episodes = episodes_of(bench, 8 if bench.small else 128)
     learner = learner_of(

@@ -1,12 +1,16 @@
-"""A decoder for Qwen2, Qwen3 and Llama in PyTorch's operators, with a static key-value cache.
+"""A decoder for Qwen2, Qwen3 and Llama in PyTorch's operators: the engine of GPUs.
 
-Any device, float32 or bfloat16; float32 on CPU has a faster one, `compiled_decoder`.
+A step of a small model is hundreds of kernels of microseconds each, which takes longer to launch
+than to run. On CUDA a step and its draw are therefore recorded once as a graph, and replayed:
+everything that changes from step to step (columns, tokens, uniforms) lies in tensors of fixed
+address on the device, and the host looks at what was drawn every `ahead` steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +18,8 @@ import torch.nn.functional as F
 
 from rllib_distrl.engine.fast_weights import FastWeights, rotary_table, shape_of, unsupported
 from rllib_distrl.engine.kv_cache import KVCache
+from rllib_distrl.engine.protocol import SamplingParams
+from rllib_distrl.engine.sampling import sample
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
 _PREFILL_TOKENS = 16384
 # The table of rotations grows by at least this many positions at a time.
 _POSITION_STEP = 64
+# Graphs are recorded for multiples of so many rows, and for powers of two below.
+_ROW_STEP = 64
 
 Prompt = tuple[int, ...]
 # (layer, rotated and scaled queries (N, heads, D), rotated keys and values (N, 2, kv_heads, D))
@@ -30,21 +38,26 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class FastDecoder:
-    """Static-cache decoder. Rows are 0 … n - 1; new rows are appended after them.
+    """Draws by itself, several tokens at a time. Rows are 0 … n - 1; new rows come after them.
 
     Args:
         config: A Qwen2, Qwen3 or Llama config.
         device: Where weights and cache live.
         dtype: float32 or bfloat16; rotations and norms are computed in float32.
 
+    Attributes:
+        records: Whether steps become CUDA graphs; elsewhere the same operators are launched.
+
     Raises:
         ValueError: A config that this decoder does not compute.
     """
 
     joins_midway = True
-    row_step = 16
-    # Closing the gaps costs about a tenth of a step.
-    shrink_share = 0.0625
+    row_step = _ROW_STEP
+    # Fewer rows are another graph, and a finished row costs little beside the weights' traffic.
+    shrink_share = 0.25
+    ahead = 8
+    """Tokens that are drawn before the host looks at them."""
 
     def __init__(self, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
         reason = unsupported(config)
@@ -58,6 +71,14 @@ class FastDecoder:
         counts = torch.tensor([s.heads, s.kv_heads, s.kv_heads])
         self._kinds = torch.arange(3).repeat_interleave(counts).to(device)
         self.cache = KVCache(s.layers, s.kv_heads, s.head_dim, device, dtype)
+        self.records = device.type == "cuda"
+        # PyTorch's flash attention reads each row as far as it goes; float32 it does not take.
+        self.flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+        self._make_buffers(0)
+        self._graphs: dict[tuple[int, SamplingParams], torch.cuda.CUDAGraph] = {}
+        self._recorded_for: tuple[int, ...] = ()
+        # The graphs' memory: one of them runs at a time.
+        self._pool: Any = None
         self.close()
 
     def canonical(self) -> Mapping[str, torch.Tensor]:
@@ -77,7 +98,10 @@ class FastDecoder:
             length: Longest prompt and completion together, in tokens.
         """
         self.close()
+        batch = _padded(batch)
         self.cache.open(batch, width, length)
+        if len(self._tokens) < batch:
+            self._make_buffers(batch)
         if len(self._rotations) < length:
             table = rotary_table(self.config, length + _POSITION_STEP, self.device)
             # Queries carry the scale of the scores; values are not rotated.
@@ -114,36 +138,130 @@ class FastDecoder:
         """Makes old row rows[i] the new row i and drops the others."""
         self.cache.keep(rows)
 
-    def step(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Appends one token to every row.
+    def _make_buffers(self, batch: int) -> None:
+        size, device = (self.ahead, batch), self.device
+        self._tokens = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._uniforms = torch.zeros(size, dtype=torch.float64, device=device)
+        self._drawn = torch.zeros(size, dtype=torch.int64, device=device)
+        # Logps, then entropies.
+        self._numbers = torch.zeros(2, *size, device=device)
+        self._slot = torch.zeros(1, dtype=torch.int64, device=device)
+        self._rows = torch.arange(batch + 1, device=device)
+
+    def draw(
+        self, tokens: torch.Tensor, uniforms: np.ndarray, params: SamplingParams
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Appends a token to every row and draws the next, as often as there are uniforms.
 
         Args:
-            tokens: (n,) int64.
+            tokens: (n,) int64, appended first.
+            uniforms: (K, n), K at most `ahead`.
+            params: How to sample.
 
         Returns:
-            (n, V) logits of the token after it.
+            (K, n) tokens, their logps, and entropies if asked for.
         """
-        # Finished rows that still wait to be dropped may run past the last position.
-        positions = np.minimum(self.cache.positions(), len(self._rotations) - 1)
-        rotations = self._rotations.index_select(0, torch.from_numpy(positions).to(self.device))
-        x = self.weights.embed.index_select(0, tokens)
-        x = self._layers(x, rotations, self._attend)
-        self.cache.advance()
-        return self._logits(x)
+        steps, n = uniforms.shape
+        rows = _padded(n)
+        self.cache.make_room(steps)
+        self._forget_stale_graphs()
+        self._tokens[:n] = tokens
+        self._uniforms[:steps, :n] = torch.from_numpy(uniforms).to(self.device)
+        self._slot.zero_()
+        for _ in range(steps):
+            self._replay(rows, params)
+        self.cache.passed(steps)
+        drawn = self._drawn[:steps, :n].cpu().numpy()
+        logps, *entropies = self._numbers[: 1 + params.entropy, :steps, :n].cpu().numpy()
+        return drawn, logps, entropies[0] if params.entropy else None
 
-    def _attend(self, layer: int, query: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
-        """One query per row against the columns in use."""
-        self.cache.target(layer).copy_(kv.transpose(0, 1))
-        keys, values, mask = self.cache.used(layer)
-        out = F.scaled_dot_product_attention(
-            query.unsqueeze(2),
-            keys.permute(1, 2, 0, 3),
-            values.permute(1, 2, 0, 3),
-            None if mask is None else mask.permute(1, 2, 0).unsqueeze(1),
-            scale=1.0,
-            enable_gqa=self.shape.heads != self.shape.kv_heads,
-        )
-        return out.view(len(query), -1)
+    def _forget_stale_graphs(self) -> None:
+        """Graphs hold addresses: other tensors need other graphs."""
+        tensors = (self.cache.data, self._rotations, self._tokens)
+        addresses = tuple(tensor.data_ptr() for tensor in tensors)
+        if addresses != self._recorded_for:
+            self._graphs.clear()
+            self._recorded_for = addresses
+            # A pool ends with its last graph.
+            self._pool = torch.cuda.graph_pool_handle() if self.records else None
+
+    def _replay(self, rows: int, params: SamplingParams) -> None:
+        """One step and its draw; the first of its kind runs as it is, and is then recorded."""
+        key = (rows, replace(params, max_tokens=1))
+        if key in self._graphs:
+            self._graphs[key].replay()
+            return
+        self._advance(rows, params)
+        if self.records:
+            graph = torch.cuda.CUDAGraph()
+            # Other threads of the process may go on using the device.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                self._advance(rows, params)
+            self._graphs[key] = graph
+
+    def _advance(self, rows: int, params: SamplingParams) -> None:
+        """Reads and writes nothing but tensors of fixed address, and asks the device nothing."""
+        starts, columns = self.cache.starts[:rows], self.cache.columns[:rows]
+        positions = (columns - starts).clamp_(max=len(self._rotations) - 1)
+        rotations = self._rotations.index_select(0, positions)
+        attend = (self._flash_attention if self.flash else self._attention)(rows, starts, columns)
+        x = self.weights.embed.index_select(0, self._tokens[:rows])
+        logits = self._logits(self._layers(x, rotations, attend))
+        uniforms = self._uniforms.index_select(0, self._slot)[0, :rows]
+        tokens, logps, entropies = sample(logits, uniforms, params)
+        self._drawn[:, :rows].index_copy_(0, self._slot, tokens[None])
+        self._numbers[0, :, :rows].index_copy_(0, self._slot, logps[None])
+        if entropies is not None:
+            self._numbers[1, :, :rows].index_copy_(0, self._slot, entropies[None])
+        self._tokens[:rows].copy_(tokens)
+        self._slot.add_(1)
+        columns.add_(1).clamp_(max=self.cache.data.shape[3] - 1)
+
+    def _write(self, layer: int, places: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+        """Puts the tokens' keys and values into the cache; a layer's, (2, rows, columns, ...)."""
+        cache = self.cache.data[layer]
+        cache.flatten(1, 2).index_copy_(1, places, kv.transpose(0, 1))
+        return cache
+
+    def _attention(self, rows: int, starts: torch.Tensor, columns: torch.Tensor) -> Attend:
+        """Attention over the whole width of the cache, with a mask."""
+        s, width = self.shape, self.cache.data.shape[3]
+        places = self._rows[:rows] * width + columns
+        column = torch.arange(width, device=self.device)
+        hidden = (column < starts[:, None]) | (column > columns[:, None])
+        mask = torch.zeros(hidden.shape, device=self.device, dtype=self.dtype)
+        mask = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+
+        def attend(layer: int, query: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            keys, values = self._write(layer, places, kv)[:, :rows].transpose(2, 3)
+            # The queries that share a key head stand where a sequence has its tokens.
+            query = query.view(rows, s.kv_heads, -1, s.head_dim)
+            out = F.scaled_dot_product_attention(query, keys, values, mask, scale=1.0)
+            return out.reshape(rows, -1)
+
+        return attend
+
+    def _flash_attention(self, rows: int, starts: torch.Tensor, columns: torch.Tensor) -> Attend:
+        """Attention of rows of unequal length, each read from its start to its column."""
+        s, width = self.shape, self.cache.data.shape[3]
+        begins = self._rows[: rows + 1] * width
+        places = begins[:rows] + columns
+        begins[:rows] += starts
+        # The queries that share a key head stand where a sequence has its tokens: read once.
+        shared = s.heads // s.kv_heads
+        of_keys, of_queries = begins.int(), (self._rows[: rows + 1] * shared).int()
+        lengths = (columns - starts + 1).int()
+
+        def attend(layer: int, query: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+            keys, values = self._write(layer, places, kv).flatten(1, 2)
+            query = query.view(rows, s.kv_heads, shared, -1).transpose(1, 2).flatten(0, 1)
+            out = torch.ops.aten._flash_attention_forward(
+                query, keys, values, of_queries, of_keys, shared, width, 0.0, False, False,
+                scale=1.0, seqused_k=lengths,
+            )[0]  # fmt: skip
+            return out.view(rows, shared, s.kv_heads, -1).transpose(1, 2).reshape(rows, -1)
+
+        return attend
 
     def _layers(self, x: torch.Tensor, rotations: torch.Tensor, attend: Attend) -> torch.Tensor:
         """All layers.
@@ -249,3 +367,10 @@ def _add_linear(
     x.addmm_(inputs, weight.t())
     if bias is not None:
         x.add_(bias)
+
+
+def _padded(rows: int) -> int:
+    """Rows of the graph that computes so many."""
+    if rows >= _ROW_STEP:
+        return -(-rows // _ROW_STEP) * _ROW_STEP
+    return 1 << (rows - 1).bit_length()

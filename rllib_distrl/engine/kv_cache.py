@@ -1,26 +1,26 @@
-"""A static key-value cache whose rows all write the same column at each step.
-
-A row's prompt ends just before the column at which the row joined, so rows differ only in where
-they start: a token's position is its column minus its row's start, and columns before the start
-are masked (no mask where all starts are equal).
-"""
+"""A static key-value cache whose rows each count their own columns, on the device."""
 
 import numpy as np
 import torch
 
-# The cache grows by at least this many columns at a time.
+# The cache has and grows by multiples of so many columns, which suits attention with a mask.
 _COLUMN_STEP = 64
+# Columns behind the prompts that the cache begins with.
+_FIRST = 512
+# The cache grows by at least this share: every growth records the graphs anew.
+_GROWTH = 0.5
 
 
 class KVCache:
-    """Keys and values of rows 0 … n - 1.
+    """Keys and values of rows that each count their own columns, on the device.
 
-    Time is the outermost axis: the columns in use are one stretch of memory.
+    A prompt ends before column `width`, whenever its row joined.
 
     Attributes:
-        rows: n, rows in use.
-        column: The column that the next token is written to.
-        mask: (columns, n, 1), 0 or -inf, or None where all rows start at the same column.
+        data: (layers, 2, rows, columns, heads, head_dim), keys before values.
+        starts: (rows,) int64, the first column of each row's prompt.
+        columns: (rows,) int64, the column of each row's next token.
+        rows: How many rows are in use, the first ones.
 
     Args:
         layers: Number of layers.
@@ -33,15 +33,19 @@ class KVCache:
     def __init__(
         self, layers: int, heads: int, head_dim: int, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self._size, self._device, self._dtype = (layers, heads, head_dim), device, dtype
-        self._data = self.allocate(0, 0)
+        self._layers, self._heads = layers, (heads, head_dim)
+        self._device, self._dtype = device, dtype
+        self.data = self._zeros(0, 0)
+        self.starts = self.columns = torch.zeros(0, dtype=torch.int64, device=device)
         self.close()
 
-    def allocate(self, columns: int, batch: int) -> torch.Tensor:
-        """Zeros of shape (layers, 2, columns, batch, heads, head_dim), keys before values."""
-        layers, heads, head_dim = self._size
-        size = (layers, 2, columns, batch, heads, head_dim)
+    def _zeros(self, *size: int) -> torch.Tensor:
+        size = (self._layers, 2, *size, *self._heads)
         return torch.zeros(size, device=self._device, dtype=self._dtype)
+
+    def allocate(self, columns: int, batch: int) -> torch.Tensor:
+        """Zeros of shape (layers, 2, columns, batch, heads, head_dim), for prompts."""
+        return self._zeros(columns, batch)
 
     def open(self, batch: int, width: int, length: int) -> None:
         """Empties the cache and makes room.
@@ -52,93 +56,64 @@ class KVCache:
             length: Longest prompt and completion together, in tokens.
         """
         self.close()
-        columns = min(length, width + _COLUMN_STEP)
-        if self._data.shape[3] < batch or self._data.shape[2] < columns:
-            columns = max(columns, self._data.shape[2])
-            self._data = self.allocate(columns, max(batch, self._data.shape[3]))
-        self.column = self._width = width
+        self._width, self._length = width, length
+        rows, columns = self.data.shape[2:4]
+        if rows < batch:
+            self.data = self._zeros(0, 0)  # Frees before it takes.
+            self.data = self._zeros(batch, max(columns, _whole(min(length, width + _FIRST))))
+            self.starts, self.columns = (
+                torch.zeros(batch, dtype=torch.int64, device=self._device) for _ in range(2)
+            )
+        self.make_room(1)
 
     def close(self) -> None:
         """Forgets all rows; the memory is kept."""
-        self.rows = self.column = self._width = self._low = 0
-        self._start = np.zeros(0, dtype=np.int64)
-        self.mask: torch.Tensor | None = None
-        self._stale = True
+        self.rows = self._width = self._length = 0
+        # Where each row's column is, or beyond: known without asking the device.
+        self._reached = np.zeros(0, dtype=np.int64)
 
     def append(self, kv: torch.Tensor, lengths: np.ndarray) -> None:
-        """Adds rows whose prompts end at the current column.
+        """Adds rows with their prompts.
 
         Args:
             kv: (layers, 2, P, rows, heads, head_dim), aligned to the right.
             lengths: (rows,) prompt lengths, at most P.
         """
         columns, rows = kv.shape[2:4]
-        first = self.column - columns
-        self._data[:, :, first : self.column, self.rows : self.rows + rows] = kv
-        self._start = np.concatenate((self._start, self.column - lengths))
+        new = slice(self.rows, self.rows + rows)
+        self.data[:, :, new, self._width - columns : self._width] = kv.transpose(2, 3)
+        self.starts[new] = self._width - torch.from_numpy(lengths).to(self._device)
+        self.columns[new] = self._width
+        self._reached = np.concatenate((self._reached, np.full(rows, self._width)))
         self.rows += rows
-        self._stale = True
 
     def keep(self, rows: np.ndarray) -> None:
         """Makes old row rows[i] the new row i and drops the others."""
         moved = np.nonzero(rows != np.arange(len(rows)))[0]
         if len(moved):
-            live = self._data[:, :, int(self._start[rows].min()) : self.column]
             source = torch.from_numpy(rows[moved]).to(self._device)
             target = torch.from_numpy(moved).to(self._device)
-            live.index_copy_(3, target, live.index_select(3, source))
-        self._start = self._start[rows]
+            live = self.data[:, :, :, : int(self._reached[rows].max())]
+            live.index_copy_(2, target, live.index_select(2, source))
+            for counts in (self.starts, self.columns):
+                counts.index_copy_(0, target, counts.index_select(0, source))
+        self._reached = self._reached[rows]
         self.rows = len(rows)
-        self._stale = True
 
-    def positions(self) -> np.ndarray:
-        """(n,) int64 positions of the next tokens; makes room for them."""
-        if self._stale or self.column == self._data.shape[2]:
-            self._make_room()
-        return self.column - self._start
+    def make_room(self, steps: int) -> None:
+        """Grows if the next steps need it; finished rows may pass the end, where they stay."""
+        reached = max(self._width, int(self._reached.max(initial=0)))
+        needed = min(reached + steps, self._length)
+        columns = self.data.shape[3]
+        if needed > columns:
+            more = max(needed, columns + min(int(_GROWTH * columns), self._length - columns))
+            old, self.data = self.data, self._zeros(self.data.shape[2], _whole(more))
+            self.data[:, :, :, :columns] = old
 
-    def target(self, layer: int) -> torch.Tensor:
-        """(2, n, heads, head_dim): where the next tokens' keys and values go."""
-        return self._data[layer, :, self.column, : self.rows]
+    def passed(self, steps: int) -> None:
+        """Notes that every row has gone on by so many columns."""
+        self._reached += steps
 
-    def used(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Keys and values (S, n, heads, head_dim) up to the current column, and their mask."""
-        stretch = slice(self._low, self.column + 1)
-        keys, values = self._data[layer, :, stretch, : self.rows]
-        return keys, values, None if self.mask is None else self.mask[stretch]
 
-    def advance(self) -> None:
-        """Ends a step."""
-        self.column += 1
-
-    def _make_room(self) -> None:
-        """Finds a column for the next tokens, and the mask that goes with the rows' starts."""
-        low = int(self._start.min())
-        if self.column == self._data.shape[2]:
-            shift = min(low, self.column - self._width)
-            if shift > self.column // 2:
-                self._shift(shift)
-                low -= shift
-            else:
-                self._grow(self.column + max(_COLUMN_STEP, self.column // 2))
-        self._low = low
-        self.mask = None
-        if (self._start != low).any():
-            columns = torch.arange(self._data.shape[2], device=self._device).view(-1, 1, 1)
-            hidden = columns < torch.from_numpy(self._start).to(self._device).view(1, -1, 1)
-            mask = torch.zeros(hidden.shape, device=self._device, dtype=self._dtype)
-            self.mask = mask.masked_fill_(hidden, -torch.inf)
-        self._stale = False
-
-    def _shift(self, columns: int) -> None:
-        """Moves everything left over columns that no row uses any more."""
-        live = self._data[:, :, columns : self.column, : self.rows].clone()
-        self.column -= columns
-        self._data[:, :, : self.column, : self.rows] = live
-        self._start -= columns
-
-    def _grow(self, columns: int) -> None:
-        """Gives the cache this many columns, keeping what is in use."""
-        old = self._data[:, :, : self.column, : self.rows]
-        self._data = self.allocate(columns, self._data.shape[3])
-        self._data[:, :, : self.column, : self.rows] = old
+def _whole(columns: int) -> int:
+    return -(-columns // _COLUMN_STEP) * _COLUMN_STEP

@@ -49,6 +49,10 @@ class Decoder(Protocol):
         """Makes old row rows[i] the new row i and drops the others."""
         ...
 
+
+class SteppingDecoder(Decoder, Protocol):
+    """A decoder that hands its logits on after every step."""
+
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Appends one token (n,) to every row and returns the next logits (n, V)."""
         ...
@@ -87,7 +91,7 @@ class Call:
 
     def __init__(
         self,
-        decoder: Decoder,
+        decoder: SteppingDecoder | DrawingDecoder,
         requests: Sequence[Request],
         params: SamplingParams,
         is_eos: np.ndarray,

@@ -12,7 +12,6 @@ from rllib_distrl.engine.compiled_decoder import CompiledDecoder, not_compiled
 from rllib_distrl.engine.fast_decoder import FastDecoder
 from rllib_distrl.engine.fast_weights import unsupported
 from rllib_distrl.engine.generic_decoder import GenericDecoder
-from rllib_distrl.engine.graph_decoder import GraphDecoder
 from rllib_distrl.engine.protocol import (
     UNKNOWN_VERSION,
     Completion,
@@ -20,7 +19,7 @@ from rllib_distrl.engine.protocol import (
     SamplingParams,
     check_prompts,
 )
-from rllib_distrl.engine.scheduler import Call, Decoder
+from rllib_distrl.engine.scheduler import Call, DrawingDecoder, SteppingDecoder
 from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
 
 if TYPE_CHECKING:
@@ -28,11 +27,10 @@ if TYPE_CHECKING:
 
 _DECODERS = {
     "compiled": CompiledDecoder,
-    "graph": GraphDecoder,
     "fast": FastDecoder,
     "generic": GenericDecoder,
 }
-DecoderName = Literal["auto", "compiled", "graph", "fast", "generic"]
+DecoderName = Literal["auto", "compiled", "fast", "generic"]
 
 
 def choose_decoder(
@@ -41,7 +39,7 @@ def choose_decoder(
     """What "auto" stands for: kernels on CPUs, CUDA graphs, or Transformers."""
     if device.type == "cpu":
         return "generic" if not_compiled(config, device, dtype) else "compiled"
-    return "generic" if unsupported(config) else "graph"
+    return "generic" if unsupported(config) else "fast"
 
 
 class TorchEngine:
@@ -57,8 +55,7 @@ class TorchEngine:
         device: A torch device.
         dtype: Type of weights and cache, float32 or bfloat16.
         decoder: "compiled" (Qwen2, Qwen3, Llama on CPU), "fast" (the same models in PyTorch's
-            operators, on any device), "graph" (these as CUDA graphs), "generic" (any causal LM), or
-            "auto".
+            operators, on any device, as CUDA graphs), "generic" (any causal LM), or "auto".
 
     Attributes:
         is_eos: (V,) bool, True at the tokens that end a completion.
@@ -88,11 +85,13 @@ class TorchEngine:
             raise ValueError(f"max_batch_size={max_batch_size}: must be at least 1.")
         if decoder not in ("auto", *_DECODERS):
             raise ValueError(
-                f'decoder={decoder!r}: must be "auto", "compiled", "graph", "fast" or "generic".'
+                f'decoder={decoder!r}: must be "auto", "compiled", "fast" or "generic".'
             )
         if decoder == "auto":
             decoder = choose_decoder(model_config, self.device, dtype)
-        self.decoder: Decoder = _DECODERS[decoder](model_config, self.device, dtype)
+        self.decoder: SteppingDecoder | DrawingDecoder = _DECODERS[decoder](
+            model_config, self.device, dtype
+        )
         self.is_eos = self._eos_table(eos_token_ids, text_config.vocab_size)
 
     @staticmethod

@@ -17,7 +17,7 @@ SAMPLED = SamplingParams(max_tokens=40, temperature=1.4)
 def test_graphs_sample_what_the_model_computes(name, dtype):
     model, requests = make_model(name), make_requests()
     engine = make_engine(model, device="cuda", dtype=dtype)
-    assert type(engine.decoder).__name__ == "GraphDecoder"
+    assert type(engine.decoder).__name__ == "FastDecoder"
     for _ in range(2):  # recorded, then replayed
         completions = engine.generate(requests, SAMPLED)
         errors = [
