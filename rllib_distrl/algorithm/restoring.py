@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow.fs
 
 from rllib_distrl.files import model_hash
-from rllib_distrl.maths.optimism import LEARNED_STATS
+from rllib_distrl.method.registry import LEARNED_STATS, resolve
 from rllib_distrl.model.lora import DEFAULTS as LORA_DEFAULTS
 from rllib_distrl.settings import DistanceSettings, EnsembleSettings
 
@@ -30,8 +30,9 @@ def module_settings(config: Any) -> dict[str, Any]:
         if not isinstance(lora["targets"], str):
             lora["targets"] = sorted(lora["targets"])
     found["lora"] = lora or None
+    statistic = resolve("bonus_statistic", config.bonus_stat).name
     for name in LEARNED_STATS:
-        if config.bonus_stat != name:  # A checkpoint without its state leaves it to start afresh.
+        if statistic != name:  # A checkpoint without its state leaves it to start afresh.
             del found[name]
         else:
             found[name] = UNCERTAINTIES[name](**getattr(config, name)).to_dict()

@@ -8,9 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from rllib_distrl.maths.optimism import LEARNED_STATS
 from rllib_distrl.method.pipeline import SHARED, Method
-from rllib_distrl.method.registry import KINDS, Stage, methods
+from rllib_distrl.method.registry import KINDS, LEARNED_STATS, Stage, methods, resolve
 
 
 @dataclass(frozen=True)
@@ -36,6 +35,10 @@ def _fresh(config: Any) -> bool:
     return config.critic != "none" and config.critic_checkpoint is None
 
 
+def _statistic(config: "DistRLConfig") -> str:
+    return resolve("bonus_statistic", config.bonus_stat).name
+
+
 PARTS = (
     Part("a critic", lambda c: c.critic != "none",
          ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "vf_loss_coeff",
@@ -52,9 +55,9 @@ PARTS = (
          lambda c: any("values" in stage.needs for stage in Method.from_config(c).stages),
          ("read_out",)),
     Part("bonus_stat = 'ensemble' or 'distance'",
-         lambda c: c.bonus_stat in LEARNED_STATS, ("bonus_stat",)),
-    Part("bonus_stat = 'ensemble'", lambda c: c.bonus_stat == "ensemble", ("ensemble", "gamma")),
-    Part("bonus_stat = 'distance'", lambda c: c.bonus_stat == "distance", ("distance",)),
+         lambda c: _statistic(c) in LEARNED_STATS, ("bonus_stat",)),
+    Part("bonus_stat = 'ensemble'", lambda c: _statistic(c) == "ensemble", ("ensemble", "gamma")),
+    Part("bonus_stat = 'distance'", lambda c: _statistic(c) == "distance", ("distance",)),
     Part("lr_schedule = 'cosine'", lambda c: c.lr_schedule == "cosine",
          ("lr_decay_iterations", "lr_min_ratio")),
     Part("grad_clip", lambda c: c.grad_clip is not None, ("grad_clip_by",)),

@@ -216,7 +216,8 @@ def _check_method(config: Any) -> None:
             f"bonus_coeff is {config.bonus_coeff}, but one quantile has no spread. "
             "Set bonus_coeff = 0, n_quantiles >= 2, or bonus_stat = 'ensemble' or 'distance'."
         )
-    if config.quantile_loss == "matched" and config.target == "sample_replacement":
+    target = resolve("target", config.target).name
+    if config.quantile_loss == "matched" and target == "sample_replacement":
         raise ValueError(
             "quantile_loss='matched' needs a target per quantile, but sample_replacement gives "
             "particles. Use quantile_loss='pairwise'."

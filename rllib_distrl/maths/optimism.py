@@ -15,8 +15,6 @@ from rllib_distrl.maths.advantages import leads_to_state, next_state
 from rllib_distrl.maths.statistics import AllReduce, identity, masked_mean_and_std, zero_padding
 
 BONUS_STATS = ("ltv_sqrt", "ltv", "std")
-# Uncertainties that are learned beside the critic: `learners.uncertainty`.
-LEARNED_STATS = ("ensemble", "distance")
 BONUS_PLACES = ("next", "difference", "current")
 BONUS_SCHEDULES = ("dltv", "linear", "constant")
 # What the metric shows where the advantages do not vary at all.

@@ -7,7 +7,7 @@ from rllib_distrl.maths.optimism import BONUS_STATS, bonus_statistic
 from rllib_distrl.maths.read_outs import READ_OUTS, check_read_out, read_out
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
-from rllib_distrl.method.registry import LEARNED, register
+from rllib_distrl.method.registry import LEARNED_STATS, register
 
 for _name, _formula in targets.TARGETS.items():
     _unread = ("lambda_",) if _name == "monte_carlo" else ()
@@ -56,5 +56,5 @@ def _learned(name: str) -> None:
 
 for _name in BONUS_STATS:
     _of_quantiles(_name)
-for _name in sorted(LEARNED):
+for _name in LEARNED_STATS:
     _learned(_name)

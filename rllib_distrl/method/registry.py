@@ -44,9 +44,10 @@ KINDS = (
     "read_out", "bonus_statistic", "aggregation", "importance_correction", "controller",
     "prompt_sampler",
 )  # fmt: skip
-# Uncertainties that a learner learns beside the critic, and writes into the batch's `extras`.
-LEARNED = frozenset({"ensemble", "distance"})
-NEEDS = LEARNED | {
+# Uncertainties that a learner learns beside the critic (`learner.uncertainty`) and writes into the
+# batch's `extras`.
+LEARNED_STATS = ("ensemble", "distance")
+NEEDS = frozenset(LEARNED_STATS) | {
     "entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups",
 }  # fmt: skip
 Spec = Mapping[str, Any] | str
@@ -340,6 +341,11 @@ def _check_positional(kind: str, name: str, function: Callable[..., Any]) -> Non
             f"{kind} {name!r} cannot be called with ({', '.join(given)}): {error}. Give it these "
             "arguments, and its settings as keyword-only ones after a *."
         ) from None
+
+
+def forget(kind: str, name: str) -> None:
+    """Takes a method out again, such as one of a notebook that is to be written anew."""
+    del _METHODS[kind, name]
 
 
 def methods(kind: str) -> list[Method]:

@@ -123,9 +123,7 @@ def close(one, other):
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
-def test_what_a_stage_declares_reaches_it(episodes, monkeypatch):
-    registry.names("shaper")
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+def test_what_a_stage_declares_reaches_it(episodes):
     seen = {}
 
     @registry.register("shaper", "reads_prompts", needs=("prompt_logp", "hidden"))
@@ -136,5 +134,6 @@ def test_what_a_stage_declares_reaches_it(episodes, monkeypatch):
     learner = make_learner(hot_config(shapers=[{"name": "reads_prompts"}]))
     columns = learner.columns(episodes)
     learner.batch_pass(columns, 1)
+    registry.forget("shaper", "reads_prompts")
     assert seen["prompt"].shape == (12, int(columns["prompt_lens"].max()))
     assert seen["hidden"].shape[:2] == columns[Columns.ACTIONS].shape

@@ -1,11 +1,13 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
 from tests.helpers import distrl_config
+from tests.learner.double_precision import SgdLearner
 from tests.learner.rig import hot_config, make_learner, sample
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -38,38 +40,30 @@ def test_weights_by_hand(correction, weights, mean, share):
     assert batch.metrics["importance_bounded_share"] == pytest.approx(share)
 
 
-def update_from_shifted_logps(build, shift, **training):
-    """The policy after one update on episodes whose sampler logps are off by `shift`."""
+def update_from_shifted_logps(episodes, shift, **training):
+    """The change of the policy in one update on episodes whose sampler logps are off by `shift`."""
     # A large step: what is compared are differences of float32 weights.
     settings = {"lr": 1.0, "init_value": 0.5, "whiten_advantages": False, "bonus_coeff": 0.0}
-    config = distrl_config(**settings, **training)
-    # Without momentum's normalisation a weight would vanish from Adam's first step.
-    algo = build(config.rollout(temperature=2.0))
-    for optimizer in algo.learner_group._learner._optimizer_parameters:
-        optimizer.__class__ = torch.optim.SGD
-        for group in optimizer.param_groups:
-            group.update(momentum=0, dampening=0, nesterov=False)
-    before = policy_state(algo)
-    update = algo._update_learners
-
-    def shifted(groups):
-        for group in groups:
-            for episode in group:
-                episode.extra_model_outputs["action_logp"].data[:] += shift
-        return update(groups)
-
-    algo._update_learners = shifted
-    result = algo.train()["learners"]["default_policy"]
-    after = policy_state(algo)
-    return torch.cat([(after[name] - before[name]).flatten() for name in before]), result
+    learner = make_learner(hot_config(learner_class=SgdLearner, **settings, **training))
+    episodes = copy.deepcopy(episodes)
+    for episode in episodes:
+        episode.extra_model_outputs["action_logp"].data[:] += shift
+    policy = learner.policy_module.policy
+    before = {name: weight.detach().clone() for name, weight in policy.named_parameters()}
+    result = learner.update(episodes=episodes, timesteps={"training_iteration": 1})
+    moved = [
+        (weight - before[name]).detach().flatten() for name, weight in policy.named_parameters()
+    ]
+    return torch.cat(moved), {n: each.peek() for n, each in result["default_policy"].items()}
 
 
-def test_the_weight_multiplies_the_policy_gradient(build):
+def test_the_weight_multiplies_the_policy_gradient():
+    episodes = sample(hot_config())
     correction = {"importance_correction": "truncated", "importance_bound": 1.5, "grad_clip": None}
-    plain, metrics = update_from_shifted_logps(build, float(np.log(2.0)), **correction)
+    plain, metrics = update_from_shifted_logps(episodes, float(np.log(2.0)), **correction)
     assert metrics["importance_weight_mean"] == pytest.approx(0.5, rel=1e-4)
     assert metrics["importance_bounded_share"] == 0.0
-    cut, metrics = update_from_shifted_logps(build, -float(np.log(2.0)), **correction)
+    cut, metrics = update_from_shifted_logps(episodes, -float(np.log(2.0)), **correction)
     assert float(plain.abs().max()) > 1e-2
     # Weights 1/2 and 2, cut at 1.5, for every token: the ratio to the learner's own logps stays 1.
     torch.testing.assert_close(cut, 3 * plain, rtol=1e-3, atol=1e-6)
@@ -77,7 +71,7 @@ def test_the_weight_multiplies_the_policy_gradient(build):
     assert metrics["importance_bounded_share"] == 1.0
     assert metrics["logp_mismatch_p50"] == pytest.approx(2.0, rel=1e-4)
     nothing, metrics = update_from_shifted_logps(
-        build, 3.0, **{**correction, "importance_correction": "masked"}
+        episodes, 3.0, **{**correction, "importance_correction": "masked"}
     )
     assert metrics["importance_bounded_share"] == 1.0 and not nothing.any()
 

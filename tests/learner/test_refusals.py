@@ -118,8 +118,10 @@ def test_too_many_in_a_row_stop_training_with_a_state_to_go_on_from(build, tmp_p
 
 def test_a_gradient_alone_is_named(build):
     algo = build(iterations=(), max_nonfinite_steps=1)
-    module = algo.learner_group._learner.module["default_policy"].unwrapped()
-    name, parameter = next(iter(module.named_parameters()))
+    found = algo.learner_group.foreach_learner(
+        lambda learner: next(iter(learner.policy_module.named_parameters()))
+    )
+    name, parameter = found.result_or_errors[0].get()
     algo.train()
     before = whole_state(algo)
     handle = parameter.register_hook(lambda gradient: gradient * math.nan)

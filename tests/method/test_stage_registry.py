@@ -2,9 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.method import registry
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.registry import KINDS, NEEDS, names, register, resolve
+from rllib_distrl.method.registry import KINDS, NEEDS, forget, methods, names, register, resolve
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False]])
 
@@ -19,10 +18,16 @@ def batch(**columns):
     return SequenceBatch(**{**defaults, **columns})
 
 
+def registered():
+    return {(kind, name) for kind in KINDS for name in names(kind)}
+
+
 @pytest.fixture
-def clean_registry(monkeypatch):
-    names("advantage")
-    monkeypatch.setattr(registry, "_METHODS", dict(registry._METHODS))
+def clean_registry():
+    before = registered()
+    yield
+    for kind, name in registered() - before:
+        forget(kind, name)
 
 
 def test_a_new_method_is_one_decorator(clean_registry):
@@ -152,8 +157,7 @@ def test_needs_may_depend_on_the_settings():
 
 def test_every_registered_method_has_a_docstring_and_known_needs():
     for kind in KINDS:
-        for name in names(kind):
-            method = registry._METHODS[kind, name]
+        for method in methods(kind):
             assert callable(method.needs) or set(method.needs) <= NEEDS
             if kind != "read_out":
                 assert method.function.__doc__
