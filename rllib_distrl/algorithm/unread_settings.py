@@ -35,7 +35,7 @@ def _fresh(config: Any) -> bool:
     return config.critic != "none" and config.critic_checkpoint is None
 
 
-def _statistic(config: "DistRLConfig") -> str:
+def _statistic(config: Any) -> str:
     return resolve("bonus_statistic", config.bonus_stat).name
 
 
