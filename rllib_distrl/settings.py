@@ -286,7 +286,8 @@ class RunSettings(Settings):
     algorithm: str = "DistRL"
     """A registered algorithm ("DistRL") or one of RLlib's own ("PPO")."""
     model: str = "builtin:countdown"
-    """A Hugging Face id, a folder, or "builtin:countdown"."""
+    """A Hugging Face id, a folder, a GGUF file, "package:NAME" for the GGUF file that an installed
+    package ships, or "builtin:countdown"."""
     name: str = ""
     """Names the default output folder; the recipe's file name without ending if empty."""
     iterations: Count = 200

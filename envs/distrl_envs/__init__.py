@@ -25,6 +25,7 @@ _ENVIRONMENTS = {
     "distrl/Countdown-v0": "countdown",
     "distrl/Arithmetic-v0": "arithmetic",
     "distrl/GraphPath-v0": "graph_path",
+    "distrl/Sums-v0": "sums",
     "distrl/Math-v0": "math",
     "distrl/Code-v0": "code",
     "distrl/Custom-v0": "custom",

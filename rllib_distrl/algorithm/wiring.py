@@ -48,7 +48,7 @@ def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[st
     config = load_config(model).get_text_config()
     return {
         **settings,
-        "tokenizer": model,
+        "tokenizer": resolve(model),
         "vocab_size": config.vocab_size,
         "window": getattr(config, "max_position_embeddings", None),
         "eos_token_ids": eos_token_ids(load_generation_config(model), load_tokenizer(model)),

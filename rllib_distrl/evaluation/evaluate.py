@@ -20,7 +20,7 @@ from rllib_distrl.evaluation.result import EvalResult, load_result
 from rllib_distrl.evaluation.sampling import ProgressCallback, Prompted, Sampler
 from rllib_distrl.evaluation.store import SCHEMA, SampleStore
 from rllib_distrl.evaluation.summary import Equivalence
-from rllib_distrl.model.loading import eos_token_ids, load_config, load_model
+from rllib_distrl.model.loading import eos_token_ids, load_config, load_model, resolve
 from rllib_distrl.settings import EvalSettings
 
 REPORT = "eval.json"
@@ -231,7 +231,7 @@ def _env_arguments(
     if settings.max_tokens is not None:
         arguments["max_completion_tokens"] = settings.max_tokens
     if isinstance(model, str) and not model.startswith(BUILTIN_PREFIX):
-        arguments.setdefault("tokenizer", model)
+        arguments.setdefault("tokenizer", resolve(model))
     if arguments.get("on_long_prompt") == "skip":
         arguments.setdefault("window", _window(model))
     return arguments

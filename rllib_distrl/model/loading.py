@@ -1,4 +1,4 @@
-"""Any Hugging Face causal LM: by folder, by hub id, or built in."""
+"""Any Hugging Face causal LM: by folder, by hub id, in a GGUF file, or built in."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from distrl_envs import tokenizers
 from rllib_distrl.model.builtin import PREFIX, builtin_folder, find_spec
 from rllib_distrl.model.causal_lm import gist, no_progress_bars
+from rllib_distrl.model.gguf import gguf_folder, names_gguf
 
 if TYPE_CHECKING:
     from transformers import (
@@ -28,29 +29,32 @@ _STRANGE = "\u16a0\U00012000\ue000"
 _LONGEST_REASON = 300
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 CHOICES = (
-    "Give a folder that a model was saved to, the id of a model on the Hugging Face hub, or "
-    f"{PREFIX}countdown."
+    "Give a folder that a model was saved to, the id of a model on the Hugging Face hub, a GGUF "
+    f"file, or {PREFIX}countdown."
 )
 
 
 def resolve(name: str) -> str:
     """What `from_pretrained` takes for a name.
 
-    A built-in model is built on its first use (see `builtin.builtin_folder`): call this before
-    starting processes that load one, so that its progress is seen and nothing waits for it.
+    A built-in model is built on its first use (see `builtin.builtin_folder`), a GGUF file converted
+    (see `gguf.gguf_folder`): call this before starting processes that load one, so that its
+    progress is seen and nothing waits for it.
 
     Args:
-        name: A folder, a hub id, or `builtin:...`.
+        name: A folder, a hub id, a GGUF file, `package:...` or `builtin:...`.
 
     Returns:
         The path of a folder that holds a config.json, or the hub id as it is.
 
     Raises:
-        ValueError: If the built-in model is unknown, a path does not exist, or a folder holds no
-            model, or an adapter for one.
+        ValueError: If the built-in model is unknown, a path does not exist, a folder holds no
+            model, or an adapter for one, or a GGUF file cannot be read.
     """
     if name.startswith(PREFIX):
         return str(builtin_folder(find_spec(name)))
+    if names_gguf(name):
+        return str(gguf_folder(name))
     if not name:
         raise ValueError(f"Got the empty name {name!r} for a model. {CHOICES}")
     path = Path(name).expanduser()
@@ -73,7 +77,7 @@ def load_config(name: str) -> PreTrainedConfig:
     """The configuration of a model; of a built-in one without building it.
 
     Args:
-        name: A folder, a hub id, or `builtin:...`.
+        name: As `resolve` takes it.
 
     Raises:
         ValueError: As `resolve`; or if the configuration cannot be loaded, needs code of its own,
@@ -126,7 +130,7 @@ def load_model(
     """A causal LM in evaluation mode.
 
     Args:
-        name: A folder, a hub id, or `builtin:...`.
+        name: As `resolve` takes it.
         dtype: Of the weights.
         device: Where they go.
 
@@ -163,7 +167,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer saved with a model; of a built-in one without building it.
 
     Args:
-        name: A folder, a hub id, or `builtin:...`.
+        name: As `resolve` takes it.
 
     Raises:
         ValueError: As `resolve`; if there is no tokenizer, it has no EOS token, or it knows ids
@@ -248,7 +252,7 @@ def load_generation_config(name: str) -> GenerationConfig:
     That of a built-in model comes without building it.
 
     Args:
-        name: A folder, a hub id, or `builtin:...`.
+        name: As `resolve` takes it.
 
     Raises:
         ValueError: As `resolve`; or if there is one that cannot be read.

@@ -11,6 +11,7 @@ TASKS = {
     "countdown": "distrl_envs.tasks.countdown:CountdownTask",
     "arithmetic": "distrl_envs.tasks.arithmetic:ArithmeticTask",
     "graph_path": "distrl_envs.tasks.graph_path:GraphPathTask",
+    "sums": "distrl_envs.tasks.sums:SumsTask",
 }
 """Names of tasks that make their problems up to `module:class`, imported when asked for."""
 
