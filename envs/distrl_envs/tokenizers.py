@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -27,6 +28,11 @@ MARK = re.compile(f"{MARK_START}(\\d+){MARK_END}")
 """Stands for the text of a special token within a prompt; characters of private use."""
 
 UNDECODABLE = "\N{REPLACEMENT CHARACTER}"
+
+TODAY = date(2024, 7, 26)
+"""What chat templates that name a date take for today: the day that Llama 3.1's own falls back to.
+
+A prompt that changes overnight would make another task of it."""
 
 
 @lru_cache(maxsize=1)
@@ -132,7 +138,8 @@ def render_prompt(
     r"""The prompt as token ids.
 
     Uses the tokenizer's chat template where it has one. A template that refuses a system message
-    gets it at the head of the first turn of the user; one that drops it is an error. Without a
+    gets it at the head of the first turn of the user; one that drops it is an error. To one that
+    asks for the date it is `TODAY`, unless a variable of its own says otherwise. Without a
     template earlier messages stand before the text, and special tokens are those that the
     tokenizer puts before it by itself (a BOS, say); what it would put behind (an EOS, a separator)
     would end the text that is to be continued. What `mark_special` has marked is encoded as text.
@@ -185,9 +192,11 @@ def _chat(
     from jinja2.exceptions import TemplateError
 
     def rendered(some: list[dict[str, str]]) -> str:
+        # Found before Transformers' own function of this name, which asks the clock.
+        settings = {"strftime_now": TODAY.strftime, **variables}
         return str(
             tokenizer.apply_chat_template(
-                some, add_generation_prompt=True, tokenize=False, **variables
+                some, add_generation_prompt=True, tokenize=False, **settings
             )
         )
 

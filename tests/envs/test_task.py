@@ -8,8 +8,11 @@ import pytest
 from distrl_envs import TASKS, Grade, Problem, Task, distinct_rows, make_task
 from distrl_envs.task import SPLITS, Draws, split_of
 
-GENERATED = ("countdown", "arithmetic", "graph_path")
-EASIEST = {"countdown": {"numbers": 2}, "arithmetic": {"digits": 1}, "graph_path": {"nodes": 4}}
+GENERATED = ("countdown", "arithmetic", "graph_path", "sums")
+EASIEST = {
+    "countdown": {"numbers": 2}, "arithmetic": {"digits": 1}, "graph_path": {"nodes": 4},
+    "sums": {"largest": 9},
+}  # fmt: skip
 
 
 class ListTask(Task):
@@ -61,6 +64,7 @@ def test_rows_are_pinned():
     assert first["countdown"] == "2 2 4 7 -> 84 :"
     assert first["arithmetic"] == "5 3 3 + 3 0 7 :"
     assert first["graph_path"].endswith("16 75 , 75 7 ; 72 -> 98 :")
+    assert first["sums"] == "25 + 16 ="
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -16,6 +16,7 @@ IDS = {
     "distrl/Countdown-v0": "countdown",
     "distrl/Arithmetic-v0": "arithmetic",
     "distrl/GraphPath-v0": "graph_path",
+    "distrl/Sums-v0": "sums",
 }
 SMALL = small_tokenizer()
 EOS = SMALL.eos_token_id

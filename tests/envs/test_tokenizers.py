@@ -55,7 +55,7 @@ def test_pickled_and_foreign_tokenizers_are_told_apart():
     assert not is_small(byte_tokenizer())
 
 
-@pytest.mark.parametrize("name", ["countdown", "arithmetic", "graph_path"])
+@pytest.mark.parametrize("name", ["countdown", "arithmetic", "graph_path", "sums"])
 def test_every_token_of_the_tasks_is_known(name):
     task = make_task(name)
     for row in range(50):
@@ -130,6 +130,19 @@ def test_variables_of_a_chat_template():
         render_prompt(chat, "2?", chat_template_kwargs={"thinking": False})
     with pytest.raises(ValueError, match="has no chat template"):
         render_prompt(byte_tokenizer(), "2?", chat_template_kwargs={"thinking": False})
+
+
+DATED = (
+    "{% if date_string is not defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}"
+    "[{{ date_string }}]{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+def test_a_template_that_asks_for_the_date_gets_the_same_every_day():
+    chat = byte_tokenizer(chat_template=DATED)
+    assert chat.decode(render_prompt(chat, "2?")) == "[26 Jul 2024]2?"
+    chosen = render_prompt(chat, "2?", chat_template_kwargs={"date_string": "1 May 2025"})
+    assert chat.decode(chosen) == "[1 May 2025]2?"
 
 
 def test_bad_prompts_are_refused():
