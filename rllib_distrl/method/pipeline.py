@@ -100,7 +100,8 @@ class Method:
         """What stages, controllers and the actor's value read beyond the basic columns."""
         read_out = [] if self.target is None else [self.read_out]
         stages = (*self.stages, *self.controllers, *read_out)
-        return frozenset().union(*(stage.needs for stage in stages))
+        shown = {"entropy"} if self.controllers else set()
+        return frozenset(shown).union(*(stage.needs for stage in stages))
 
     @property
     def keeps_groups_whole(self) -> bool:

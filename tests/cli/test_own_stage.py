@@ -63,9 +63,10 @@ def reward(batch, *, scale: float):
     return batch.column("mine")
 
 
+@register("advantage", "mine", needs=("values",))
 def advantage(batch):
     seen("advantage", len(batch))
-    return batch.at_tokens(batch.returns)
+    return batch.at_tokens(batch.returns) - batch.values
 
 
 def shaper(batch, advantages, *, share: float):
