@@ -16,9 +16,11 @@ from rllib_distrl.recipe import load_recipe
 ROOT = Path(__file__).parents[1]
 PACKAGES = (ROOT / "rllib_distrl", ROOT / "envs" / "distrl_envs")
 SMALL = [
-    "rollout.prompts_per_iteration=4", "training.minibatch_size=4", "run.model=builtin:countdown-tiny",
+    "run.model=builtin:countdown-tiny",
+    "rollout.prompts_per_iteration=4",
+    "training.minibatch_size=4",
     "training.critic_warmup_iterations=0",
-]  # fmt: skip
+]
 
 
 def files_of_one_iteration(recipe: Path) -> list[Path]:

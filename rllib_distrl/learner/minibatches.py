@@ -8,8 +8,8 @@ import torch
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from rllib_distrl.maths.aggregation import token_weights
 from rllib_distrl.maths.group_advantages import group_index
+from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import Stage
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, Sequences, from_columns

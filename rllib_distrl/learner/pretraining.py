@@ -18,8 +18,8 @@ from rllib_distrl.learner.minibatches import (
 )
 from rllib_distrl.learner.step import critic_loss
 from rllib_distrl.maths.advantages import returns_to_go
-from rllib_distrl.maths.aggregation import weighted_sum
 from rllib_distrl.maths.calibration import explained_variance
+from rllib_distrl.maths.losses import weighted_sum
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.settings import PretrainingSettings, TrainingSettings

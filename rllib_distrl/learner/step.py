@@ -9,8 +9,7 @@ from ray.rllib.core.columns import Columns
 from torch import Tensor
 
 from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, ROLLOUTS, STEP, WEIGHTS
-from rllib_distrl.maths.aggregation import weighted_sum
-from rllib_distrl.maths.losses import squared_value_loss
+from rllib_distrl.maths.losses import squared_value_loss, weighted_sum
 from rllib_distrl.maths.quantiles import quantile_huber_loss
 from rllib_distrl.maths.statistics import AllReduce, identity
 from rllib_distrl.method.batch import SequenceBatch

@@ -8,8 +8,8 @@ from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch import Tensor
 
 from rllib_distrl.maths.advantages import returns_to_go
-from rllib_distrl.maths.distance import elliptical_distance, second_moment
-from rllib_distrl.maths.micro_batches import split_by_token_budget
+from rllib_distrl.maths.optimism import elliptical_distance, second_moment
+from rllib_distrl.maths.packing import split_by_token_budget
 from rllib_distrl.maths.statistics import masked_mean
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.model.critics import Ensemble

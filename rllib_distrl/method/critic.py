@@ -4,7 +4,7 @@ from torch import Tensor
 
 from rllib_distrl.maths import targets
 from rllib_distrl.maths.optimism import BONUS_STATS, bonus_statistic
-from rllib_distrl.maths.read_outs import READ_OUTS, check_read_out, read_out
+from rllib_distrl.maths.quantiles import READ_OUTS, check_read_out, read_out
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import LEARNED_STATS, register
@@ -26,7 +26,7 @@ def _read_out(name: str) -> None:
 
     @register("read_out", name, needs=("quantiles",), check=check)
     def value(quantiles: Tensor, *, level: float | None = None) -> Tensor:
-        """`maths.read_outs.read_out`."""
+        """`maths.quantiles.read_out`."""
         return read_out(quantiles, name, level)
 
     value.__qualname__ = name

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths.aggregation import AGGREGATIONS, token_weights
 from rllib_distrl.maths.kl import check_kl, kl_estimate
+from rllib_distrl.maths.losses import AGGREGATIONS, token_weights
 from rllib_distrl.maths.statistics import importance_weights
 from rllib_distrl.maths.weighted_losses import differentiable_kl
 from rllib_distrl.method.batch import SequenceBatch
@@ -45,7 +45,7 @@ register("regulariser", "rpg_kl")(of_batch(differentiable_kl, given=("logp",)))
 def _aggregation(name: str) -> None:
     @register("aggregation", name)
     def weights(batch: SequenceBatch) -> Tensor:
-        """`maths.aggregation.token_weights`; the divisor is the length limit."""
+        """`maths.losses.token_weights`; the divisor is the length limit."""
         return token_weights(
             batch.loss_mask, name, divisor=batch.width, all_reduce=batch.all_reduce
         )

@@ -14,7 +14,7 @@ from rllib_distrl.maths.group_calibration import (
     leave_one_out_posterior,
     logit_shift,
 )
-from rllib_distrl.maths.read_outs import best_of_k
+from rllib_distrl.maths.quantiles import best_of_k
 from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.advantages import SOURCES, source_needs, unused_of_group
 from rllib_distrl.method.batch import SequenceBatch

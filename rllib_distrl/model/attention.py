@@ -11,8 +11,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     checkpoint_wrapper,
 )
 
-from rllib_distrl.maths.packed_attention import packed_attention
-from rllib_distrl.maths.packing import Packing
+from rllib_distrl.maths.packing import Packing, packed_attention
 
 ATTENTION = "packed_rows"
 _FULL = "full_attention"

@@ -15,8 +15,7 @@ from torch import nn
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
 from rllib_distrl.maths.lm_head import token_logps
-from rllib_distrl.maths.micro_batches import split_by_token_budget, split_packed
-from rllib_distrl.maths.packing import first_of_prompt
+from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
 from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
 from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
 from rllib_distrl.model.critics import load_critic

@@ -8,7 +8,7 @@ import torch
 from rllib_distrl import DistRLConfig
 from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.learner.step import distrl_losses
-from rllib_distrl.maths.aggregation import token_weights
+from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.method.registry import names

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rllib_distrl.maths.distance import elliptical_distance, second_moment
+from rllib_distrl.maths.optimism import elliptical_distance, second_moment
 
 
 def test_distance_by_hand():

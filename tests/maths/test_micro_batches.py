@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.maths.micro_batches import split_by_token_budget
+from rllib_distrl.maths.packing import split_by_token_budget
 
 
 def test_rows_are_grouped_by_length_within_the_budget():

@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from rllib_distrl.maths.micro_batches import split_packed
-from rllib_distrl.maths.packed_attention import packed_attention
-from rllib_distrl.maths.packing import first_of_prompt, pack
+from rllib_distrl.maths.packing import first_of_prompt, pack, packed_attention, split_packed
 
 # Prompts 5 6, 5 6, 7 and 5 6 again; 9 is padding.
 IDS = torch.tensor([[5, 6, 1, 2, 3], [5, 6, 4, 9, 9], [7, 1, 2, 9, 9], [5, 6, 9, 9, 9]])

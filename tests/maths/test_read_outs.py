@@ -9,7 +9,7 @@ from rllib_distrl.maths.group_calibration import (
     leave_one_out_posterior,
     logit_shift,
 )
-from rllib_distrl.maths.read_outs import READ_OUTS, best_of_k, check_read_out, read_out
+from rllib_distrl.maths.quantiles import READ_OUTS, best_of_k, check_read_out, read_out
 
 THETA = torch.tensor([-1.0, 0.0, 2.0, 7.0], dtype=torch.float64)
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rllib_distrl.maths.aggregation import token_weights, weighted_sum
+from rllib_distrl.maths.losses import token_weights, weighted_sum
 from rllib_distrl.maths.statistics import (
     importance_weights,
     logp_mismatch,
