@@ -244,7 +244,10 @@ class CompiledDecoder:
             tables: Pages of the sequences, those of the tokens among them.
         """
         b, run, heads = buffers, self._kernels, self.shape.heads
-        b.x.copy_(self.weights.embed.index_select(0, tokens))
+        if self.dtype == torch.float32:
+            torch.index_select(self.weights.embed, 0, tokens, out=b.x)
+        else:
+            b.x.copy_(self.weights.embed.index_select(0, tokens))
         for w, keys, values in zip(self._layers, self.cache.keys, self.cache.values, strict=True):
             run.rms_norm(b.x_array, w.norm_in, self._eps, b.normed_array)
             torch.mm(b.normed, w.qkv, out=b.qkv)
