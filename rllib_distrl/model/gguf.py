@@ -123,7 +123,7 @@ def _convert(file: Path, name: str, folder: Path) -> Mapping[str, Any]:
         raise _damaged(name, error) from None
     config = read.config
     # With it `save_pretrained` refuses, and whoever loads the folder would quantise again.
-    del config.quantization_config
+    del config.quantization_config  # pyright: ignore[reportAttributeAccessIssue]
     config.name_or_path = ""
     config.architectures = [type(read).__name__]
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
