@@ -87,8 +87,8 @@ def actor_manager(env_runner_group: Any) -> Any:
 
     The group has no method that takes a runner out, says which one is which, or marks one as not
     ready; `add_workers` puts new ones into bundles that the placement group of a Tune trial does
-    not have (env/env_runner_group.py, _make_worker; Tune's side is ray-project/ray#14908, open
-    since 2021). Its manager can: those of its methods that we call are public.
+    not have (env/env_runner_group.py, _make_worker; Tune's side is ray-project/ray#14908,
+    closed as stale). Its manager can: those of its methods that we call are public.
     """
     return env_runner_group._worker_manager
 

@@ -60,13 +60,18 @@ AROUND = {
     "opo": {"whiten_advantages": False},
     "maxk": {"whiten_advantages": False},
     "bnpo": {"whiten_advantages": False},
+    "noise_forward": {"whiten_advantages": False},
     "gspo": {"aggregation": "sequence_mean"},
+    "sapo": {"aggregation": "sequence_mean"},
+    "gmpo": {"aggregation": "sequence_mean"},
     "lad": {"aggregation": "sequence_mean", "whiten_advantages": False},
     "dltv": {"bonus_coeff": 0.0},
 }
 OWN = {
     "maxk": {"k": 1},
     "noise_backward": {"false_positive_rate": 0.1, "false_negative_rate": 0.1},
+    "noise_forward": {"false_negative_rate": 0.1},
+    "macro_gae": {"span": 2},  # rows here have five tokens at most
     "dltv": {"bonus_coeff": 2.0},
 }
 WITHOUT_CRITIC = {"critic": "none", "bonus_coeff": 0.0}
@@ -113,6 +118,7 @@ def outcome(settings):
         rewards=rewards, loss_mask=mask, action_logp=action_logp,
         group=torch.tensor([0, 1, 2, 3] * 4), entropy=entropy, ref_logp=ref_logp,
         quantiles=quantiles if config.critic != "none" else None, k=5, width=5,
+        prompt_logp=torch.linspace(-2.0, -0.1, 48, dtype=torch.float64).view(16, 3),
         generator=torch.Generator().manual_seed(1),
     )  # fmt: skip
     method = Method.from_config(config)
