@@ -23,6 +23,7 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
         "_model_config",
         "_model_config_auto_includes",
         "_module_to_env_connector",
+        "_rl_module_spec",
         "_train_batch_size_per_learner",
     ),
     # Inherited: whole completions in place of a loop over steps, with its metrics and callbacks.
