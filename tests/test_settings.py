@@ -25,12 +25,6 @@ REFUSED = [
     ),
     (
         TrainingSettings,
-        {"target": "comonotonic"},
-        "training.target is 'comonotonic'; it must be one of comonotone, mixture, mixture_mean, "
-        "sample_replacement, monte_carlo. Did you mean 'comonotone'?",
-    ),
-    (
-        TrainingSettings,
         {"dual_clip": 0.5},
         "training.dual_clip is 0.5; it must be above 1, or left out.",
     ),

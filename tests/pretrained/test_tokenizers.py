@@ -19,7 +19,7 @@ from transformers import (
 
 from distrl_envs import TokenEnv
 from distrl_envs.tokenizers import UNDECODABLE, decode_completion, mark_special, render_prompt
-from rllib_distrl.algorithm.wiring import export_policy
+from rllib_distrl.algorithm.export import export_policy
 from rllib_distrl.engine.protocol import Request, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.model.cached_folder import cache_root
