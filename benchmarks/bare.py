@@ -11,8 +11,8 @@ from benchmarks.workload import LR
 from rllib_distrl.engine.compiled_decoder import CompiledDecoder
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
+from rllib_distrl.maths.advantages import TARGETS
 from rllib_distrl.maths.quantiles import center_delta, quantile_huber_loss
-from rllib_distrl.maths.targets import TARGETS
 
 
 class DecodeLoop:

@@ -28,8 +28,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
-from rllib_distrl.engine.weight_proof import check_engine
-from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.engine.weights import check_engine, content_hash
 from rllib_distrl.model.causal_lm import ordinary_tokens
 from rllib_distrl.model.causal_lm_module import CausalLMModule
 from rllib_distrl.model.self_check import prepare_policy

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from rllib_distrl.learner.connector import SequencesFromEpisodes
     from rllib_distrl.learner.distrl_learner import DistRLLearner
     from rllib_distrl.method.token_table import TokenTable
-    from rllib_distrl.model.causal_lm_module import CausalLMModule
-    from rllib_distrl.model.distrl_module import DistRLModule
+    from rllib_distrl.model.causal_lm_module import CausalLMModule, DistRLModule
     from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
     from rllib_distrl.runs.reading import load_run
     from rllib_distrl.settings import RolloutSettings
@@ -46,7 +45,7 @@ _MODULES = {
     "DistRL": "algorithm.distrl",
     "DistRLConfig": "algorithm.distrl",
     "DistRLLearner": "learner.distrl_learner",
-    "DistRLModule": "model.distrl_module",
+    "DistRLModule": "model.causal_lm_module",
     "RolloutSettings": "settings",
     "SequencesFromEpisodes": "learner.connector",
     "TokenTable": "method.token_table",

@@ -10,7 +10,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.algorithm.weight_sync import WeightSync
-from rllib_distrl.learner.refusals import NonFiniteError
+from rllib_distrl.learner.step import NonFiniteError
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptSampler
 from rllib_distrl.rollout.groups import Group, GroupSampling, SampledGroups
 

@@ -52,9 +52,9 @@ from rllib_distrl.algorithm.weight_sync import MismatchWarning, WeightSync
 from rllib_distrl.algorithm.wiring import env_settings, set_env_settings
 from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION, DistRLLearner
-from rllib_distrl.learner.refusals import REFUSED_IN_A_ROW, NonFiniteError
+from rllib_distrl.learner.step import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.method import registry
-from rllib_distrl.model.distrl_module import DistRLModule
+from rllib_distrl.model.causal_lm_module import DistRLModule
 from rllib_distrl.model.loading import resolve
 from rllib_distrl.recipe_schema import builder_parameters, check_names
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner

@@ -9,8 +9,7 @@ from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODUL
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
-from rllib_distrl.engine.weight_proof import Probe, check_probe
-from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.engine.weights import Probe, check_probe, content_hash
 from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.model.causal_lm_module import POLICY_PREFIX
 from rllib_distrl.rollout.fleet import EnvRunnerFleet

@@ -156,7 +156,7 @@ def _reporter(
 @contextmanager
 def _said_what_to_do(training: Training, run: RunFolder) -> Iterator[None]:
     """Says of an error that ends training where it was and how to go on."""
-    from rllib_distrl.learner.refusals import NonFiniteError
+    from rllib_distrl.learner.step import NonFiniteError
     from rllib_distrl.rollout.groups import RunnersLostError, SamplingError
 
     try:

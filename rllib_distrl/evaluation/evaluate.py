@@ -14,7 +14,7 @@ from distrl_envs.task import Task, distinct_rows
 from distrl_envs.tasks.data_task import DataTask
 from rllib_distrl.engine.protocol import RolloutEngine, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
-from rllib_distrl.engine.weight_proof import check_engine
+from rllib_distrl.engine.weights import check_engine
 from rllib_distrl.evaluation.data import EvalData, resolve_data
 from rllib_distrl.evaluation.result import EvalResult, load_result
 from rllib_distrl.evaluation.sampling import ProgressCallback, Prompted, Sampler

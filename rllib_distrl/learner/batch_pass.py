@@ -12,7 +12,7 @@ from torch import Tensor
 from rllib_distrl.learner.connector import GROUPS
 from rllib_distrl.learner.minibatches import generator, model_inputs
 from rllib_distrl.learner.reference import Reference
-from rllib_distrl.learner.refusals import EPISODE
+from rllib_distrl.learner.step import EPISODE
 from rllib_distrl.learner.uncertainty import FEATURES, Distance, Uncertainty
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.statistics import AllReduce

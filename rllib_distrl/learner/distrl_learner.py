@@ -21,18 +21,17 @@ from rllib_distrl.learner.metrics import log_update, sampler_mismatch
 from rllib_distrl.learner.minibatches import ROLLOUTS, STEP, micro_batch, minibatches, row_orders
 from rllib_distrl.learner.optimizers import (
     learning_rates,
+    lr_factor,
     lr_schedule_settings,
     make_optimizers,
     set_learning_rates,
 )
 from rllib_distrl.learner.reference import Reference
-from rllib_distrl.learner.refusals import Refusals
-from rllib_distrl.learner.step import Losses, Objective, Step
+from rllib_distrl.learner.step import Losses, Objective, Refusals, Step
 from rllib_distrl.learner.uncertainty import make_uncertainty
-from rllib_distrl.maths.lr_schedule import lr_factor
 from rllib_distrl.maths.statistics import identity
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.controllers import Controllers
+from rllib_distrl.method.loss_terms import Controllers
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.settings import TrainingSettings

@@ -13,7 +13,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
-from rllib_distrl.engine.weight_proof import Probe
+from rllib_distrl.engine.weights import Probe
 from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import DistRLLearner
 from rllib_distrl.maths.advantages import gae, whiten

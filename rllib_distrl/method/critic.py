@@ -2,14 +2,14 @@
 
 from torch import Tensor
 
-from rllib_distrl.maths import targets
+from rllib_distrl.maths.advantages import TARGETS
 from rllib_distrl.maths.optimism import BONUS_STATS, bonus_statistic
 from rllib_distrl.maths.quantiles import READ_OUTS, check_read_out, read_out
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import LEARNED_STATS, register
 
-for _name, _formula in targets.TARGETS.items():
+for _name, _formula in TARGETS.items():
     _unread = ("lambda_",) if _name == "monte_carlo" else ()
     register("target", _name)(
         of_batch(

@@ -1,4 +1,4 @@
-"""A causal language model as an RLModule: policy and scalar critic."""
+"""A causal language model as an RLModule: policy with a scalar critic, or one of the whole law."""
 
 import copy
 from typing import Any, Self
@@ -16,6 +16,7 @@ from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
+from rllib_distrl.maths.quantiles import center_delta, center_delta_bias
 from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
 from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
 from rllib_distrl.model.critics import load_critic
@@ -317,3 +318,50 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         states = self._states(self.target_policy, sequences)
         inputs = self._sampled_tokens(self.target_policy, states, sequences)
         return {TARGET_NETWORK_ACTION_DIST_INPUTS: inputs}
+
+
+class DistRLModule(CausalLMModule):
+    """`CausalLMModule` with N ordered quantiles of the return in place of one value.
+
+    Further ``model_config`` keys: ``n_quantiles``, ``head_center`` (``mean`` or ``median``),
+    ``init_spread``.
+    """
+
+    def setup(self) -> None:
+        """Loads the model, makes the critic, and starts its quantiles close together."""
+        super().setup()
+        if self.has_critic:
+            loaded = bool(self.model_config.get("critic_checkpoint"))
+            self.register_buffer("value_initialised", torch.tensor(loaded))
+            if not loaded:
+                self.initialise_values(0.0)
+                self.value_initialised.fill_(False)
+
+    @property
+    def n_value_outputs(self) -> int:
+        """Outputs of the value head: a centre and N - 1 gaps."""
+        return int(self.model_config["n_quantiles"])
+
+    def get_non_inference_attributes(self) -> list[str]:
+        """What an env runner does without."""
+        return [*super().get_non_inference_attributes(), "value_initialised"]
+
+    def initialise_values(self, value: float) -> None:
+        """Lets every state's quantiles start around ``value``, in units of the return."""
+        bias = center_delta_bias(self.n_value_outputs, value, self.model_config["init_spread"])
+        with torch.no_grad():
+            self.value_head.bias.copy_(bias)
+            self.value_initialised.fill_(True)
+
+    def compute_quantiles(
+        self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Ordered quantiles (B, T, N) of the return from the state before each token."""
+        outputs = self.value_outputs(batch, embeddings)
+        return center_delta(outputs, self.model_config["head_center"])
+
+    def compute_values(
+        self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean of the quantiles (B, T): what RLlib's own pieces take as the value."""
+        return self.compute_quantiles(batch, embeddings).mean(-1)

@@ -23,7 +23,7 @@ from distrl_envs.token_env import Verdict
 from distrl_envs.user_code import named, report
 from rllib_distrl.engine.make_engine import make_engine
 from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine, SamplingParams
-from rllib_distrl.engine.weight_proof import Probe, check_engine, take_probe
+from rllib_distrl.engine.weights import Probe, check_engine, take_probe
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.rollout.contract import (
     TruncatedError,

@@ -11,7 +11,7 @@ from ray import ObjectRef
 from ray.exceptions import ActorDiedError, RayError, RayTaskError
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rllib_distrl.engine.weight_proof import Probe
+from rllib_distrl.engine.weights import Probe
 from rllib_distrl.rllib_traps import actor_manager, count_restart, next_runner_number
 from rllib_distrl.rollout.completion_env_runner import LoadedWeights
 

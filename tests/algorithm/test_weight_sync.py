@@ -11,8 +11,7 @@ import torch
 from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.algorithm.weight_sync import MismatchWarning
 from rllib_distrl.engine.torch_engine import TorchEngine
-from rllib_distrl.engine.weight_proof import PROBE_TOKENS, Probe, check_probe
-from rllib_distrl.engine.weights import content_hash
+from rllib_distrl.engine.weights import PROBE_TOKENS, Probe, check_probe, content_hash
 from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.groups import RunnersLostError

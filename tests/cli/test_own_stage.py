@@ -42,7 +42,7 @@ prompt_sampler = { name = "my_stages:Sampler" }
 STAGES = """
 import os
 
-from rllib_distrl.method.controllers import AdaptiveEntropy
+from rllib_distrl.method.loss_terms import AdaptiveEntropy
 from rllib_distrl.method.prompt_samplers import WithoutReplacement
 from rllib_distrl.method.registry import register
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rllib_distrl.engine import Request, SamplingParams, TorchEngine, content_hash
-from rllib_distrl.engine.weight_proof import check_engine, take_probe
+from rllib_distrl.engine.weights import check_engine, take_probe
 from tests.engine.engine_models import make_engine, make_model, make_requests, reference_logps
 
 NARROW = {

@@ -3,7 +3,7 @@
 import torch
 
 from rllib_distrl.learner.distrl_learner import DistRLLearner
-from rllib_distrl.model.distrl_module import DistRLModule
+from rllib_distrl.model.causal_lm_module import DistRLModule
 
 SGD_LR = 0.5
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rllib_distrl.algorithm.export import policy_state
-from rllib_distrl.learner.refusals import NonFiniteError
+from rllib_distrl.learner.step import NonFiniteError
 from rllib_distrl.method.policy_losses import clip
 from rllib_distrl.method.registry import register
 from tests.helpers import distrl_config

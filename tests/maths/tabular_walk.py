@@ -4,8 +4,8 @@ import itertools
 
 import torch
 
+from rllib_distrl.maths.advantages import TARGETS
 from rllib_distrl.maths.quantiles import midpoints, quantile_huber_loss
-from rllib_distrl.maths.targets import TARGETS
 
 STEPS, GOAL, N = 8, 2, 16
 MOVES = torch.tensor(list(itertools.product((-1, 1), repeat=STEPS)))

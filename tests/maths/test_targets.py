@@ -4,8 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.maths.advantages import gae, returns_to_go
-from rllib_distrl.maths.targets import TARGETS, comonotone, mixture, monte_carlo, sample_replacement
+from rllib_distrl.maths.advantages import (
+    TARGETS,
+    comonotone,
+    gae,
+    mixture,
+    monte_carlo,
+    returns_to_go,
+    sample_replacement,
+)
 from tests.maths.tabular_walk import success_probability, trained_law, trained_values
 
 LENGTHS = (5, 1, 3)

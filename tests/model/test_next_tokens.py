@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from rllib_distrl.model.attention import packs_rows
-from rllib_distrl.model.causal_lm_module import CausalLMModule
-from rllib_distrl.model.distrl_module import DistRLModule
+from rllib_distrl.model.causal_lm_module import CausalLMModule, DistRLModule
 from tests.model.test_self_check import KINDS, save_model
 
 # Of several lengths; two are equal, and one begins with another.

@@ -7,7 +7,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from rllib_distrl.engine import Request, RolloutEngine, SamplingParams, TorchEngine, content_hash
-from rllib_distrl.engine.weight_proof import PROBE_TOLERANCE
+from rllib_distrl.engine.weights import PROBE_TOLERANCE
 from tests.engine.engine_models import EOS, VOCAB, make_requests, reference_logps
 
 pytestmark = pytest.mark.vllm

@@ -22,7 +22,6 @@ from distrl_envs.task import (
     Task,
     split_of,
 )
-from distrl_envs.tasks import GYM_PREFIX
 
 INSTRUCTION = "{problem}\n\nGive your final answer between <answer> and </answer>."
 MOST_DRAWS = 500
@@ -83,7 +82,7 @@ class ReasoningGymTask(Task):
                 f"Got the instruction {instruction!r}; it must contain {{problem}} and ask for the "
                 "answer between <answer> and </answer>, where it is looked for."
             )
-        self.name = GYM_PREFIX + generator
+        self.name = f"reasoning_gym:{generator}"  # as a recipe names it
         self.split, self.generator = split, generator
         self._instruction = instruction
         self._grader = (timeout, workers)
