@@ -32,6 +32,9 @@ PAGE = LANES
 
 # Not "ninf" nor "nnan": filtered logits are -inf, and what is not finite has to be seen.
 _OPTIONS = {"fastmath": {"reassoc", "contract", "nsz", "arcp"}, "error_model": "numpy"}
+# Functions that kernels share go into each whole. Linked by name instead, a kernel loaded from the
+# cache may run another's copy of them, which sums in another order than the one just compiled.
+_INLINED = {**_OPTIONS, "inline": "always"}
 # Tokens whose probabilities are summed before one of them is looked for.
 _BLOCK = 64
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
@@ -46,7 +49,7 @@ _C3, _C4, _C5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 _BIAS, _MANTISSA = np.int32(127), np.int32(23)
 
 
-@njit(inline="always", **_OPTIONS)
+@njit(**_INLINED)
 def _exp(x):
     """Exp(x) of a float32 to 2 units in the last place; 0 below -87, exp(88) above 88."""
     y = min(max(x, _LOWEST), _HIGHEST)
@@ -58,7 +61,7 @@ def _exp(x):
     return p * power if x > _LOWEST else _ZERO
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _normalise(x, weight, eps, out):
     """X / sqrt(mean(x²) + eps) · weight of one vector."""
     total = _ZERO
@@ -91,7 +94,7 @@ def gate(x, bias, out):
             out[i, j] = narrow(g / (_ONE + _exp(-g)) * u, out)
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _rotate(x, at, rotations, turn, width, out):
     """Turns the pairs of x[at : at + D]; the rotation is 2 D numbers from `turn` on."""
     for d in range(0, width, LANES):
@@ -101,7 +104,7 @@ def _rotate(x, at, rotations, turn, width, out):
         store(out, d, turned)
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _write(key, value, at, width, page, column, keys, values):
     """Puts one head's key (D,) and value (D from `at` on) into its page."""
     first = page * width * PAGE
@@ -114,7 +117,7 @@ def _write(key, value, at, width, page, column, keys, values):
         store(values, first + column * width + d, load(value, at + d))
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _score(query, at, width, keys, first, scores, to):
     """Products of a query (D from `at` on) with the 16 keys of a page."""
     s0, s1, s2, s3 = fill(_ZERO), fill(_ZERO), fill(_ZERO), fill(_ZERO)
@@ -127,7 +130,7 @@ def _score(query, at, width, keys, first, scores, to):
     store(scores, to, add(add(s0, s1), add(s2, s3)))
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _softmax(scores, length, scale):
     """Softmax of the first `length` scores times `scale` in place, 0 behind them."""
     best, total = scores[0], _ZERO
@@ -143,7 +146,7 @@ def _softmax(scores, length, scale):
         scores[t] = _ZERO
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _collect(shares, start, values, first, width, out, at):
     """Adds the 16 values of a page, weighted, to out[at : at + D]."""
     for d in range(0, width, LANES):
@@ -222,7 +225,7 @@ def attend(
             store(result, i * heads * width + d, load(sums, d))
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _exponentials(logits, temperature, out):
     """Exp((x - max) / temperature) in `out`; returns max, and whether all is as it should be."""
     best, sound = logits[0], True
@@ -234,7 +237,7 @@ def _exponentials(logits, temperature, out):
     return best, sound and np.isfinite(best)
 
 
-@njit(**_OPTIONS)
+@njit(**_INLINED)
 def _invert_cdf(weights, sums, u):
     """The index at which the cumulative sum first exceeds u times the total, and that total."""
     total = 0.0

@@ -168,14 +168,30 @@ def test_a_cache_that_cannot_be_written_to_is_an_error(tmp_path, monkeypatch):
         kernels.__wrapped__()
 
 
+NORMALISE = """
+import numpy as np
+from rllib_distrl.engine.kernels import kernels
+x = np.random.default_rng(0).standard_normal((7, 48)).astype(np.float32)
+out = np.empty_like(x)
+kernels().rms_norm(x, x[0], np.float32(1e-5), out)
+print(out.tobytes().hex())
+"""
+
+
 @pytest.mark.slow
-def test_processes_that_start_together_compile_once(tmp_path):
-    command = [sys.executable, "-c", "from rllib_distrl.engine.kernels import kernels; kernels()"]
-    environment = {**os.environ, "DISTRL_CACHE": str(tmp_path)}
-    started = [
-        subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        for _ in range(2)
-    ]
-    said = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [0, 0]
-    assert sorted("Compiling" in text for text in said) == [False, True]
+def test_one_of_many_processes_compiles_and_all_compute_the_same_bits(tmp_path):
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", NORMALISE],
+            env={**os.environ, "DISTRL_CACHE": str(tmp_path)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    ended = [process.communicate() for process in (start(), start())]
+    ended.append(start().communicate())
+    assert sorted("Compiling" in said for _, said in ended) == [False, False, True]
+    results = {computed for computed, _ in ended}
+    assert len(results) == 1, [said for _, said in ended]
+    assert len(results.pop()) == 2 * 4 * 7 * 48 + 1
