@@ -92,6 +92,55 @@ class Grade:
             raise ValueError(f"Got answer {self.answer!r}; it must be a string or None.")
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What the environment says when the model has ended a turn.
+
+    Attributes:
+        text: What the model reads next; empty only where the episode is over.
+        role: Who says it, as the chat template names it: "user", "tool", …
+        reward: Of the turn that is answered, on top of the final score; any finite number.
+        over: Whether the episode ends with the model's turn. The text is then not shown to it.
+        status: A word for metrics, such as "ok", "timeout", "unknown_tool".
+
+    Raises:
+        ValueError: For a reward that is no finite number, an empty status or role, a text that is
+            none, and an empty text where the episode goes on.
+    """
+
+    text: str = ""
+    role: str = "user"
+    reward: float = 0.0
+    over: bool = False
+    status: str = "ok"
+
+    def __post_init__(self) -> None:
+        """Refuses what would only be found out much later."""
+        object.__setattr__(self, "reward", checked_number(self.reward, "a turn's reward"))
+        for name in ("role", "status"):
+            value = getattr(self, name)
+            if not isinstance(value, str) or not value:
+                raise ValueError(f"Got {name} {value!r} of a reply; it must be a word.")
+        if not isinstance(self.text, str) or not (self.text or self.over):
+            raise ValueError(
+                f"Got text {self.text!r} of a reply; it must be a string, and not an empty one "
+                "unless the episode is over (over=True)."
+            )
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of the model, and what was replied.
+
+    Attributes:
+        completion: What the model wrote, decoded, without its EOS.
+        reply: What the environment answered; None where it has not (yet).
+    """
+
+    completion: str
+    reply: Reply | None = None
+
+
 def checked_number(value: Any, what: str) -> float:
     """A reward as a float.
 
@@ -127,6 +176,7 @@ class Task(ABC):
         system_prompt: What goes before the prompt unless the environment is given its own.
         names_answers: Whether grades name the answer, for votes of a majority.
         has_step_reward: True where `step_reward` is to be asked at every step.
+        max_turns: Default limit of the model's turns. Tasks that reply have more than one.
         max_prompt_tokens: Default limit, in tokens of the task's own tokenizer.
         max_completion_tokens: Default limit including EOS, in tokens of its own tokenizer.
     """
@@ -135,6 +185,7 @@ class Task(ABC):
     split: str = "train"
     names_answers: bool = True
     has_step_reward: bool = False
+    max_turns: int = 1
     system_prompt: str | None = None
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 512
@@ -172,6 +223,33 @@ class Task(ABC):
             ask(self, "grade", problem, completion, truncated=cut)
             for problem, completion, cut in zip(problems, completions, truncated, strict=True)
         ]
+
+    def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply | None:
+        """What the environment says when the model has ended a turn.
+
+        Asked after each turn that the model itself ended, the last that `max_turns` allows
+        included. The answer must depend on the arguments alone: a task keeps nothing between
+        calls, so that episodes may wait, move to another process and be played again.
+
+        Args:
+            problem: What was asked.
+            turns: All turns so far; the last has no reply yet.
+            draws: Random numbers of this turn, for replies that are a matter of chance.
+
+        Returns:
+            The reply; None ends the episode, as in a task with single turns.
+        """
+        return None
+
+    def grade_turns(self, problem: Problem, turns: Sequence[Turn], *, truncated: bool) -> Grade:
+        """Grades an episode of several turns: by default as its last turn alone is graded.
+
+        Args:
+            problem: What was asked.
+            turns: All turns.
+            truncated: Whether a limit ended the episode instead of the model or a reply.
+        """
+        return self.grade(problem, turns[-1].completion, truncated=truncated)
 
     def step_reward(self, problem: Problem, completion_ids: Sequence[int]) -> float:
         """Reward for the last token of `completion_ids`, on top of the final score.
