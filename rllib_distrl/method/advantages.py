@@ -1,15 +1,16 @@
 """Advantage estimators: (batch, settings) to (B, T), on whole groups, 0 in the padding."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from rllib_distrl.maths import advantages as critic_maths
-from rllib_distrl.maths import credit
+from rllib_distrl.maths import credit, laws
 from rllib_distrl.maths import group_advantages as group_maths
 from rllib_distrl.maths.best_of_k import gain_over_best, law_of_batch
+from rllib_distrl.maths.calibration import TIE_WIDTH
 from rllib_distrl.maths.group_calibration import (
     check_unit_returns,
     leave_one_out_posterior,
@@ -20,6 +21,9 @@ from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import demand, register
+from rllib_distrl.settings import Count, NotNegative, Positive, Share
+
+_F = TypeVar("_F", bound=Callable[..., Tensor])
 
 SOURCES = ("quantiles", "values", "returns")
 """What may be known of a prompt: the critic's law, its value, or the batch's returns alone."""
@@ -207,10 +211,14 @@ def best_of_k(
     value = (gain_over_best(atoms, *at_prompt, k) * edges.diff(dim=-1)).sum(-1)
     gain = gain_over_best(total, *at_prompt, k)
     batch.metrics["best_of_k_gain_mean"] = float(gain.mean())
+    return _gae_of_gain(batch, gain, value, lambda_)
+
+
+def _gae_of_gain(batch: SequenceBatch, gain: Tensor, value: Tensor, lambda_: float) -> Tensor:
+    """GAE of a gain (B,) paid at each row's last token; `value`, its expectation, (B, T or 1)."""
     steps = torch.arange(batch.loss_mask.shape[1], device=gain.device)
     at_end = torch.where(steps == batch.lengths.unsqueeze(1) - 1, gain.unsqueeze(1), 0.0)
-    value = value.expand_as(at_end)
-    return critic_maths.gae(value, at_end, batch.loss_mask, 1.0, lambda_)
+    return critic_maths.gae(value.expand_as(at_end), at_end, batch.loss_mask, 1.0, lambda_)
 
 
 def _law_of_states(batch: SequenceBatch, source: str) -> tuple[Tensor, Tensor]:
@@ -232,3 +240,113 @@ def _law_of_states(batch: SequenceBatch, source: str) -> tuple[Tensor, Tensor]:
         return atoms, edges.expand(len(batch), 1, -1)
     values = (zero_padding(batch.column("values"), batch.loss_mask) + so_far).clamp(0.0, 1.0)
     return atoms, shifted_edges(edges, logit_shift(values, mean))
+
+
+def _law_fits(config: Any, name: str) -> None:
+    what = f"advantage {name!r}"
+    demand(config, what, gamma=1.0)
+    if config.n_quantiles == 1:
+        raise ValueError(
+            f"{what} compares a return with the critic's law at the prompt, but n_quantiles is 1, "
+            "a value alone. Set n_quantiles >= 2, or use advantage 'gae'."
+        )
+
+
+def _of_law(name: str) -> Callable[[_F], _F]:
+    """`register` of an advantage that reads the critic's law at the prompt."""
+    return register(
+        "advantage",
+        name,
+        needs=("quantiles",),
+        fits=lambda config, **_: _law_fits(config, name),
+        ignores=lambda settings: set() if settings["per_token"] else {"lambda_"},
+        own_defaults=("lambda_",),
+    )
+
+
+def _relative_to_law(
+    batch: SequenceBatch,
+    worth: Callable[[Tensor, laws.Law], Tensor],
+    per_token: bool,
+    lambda_: float,
+) -> Tensor:
+    """g(R) − E[g(Z)] with g relative to the law at the prompt, Z of the law there or at s_t."""
+    law = _law_at_states(batch)
+    prompt = law[:, 0]
+    gain = worth(batch.returns.to(law.atoms.dtype), prompt)
+    if not per_token:
+        return batch.at_tokens(gain - prompt.expectation(worth(prompt.atoms, prompt)))
+    return _gae_of_gain(batch, gain, law.expectation(worth(law.atoms, prompt)), lambda_)
+
+
+def _law_at_states(batch: SequenceBatch) -> laws.Law:
+    """The law (B, T, N) of the whole return, given each state."""
+    rewards = zero_padding(batch.rewards, batch.loss_mask)
+    quantiles = zero_padding(batch.column("quantiles"), batch.loss_mask)
+    return laws.Law.of_quantiles(quantiles).moved(rewards.cumsum(1) - rewards)
+
+
+@_of_law("rank")
+def rank(
+    batch: SequenceBatch,
+    *,
+    tie_width: NotNegative = TIE_WIDTH,
+    per_token: bool = False,
+    lambda_: Share = 1.0,
+) -> Tensor:
+    """2 F(R | s_0) − 1: the rank of the return in the critic's law at the prompt, without a group.
+
+    Ours. `maths.laws.rank`; bounded by ±1 (per token by ±2), and the same for returns at any scale
+    if `tie_width` follows it.
+
+    Args:
+        batch: With quantiles; returns undiscounted.
+        tie_width: Atoms this close to the return tie with it, in units of the return. 0/1 rewards
+            need some: quantiles stop a little short of 0 and 1. 0 suits continuous ones.
+        per_token: Whether token t's baseline is E[g] by the law at s_t; else by that at s_0.
+        lambda_: λ of GAE on these; 1 is g(R) − E[g(Z_t)].
+    """
+    return _relative_to_law(
+        batch, lambda x, prompt: laws.rank(x, prompt, tie_width), per_token, lambda_
+    )
+
+
+@_of_law("standardised")
+def standardised(
+    batch: SequenceBatch,
+    *,
+    min_std: Positive = 0.05,
+    per_token: bool = False,
+    lambda_: Share = 1.0,
+) -> Tensor:
+    """(R − mean)/std of the critic's law at the prompt: GRPO's advantage without a group.
+
+    Ours. `maths.laws.standardised`.
+
+    Args:
+        batch: With quantiles; returns undiscounted.
+        min_std: Least std to divide by, in units of the return.
+        per_token: Whether token t's baseline is the value of s_t; else that of s_0.
+        lambda_: λ of GAE on these; 1 is (R − V(s_t))/std(s_0).
+    """
+    return _relative_to_law(
+        batch, lambda x, prompt: laws.standardised(x, prompt, min_std), per_token, lambda_
+    )
+
+
+@_of_law("utility")
+def utility(
+    batch: SequenceBatch, *, k: Count = 4, per_token: bool = False, lambda_: Share = 1.0
+) -> Tensor:
+    """h_k(R) = k ∫^R F^{k−1}, F the law at the prompt: the gradient of the expected best of k.
+
+    Ours. `maths.laws.utility`. Returns of any range; `best_of_k` is it over k, with λ, calibrated
+    by the group, for returns in [0, 1].
+
+    Args:
+        batch: With quantiles; returns undiscounted.
+        k: ≥ 1; 1 is the return itself.
+        per_token: Whether token t's baseline is E[h_k] by the law at s_t; else by that at s_0.
+        lambda_: λ of GAE on these; 1 is h_k(R) − E[h_k(Z_t)].
+    """
+    return _relative_to_law(batch, lambda x, prompt: laws.utility(x, prompt, k), per_token, lambda_)
