@@ -488,7 +488,7 @@ class DistRL(Algorithm):
         state = super().get_state(*args, **kwargs)
         state[PROMPT_SAMPLER] = self.batches.prompts_learned
         state[SETTINGS] = module_settings(self.config)
-        state[WEIGHTS] = self.weight_sync.latest[1]
+        state[WEIGHTS] = self.weight_sync.contents()
         state[CRITIC_PRETRAINED] = self._critic_pretrained
         return state
 
@@ -534,7 +534,7 @@ class DistRL(Algorithm):
         self._restored_weights = None
         super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()
-        check_restored(path, self._restored_weights, self.weight_sync.latest[1])
+        check_restored(path, self._restored_weights, self.weight_sync.contents())
         self.between_iterations = whole
 
 

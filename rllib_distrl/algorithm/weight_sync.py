@@ -30,15 +30,17 @@ def runner_weights(learner_group: Any, dtype: str = "float32") -> Update:
         dtype: type in which the engines hold them: [rollout] dtype.
 
     Returns:
-        What an env runner's ``set_state`` takes, and the version and content hash that its
-        engine must then report.
+        What an env runner's ``set_state`` takes, and the version and content hash (of large
+        tensors the version's sample) that its engine must then report.
     """
     component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
     state = learner_group.get_state(components=component, inference_only=True)[COMPONENT_LEARNER]
     module_state = state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID]
     update = {COMPONENT_RL_MODULE: module_state, WEIGHTS_SEQ_NO: state[WEIGHTS_SEQ_NO]}
-    digest = content_hash(hugging_face_names(module_state), dtype=getattr(torch, dtype))
-    return update, (state[WEIGHTS_SEQ_NO], digest)
+    version = state[WEIGHTS_SEQ_NO]
+    policy = hugging_face_names(module_state)
+    digest = content_hash(policy, dtype=getattr(torch, dtype), sample=version)
+    return update, (version, digest)
 
 
 def hugging_face_names(module_state: dict[str, Any]) -> dict[str, Any]:
@@ -49,6 +51,10 @@ def hugging_face_names(module_state: dict[str, Any]) -> dict[str, Any]:
         for name, tensor in tensors.items()
         if name.startswith(POLICY_PREFIX)
     }
+
+
+def _policy(update: Update) -> dict[str, torch.Tensor]:
+    return hugging_face_names(update[0][COMPONENT_RL_MODULE])
 
 
 class WeightSync:
@@ -92,13 +98,21 @@ class WeightSync:
         """Takes what somebody else has put into the learners' modules since the last `fetch`.
 
         Returns:
-            Whether it is another policy.
+            Whether it is another policy, by every number of it.
         """
         if self._stamps() == self._learners_stamps:
             return False
-        before = self.latest[1]
+        version, before = self.version, _policy(self.latest)
         self.fetch()
-        return self.latest[1] != before
+        after = _policy(self.latest)
+        return self.version != version or not all(
+            torch.equal(tensor, before[name]) for name, tensor in after.items()
+        )
+
+    def contents(self) -> tuple[int, str]:
+        """Version and hash of the policy that was last fetched, for checkpoints: all of it."""
+        dtype = getattr(torch, self._dtype)
+        return self.version, content_hash(_policy(self.latest), dtype=dtype)
 
     def send(self) -> None:
         """Sends the policy to all serving runners, which prove that they have it.

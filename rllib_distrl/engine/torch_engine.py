@@ -155,7 +155,8 @@ class TorchEngine:
             version: Number of these weights, 0 or more.
 
         Returns:
-            `weights_hash()` after loading: `content_hash(state, dtype=engine.dtype)`.
+            `weights_hash()` after loading:
+            `content_hash(state, dtype=engine.dtype, sample=version)`.
 
         Raises:
             ValueError: A negative version, or missing, unexpected or mis-shaped tensors
@@ -177,5 +178,5 @@ class TorchEngine:
         return True
 
     def weights_hash(self) -> str:
-        """Content hash of the engine's own tensors, computed now from their present bytes."""
-        return content_hash(self.decoder.canonical())
+        """Content hash of the engine's own tensors now; of large ones the version's sample."""
+        return content_hash(self.decoder.canonical(), sample=self.version)

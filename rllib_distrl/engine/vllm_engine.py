@@ -176,12 +176,12 @@ class VllmEngine:
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache after new weights.")
             self.version = version
-            return content_hash(self._views)
+            return content_hash(self._views, sample=self.version)
 
     def weights_hash(self) -> str:
-        """Content hash of vLLM's own tensors under Hugging Face's names, computed now."""
+        """Content hash of vLLM's own tensors under Hugging Face's names, sampled if large."""
         with self._awake():
-            return content_hash(self._views)
+            return content_hash(self._views, sample=self.version)
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:

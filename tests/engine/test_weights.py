@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rllib_distrl.engine import SamplingParams, TorchEngine, content_hash, torch_engine
 from rllib_distrl.engine.weights import copy_weights
@@ -159,3 +160,57 @@ def test_no_rollout_without_weights():
     engine = TorchEngine(CONFIGS["qwen2-tied"](), [EOS])
     with pytest.raises(RuntimeError, match="load_weights"):
         engine.generate(make_requests(), PARAMS)
+
+
+LARGE = 2**18 + 40
+
+
+@pytest.mark.parametrize("wrong", [LARGE, LARGE // 100])
+def test_a_sample_sees_stale_parts_of_large_tensors(wrong):
+    tensor = torch.randn(LARGE, generator=torch.Generator().manual_seed(0))
+    stale = tensor.clone()
+    stale[1_000 : 1_000 + wrong] += 1e-3
+    seen = [
+        content_hash({"a": stale}, sample=n) != content_hash({"a": tensor}, sample=n)
+        for n in range(40)
+    ]
+    assert sum(seen) == 40
+
+
+def test_versions_sample_other_places_until_a_single_wrong_number_is_found():
+    tensor = torch.zeros(LARGE)
+    stale = tensor.clone()
+    stale[77] = 1.0
+    samples = range(4 * LARGE // 1024)
+    seen = [n for n in samples if content_hash({"a": stale}, sample=n) != content_hash(
+        {"a": tensor}, sample=n)]  # fmt: skip
+    assert 0 < len(seen) < 20
+    assert content_hash({"a": tensor}, sample=1) != content_hash({"a": tensor[:-1]}, sample=1)
+
+
+def test_a_sample_reads_all_of_small_tensors_and_the_same_places_however_they_are_stored():
+    small = torch.arange(2.0**18)
+    assert content_hash({"a": small}, sample=3) == content_hash({"a": small})
+    large = torch.randn(520, 512, generator=torch.Generator().manual_seed(0))
+    want = content_hash({"a": large}, sample=3)
+    assert content_hash({"a": large.T.contiguous().T}, sample=3) == want
+    assert content_hash({"a": large.view(130, 4, 512)}, sample=3) == want
+    assert content_hash({"a": large}, sample=4) != want
+    low = {"a": large.bfloat16()}
+    assert content_hash({"a": large}, dtype=torch.bfloat16, sample=3) == content_hash(low, sample=3)
+    tied = {"a": large, "lm_head.weight": large.clone()}
+    assert content_hash(tied, sample=3) == want
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_engine_of_a_large_model_proves_its_weights_by_the_versions_sample(dtype):
+    config = CONFIGS["qwen2-tied"]()
+    config.vocab_size = 2**18 // config.hidden_size + 1
+    state = AutoModelForCausalLM.from_config(config).state_dict()
+    engine = TorchEngine(config, [EOS], dtype=dtype)
+    receipts = {engine.load_weights(state, version) for version in range(3)}
+    assert receipts == {content_hash(state, dtype=dtype, sample=n) for n in range(3)}
+    assert len(receipts) == 3
+    with torch.no_grad():
+        engine.decoder.weights.embed[-config.vocab_size // 8 :] = 0.0
+    assert engine.weights_hash() not in receipts
