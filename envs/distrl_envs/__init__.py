@@ -6,17 +6,22 @@ Importing this package registers the environments, so that
 
 import gymnasium
 
-from distrl_envs.task import Grade, Problem, Task, distinct_rows
+from distrl_envs.task import Draws, Grade, Problem, Reply, Task, Turn, distinct_rows
 from distrl_envs.tasks import TASKS, make_task
 from distrl_envs.token_env import OBS_MODES, TokenEnv
+from distrl_envs.turns import EnvReply
 
 __all__ = [
     "OBS_MODES",
     "TASKS",
+    "Draws",
+    "EnvReply",
     "Grade",
     "Problem",
+    "Reply",
     "Task",
     "TokenEnv",
+    "Turn",
     "distinct_rows",
     "make_task",
 ]

@@ -177,8 +177,13 @@ class Task(ABC):
         names_answers: Whether grades name the answer, for votes of a majority.
         has_step_reward: True where `step_reward` is to be asked at every step.
         max_turns: Default limit of the model's turns. Tasks that reply have more than one.
+        reply_roles: The roles of its replies: that the chat template takes them is found out before
+            anything is sampled.
+        stop: Texts that end a turn, beside EOS and those that the environment is given.
         max_prompt_tokens: Default limit, in tokens of the task's own tokenizer.
-        max_completion_tokens: Default limit including EOS, in tokens of its own tokenizer.
+        max_completion_tokens: Default limit including EOS, in tokens of its own tokenizer; of all
+            turns together.
+        max_reply_tokens: Default limit of each reply, in tokens of its own tokenizer.
     """
 
     name: str = "task"
@@ -186,9 +191,12 @@ class Task(ABC):
     names_answers: bool = True
     has_step_reward: bool = False
     max_turns: int = 1
+    reply_roles: Sequence[str] = ("user",)
+    stop: Sequence[str] = ()
     system_prompt: str | None = None
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 512
+    max_reply_tokens: int = 256
 
     @abstractmethod
     def __len__(self) -> int:
@@ -348,13 +356,18 @@ def grades_of(
         where = _call(task, "grade_many", problems)
         raise TaskError(f"{where} returned {len(grades)} grades for {len(problems)} completions.")
     for problem, grade in zip(problems, grades, strict=True):
-        if not isinstance(grade, Grade):
-            raise TaskError(
-                f"{_call(task, 'grade', [problem])} returned {grade!r:.80} "
-                f"({type(grade).__name__}); it must return a Grade, such as "
-                'Grade(1.0, "correct").'
-            )
+        check_grade(task, "grade", problem, grade)
     return grades
+
+
+def check_grade(task: Task, method: str, problem: Problem, grade: Any) -> None:
+    """Raises TaskError for what is no `Grade`, with the method that returned it and the row."""
+    if not isinstance(grade, Grade):
+        raise TaskError(
+            f"{_call(task, method, [problem])} returned {grade!r:.80} "
+            f"({type(grade).__name__}); it must return a Grade, such as "
+            'Grade(1.0, "correct").'
+        )
 
 
 def _call(task: Task, method: str, problems: Sequence[Problem]) -> str:

@@ -19,6 +19,7 @@ from distrl_envs.task import (
     Problem,
     Task,
     TaskError,
+    Turn,
     checked_number,
     described,
     grades_of,
@@ -26,6 +27,7 @@ from distrl_envs.task import (
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import (
     check_chat_template_kwargs,
+    check_stop,
     decode_completion,
     ends_with_stop,
     is_small,
@@ -33,12 +35,22 @@ from distrl_envs.tokenizers import (
     mark_special,
     render_prompt,
 )
+from distrl_envs.turns import (
+    REPLY_TOKENS,
+    EnvReply,
+    ReplyTokens,
+    asked,
+    at_turn,
+    grades_of_turns,
+    transcript,
+)
 from distrl_envs.user_code import named
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ON_LONG_PROMPT = ("error", "skip")
+RESET_OPTIONS = frozenset(("row", "verdict", "replies", "address"))
 OBS_MODES = ("token", "incremental", "context")
 FOREIGN_TOKENIZER_LIMIT = 512
 """Default token limits of prompt and completion with a tokenizer that is not the task's own."""
@@ -51,7 +63,7 @@ Info = dict[str, Any]
 
 
 class Verdict(NamedTuple):
-    """A graded completion: its text and its grade."""
+    """A graded completion: its text (with replies, the transcript) and its grade."""
 
     text: str
     grade: Grade
@@ -69,13 +81,23 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     `reset` returns `info` with `prompt_ids`, `row` and `problem`; the last step returns `info` with
     `finish_reason`, `grade` and `completion` (the decoded text).
 
-    What is observed, by `obs_mode` (L tokens of prompt and completion so far):
+    A task that replies (`has_turns`) is asked whenever EOS or a stop string ends a turn. Where it
+    replies, the episode goes on: the reward is the reply's, the observation holds the reply's
+    tokens, and `info` has them as `reply_ids`, their number `reply_tokens`, the `reply` and the
+    number of the `turn` that it answers, from 1. The last step adds the reply's reward, if there is
+    one, to the score, `info` has `turns`, and `completion` is the transcript. Its `finish_reason`
+    is "stop" where the task or its reply ended the episode, "turns" after the last turn allowed,
+    "length" where `max_completion_tokens` were sampled in all turns, and "context" where nothing
+    fits into `max_context_tokens` any more.
+
+    What is observed, by `obs_mode` (L tokens of prompt, completion and replies so far):
 
     * `token`: the last token, `Discrete(V)`; constant cost per step.
     * `incremental`: `Box` of 1 + max_prompt_tokens: how many tokens are new, then these tokens (the
-      prompt at reset, one token after), zeros after them.
+      prompt at reset, one token after, with a reply's tokens behind it), zeros after them. With
+      turns it is 1 + max(max_prompt_tokens, 1 + max_reply_tokens) wide.
     * `context`: `Box` of 1 + max_prompt_tokens + max_completion_tokens: L, then all L tokens, zeros
-      after them.
+      after them. With turns it is 1 + max_context_tokens wide.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
@@ -99,6 +121,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         on_long_prompt: str = "error",
         chat_template_kwargs: Mapping[str, Any] | None = None,
         stop: Sequence[str] = (),
+        max_turns: int | None = None,
+        max_context_tokens: int | None = None,
+        max_reply_tokens: int | None = None,
     ):
         """Builds the environment of a task.
 
@@ -113,7 +138,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             obs_mode: What is observed; one of `OBS_MODES`.
             max_prompt_tokens: Longest prompt allowed; by default the task's, or 512 with another
                 tokenizer than its own.
-            max_completion_tokens: Where a completion ends; defaults likewise.
+            max_completion_tokens: Where a completion ends, all turns together; defaults likewise.
             system_prompt: System message of the chat template, or text before the prompt, for a
                 task without one of its own.
             prompt_template: Text around `{prompt}`; see `render_prompt`.
@@ -128,11 +153,18 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             chat_template_kwargs: Further variables of the chat template, such as Qwen3's
                 `enable_thinking`.
             stop: Texts that end a completion too, with the token that completes one; the text stays
-                part of what is graded. Engines sample on, and what follows is dropped.
+                part of what is graded. Engines sample on, and what follows is dropped. Those of
+                the task come first.
+            max_turns: Turns of the model at most, in a task that replies; by default the task's.
+            max_context_tokens: Prompt, completion and replies together, in a task that replies; by
+                default all that the other limits allow, and what `window` leaves of it.
+            max_reply_tokens: Where a reply is cut, what the chat template puts around it included;
+                by default the task's, or 256 with another tokenizer than its own.
 
         Raises:
-            ValueError: On any argument out of bounds, a task without problems, and if the
-                tokenizer has no EOS token.
+            ValueError: On any argument out of bounds, a task without problems, a stop string that
+                the tokenizer cannot produce, a chat template to which replies cannot be
+                appended, and if the tokenizer has no EOS token.
             TaskError: If a named task's own code fails while it is built.
         """
         if obs_mode not in OBS_MODES:
@@ -151,12 +183,22 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self.prompt_template = prompt_template
         check_chat_template_kwargs(self.tokenizer, chat_template_kwargs)
         self.chat_template_kwargs = chat_template_kwargs
-        self.stop = _stop(stop)
+        self.stop = (*_stop(self.task.stop), *_stop(stop))
+        check_stop(self.tokenizer, self.stop)
         self.compact = is_small(self.tokenizer)
         self.max_prompt_tokens = self._limit("max_prompt_tokens", max_prompt_tokens)
         self.max_completion_tokens = self._limit("max_completion_tokens", max_completion_tokens)
         if window is not None:
             self._fit_window(int(window))
+        self.has_turns = self._replies_come(max_turns, max_context_tokens, max_reply_tokens)
+        self.max_turns = int(self.task.max_turns if max_turns is None else max_turns)
+        self.max_reply_tokens = 0
+        if self.has_turns:
+            self.max_reply_tokens = self._limit("max_reply_tokens", max_reply_tokens, REPLY_TOKENS)
+            self._reply_tokens = ReplyTokens(
+                self.tokenizer, self.task.reply_roles, self.max_reply_tokens, chat_template_kwargs
+            )
+        self.max_context_tokens = self._context_limit(max_context_tokens, window)
         self.vocab_size = _vocab_size(len(self.tokenizer), vocab_size)
         self.eos_token_id = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.eos_token_ids = frozenset(eos_token_ids or (self.eos_token_id,))
@@ -170,6 +212,11 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._dense = self.task.has_step_reward
         self._prompt_ids: list[int] = []
         self._completion: list[int] = []
+        self._turn: list[int] = []  # what was sampled since the last reply
+        self._replies: list[EnvReply] = []
+        self._replied = 0  # tokens of the replies
+        self._known: Sequence[EnvReply] | None = None  # replies that were given beforehand
+        self._address: tuple[int, ...] = ()
         self._problem: Problem | None = None  # None unless an episode is under way
         self._verdict: Verdict | None = None  # of a completion that was graded beforehand
         self._rendered: dict[int, tuple[Problem, list[int]]] = {}
@@ -181,7 +228,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         """Starts an episode on `options["row"]`, or on a row that the own generator draws.
 
         Where the completion is known beforehand, `options["verdict"]` is what `grade_many` made of
-        it: the last step then reports that verdict instead of grading again.
+        it: the last step then reports that verdict instead of grading again. In a task that replies
+        `options["replies"]` are then all that was replied, and the task is not asked again; without
+        a verdict it is asked after the last of them. `options["address"]` (seed, row, sample,
+        visit) names the randomness of its replies, which the own generator draws otherwise.
 
         Raises:
             ValueError: If the row does not exist, its prompt is too long, or an option is unknown.
@@ -193,6 +243,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._completion = []
         self._verdict = options.get("verdict")
         self._problem = problem
+        if self.has_turns:
+            self._reset_turns(row, options.get("replies"), options.get("address"))
+        elif options.get("replies"):
+            raise ValueError(self._no_replies("the reset option replies"))
         info = {"prompt_ids": list(self._prompt_ids), "row": row, "problem": problem}
         return self._observe(self._prompt_ids), info
 
@@ -209,15 +263,182 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             token = -1
         if self._problem is None or not 0 <= token < self.vocab_size:
             self._refuse(action)
+        if self.has_turns:
+            return self._step_in_turns(token)
         completion = self._completion
         completion.append(token)
         observation = token if self.obs_mode == "token" else self._observe([token])
         reward = self._step_reward(completion) if self._dense else 0.0
         stopped = self._ended(completion)
         if stopped or len(completion) >= self.max_completion_tokens:
-            score, info = self._finish(stopped)
+            score, info = self._finish("stop" if stopped else "length")
             return observation, reward + score, True, False, info
         return observation, reward, False, False, {}
+
+    def _reset_turns(self, row: int, known: Any, address: Any) -> None:
+        self._turn, self._replies, self._replied = [], [], 0
+        self._known = None if known is None else list(known)
+        if address is None:
+            address = (self.np_random.integers(2**62), row, 0, 0)
+        self._address = tuple(int(number) for number in address)
+
+    def _step_in_turns(self, token: int) -> tuple[Observation, float, bool, bool, Info]:
+        """`step` in a task that replies."""
+        completion = self._completion
+        completion.append(token)
+        self._turn.append(token)
+        reward = self._step_reward(completion) if self._dense else 0.0
+        made = self._next_reply() if (ended := self._ended(self._turn)) else None
+        if made is not None:
+            reward += made.reply.reward
+            self._replies.append(made)
+            if made.finish is None:
+                self._replied += len(made.ids)
+                self._turn = []
+                info = {
+                    "reply_ids": list(made.ids),
+                    "reply_tokens": len(made.ids),
+                    "reply": made.reply,
+                    "turn": len(self._replies),
+                }
+                return self._observe([token, *made.ids]), reward, False, False, info
+        if not ended and self._room(len(self._prompt_ids), len(completion), self._replied):
+            return self._observe([token]), reward, False, False, {}
+        observation = self._observe([token])
+        finish = self._finish_reason(completion, self._replies)
+        turns = self.turns_of(completion, self._replies)
+        score, info = self._finish(finish)
+        info["turns"] = turns
+        if made is not None:
+            info["reply"] = made.reply
+        return observation, reward + score, True, False, info
+
+    def _next_reply(self) -> EnvReply | None:
+        """What is replied to the turn that has ended: as it is known, or as the task says."""
+        number, at = len(self._replies), len(self._completion)
+        if self._known is None or (number >= len(self._known) and self._verdict is None):
+            assert self._problem is not None
+            return self._reply(
+                self._problem, self._prompt_ids, self._completion, self._replies, self._address
+            )
+        if number >= len(self._known):
+            return None
+        known = self._known[number]
+        if known.at != at:
+            raise ValueError(
+                f"Turn {number + 1} ended after {at} tokens, but the reply known beforehand stands "
+                f"after {known.at}: replies and completion belong to different episodes."
+            )
+        return known
+
+    def reply_to(
+        self,
+        row: int,
+        completion: Sequence[int],
+        replies: Sequence[EnvReply],
+        address: Sequence[int],
+    ) -> EnvReply | None:
+        """What the environment answers to a turn that has just ended, as `step` would say it.
+
+        It depends on the arguments alone, and changes nothing.
+
+        Args:
+            row: The row of the problem.
+            completion: All that was sampled in the episode; its last token ended a turn.
+            replies: What was replied before.
+            address: Names the randomness: seed, row, sample, visit.
+
+        Returns:
+            The reply, whose `finish` says whether the model goes on; None where the task does not
+            reply, which ends the episode too.
+
+        Raises:
+            ValueError: If the row does not exist, or the turn has not ended.
+            TaskError: If the task fails, or returns what is no reply.
+        """
+        problem, prompt = self._served(row)
+        turn = completion[replies[-1].at if replies else 0 :]
+        if not turn or not self._ended(turn):
+            raise ValueError(
+                f"The model's turn {len(replies) + 1} of row {row} has not ended: a reply comes "
+                "after an EOS token or a stop string."
+            )
+        if not self.has_turns:
+            return None
+        return self._reply(problem, prompt, completion, replies, address)
+
+    def _reply(
+        self,
+        problem: Problem,
+        prompt: Sequence[int],
+        completion: Sequence[int],
+        replies: Sequence[EnvReply],
+        address: Sequence[int],
+    ) -> EnvReply | None:
+        turns, at = self.turns_of(completion, replies), len(completion)
+        reply = asked(self.task, problem, turns, address)
+        if reply is None:
+            return None
+        if reply.over:
+            return EnvReply(at, (), reply, "stop")
+        if len(turns) >= self.max_turns:
+            return EnvReply(at, (), reply, "turns")
+        if at >= self.max_completion_tokens:
+            return EnvReply(at, (), reply, "length")
+        end = completion[-1] if completion[-1] in self.eos_token_ids else None
+        try:
+            ids, shown = self._reply_tokens.encode(reply, end, prompt[-1])
+        except ValueError as error:
+            what = at_turn(self.task, problem, len(turns))
+            raise TaskError(f"{what} cannot be shown to the model: {error}") from error
+        made = EnvReply(at, ids, shown)
+        if not self.room(len(prompt), at, [*replies, made]):
+            return EnvReply(at, (), reply, "context")
+        return made
+
+    def room(
+        self,
+        prompt_length: int,
+        completion: Sequence[int] | int,
+        replies: Sequence[EnvReply] = (),
+    ) -> int:
+        """How many more tokens may be sampled in an episode, over all its turns.
+
+        Args:
+            prompt_length: Tokens of the prompt.
+            completion: What was sampled so far, or how many tokens.
+            replies: What was replied so far.
+        """
+        sampled = completion if isinstance(completion, int) else len(completion)
+        return self._room(prompt_length, sampled, sum(len(reply.ids) for reply in replies))
+
+    def _room(self, prompt: int, sampled: int, replied: int) -> int:
+        left = self.max_context_tokens - prompt - sampled - replied
+        return max(0, min(self.max_completion_tokens - sampled, left))
+
+    def turns_of(self, completion: Sequence[int], replies: Sequence[EnvReply]) -> list[Turn]:
+        """The turns of an episode as text; the last has no reply where none has come (yet).
+
+        Args:
+            completion: All that was sampled.
+            replies: What was replied, in order.
+        """
+        turns, start = [], 0
+        for reply in replies:
+            turns.append(Turn(self._text(completion[start : reply.at]), reply.reply))
+            start = reply.at
+        if start < len(completion) or not turns:
+            turns.append(Turn(self._text(completion[start:])))
+        return turns
+
+    def _finish_reason(self, completion: Sequence[int], replies: Sequence[EnvReply]) -> str:
+        """Why an episode is over."""
+        if replies and replies[-1].finish is not None:
+            return replies[-1].finish
+        turn = completion[replies[-1].at if replies else 0 :]
+        if turn and self._ended(turn):
+            return "stop"
+        return "length" if len(completion) >= self.max_completion_tokens else "context"
 
     def prompt_ids(self, problem: Problem) -> list[int]:
         """The prompt of a problem as tokens.
@@ -320,7 +541,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             self.max_prompt_tokens, self._window = left, window
 
     def grade_many(
-        self, rows: Sequence[int], completions: Sequence[Sequence[int]]
+        self,
+        rows: Sequence[int],
+        completions: Sequence[Sequence[int]],
+        replies: Sequence[Sequence[EnvReply]] | None = None,
     ) -> list[Verdict]:
         """Grades completions of whole rows at once, as the last step of each would.
 
@@ -328,17 +552,35 @@ class TokenEnv(gymnasium.Env[Observation, int]):
 
         Args:
             rows: The row of each completion.
-            completions: Token ids, up to the EOS or the length limit.
+            completions: Token ids, up to the EOS or the length limit; those of all turns.
+            replies: What was replied to each; none by default.
 
         Raises:
-            ValueError: If a row does not exist.
+            ValueError: If a row does not exist, or there are replies in a task without.
             TaskError: If the task fails, or returns what is no grade.
         """
         problems = {row: self._served(row)[0] for row in set(rows)}
+        if self.has_turns:
+            replies = [()] * len(completions) if replies is None else replies
+            return self._grade_turns([problems[row] for row in rows], completions, replies)
+        if replies is not None and any(replies):
+            raise ValueError(self._no_replies("replies"))
         texts = [self._text(completion) for completion in completions]
         truncated = [not self._ended(completion) for completion in completions]
         grades = grades_of(self.task, [problems[row] for row in rows], texts, truncated)
         return [Verdict(text, grade) for text, grade in zip(texts, grades, strict=True)]
+
+    def _grade_turns(
+        self,
+        problems: Sequence[Problem],
+        completions: Sequence[Sequence[int]],
+        replies: Sequence[Sequence[EnvReply]],
+    ) -> list[Verdict]:
+        episodes = list(zip(completions, replies, strict=True))
+        turns = [self.turns_of(*episode) for episode in episodes]
+        truncated = [self._finish_reason(*episode) != "stop" for episode in episodes]
+        grades = grades_of_turns(self.task, problems, turns, truncated)
+        return [Verdict(transcript(t), grade) for t, grade in zip(turns, grades, strict=True)]
 
     def _served(self, row: int) -> tuple[Problem, list[int]]:
         """Problem and prompt of a row; those of the rows served last are kept."""
@@ -373,31 +615,35 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             raise TaskError(f"{what} {at} failed: {named(error)}") from error
 
     def _row(self, options: dict[str, Any]) -> int:
-        unknown = set(options) - {"row", "verdict"}
+        unknown = set(options) - RESET_OPTIONS
         if unknown:
             raise ValueError(
-                f"Got the reset options {sorted(unknown)}; there are 'row' and 'verdict'."
+                f"Got the reset options {sorted(unknown)}; there are {sorted(RESET_OPTIONS)}."
             )
         if "row" in options:
             return int(options["row"])
         return int(self.np_random.integers(len(self.task)))
 
-    def _finish(self, stopped: bool) -> tuple[float, Info]:
+    def _finish(self, reason: str) -> tuple[float, Info]:
         assert self._problem is not None
         if self._verdict is None:
-            text = self._text(self._completion)
-            grades = grades_of(self.task, [self._problem], [text], [not stopped])
-            self._verdict = Verdict(text, grades[0])
+            if self.has_turns:
+                episode = [self._problem], [self._completion], [self._replies]
+                [self._verdict] = self._grade_turns(*episode)
+            else:
+                text = self._text(self._completion)
+                grades = grades_of(self.task, [self._problem], [text], [reason != "stop"])
+                self._verdict = Verdict(text, grades[0])
         self._problem = None
         info = {
-            "finish_reason": "stop" if stopped else "length",
+            "finish_reason": reason,
             "grade": self._verdict.grade,
             "completion": self._verdict.text,
         }
         return self._verdict.grade.score, info
 
     def length_until_stop(self, completion: Sequence[int]) -> int:
-        """How many tokens of a sampled completion belong to it: up to its first stop string."""
+        """How many tokens of a sampled turn belong to it: up to its first stop string."""
         if not self.stop:
             return len(completion)
         ids = list(completion)
@@ -417,26 +663,73 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         if self.obs_mode == "token":
             return new[-1]
         if self.obs_mode == "context":
-            new = self._prompt_ids + self._completion
+            new = self._context_ids()
         assert isinstance(self.observation_space, spaces.Box)
         observation = np.zeros(self.observation_space.shape, dtype=np.int64)
         observation[0] = len(new)
         observation[1 : 1 + len(new)] = new
         return observation
 
+    def _context_ids(self) -> list[int]:
+        """Prompt, completion and the replies within it."""
+        if not self._replies:
+            return self._prompt_ids + self._completion
+        ids, start = list(self._prompt_ids), 0
+        for reply in self._replies:
+            ids += self._completion[start : reply.at]
+            ids += reply.ids
+            start = reply.at
+        return ids + self._completion[start:]
+
     def _observation_space(self) -> spaces.Space[Any]:
         if self.obs_mode == "token":
             return spaces.Discrete(self.vocab_size)
         width = self.max_prompt_tokens
         if self.obs_mode == "context":
-            width += self.max_completion_tokens
+            width = self.max_context_tokens
+        elif self.has_turns:
+            width = max(width, 1 + self.max_reply_tokens)
         high = np.full(1 + width, self.vocab_size - 1, dtype=np.int64)
         high[0] = width
         return spaces.Box(np.zeros_like(high), high, dtype=np.int64)
 
-    def _limit(self, name: str, value: int | None) -> int:
+    def _replies_come(self, max_turns: int | None, *others: int | None) -> bool:
+        """Whether the task is asked for replies; refuses settings that nothing would read."""
+        if max_turns is not None and max_turns < 1:
+            raise ValueError(f"Got max_turns={max_turns}; it must be at least 1.")
+        if self.task.max_turns > 1:
+            return True
+        if max_turns not in (None, 1) and type(self.task).respond is not Task.respond:
+            return True
+        if max_turns not in (None, 1) or any(value is not None for value in others):
+            raise ValueError(self._no_replies("max_turns, max_context_tokens or max_reply_tokens"))
+        return False
+
+    def _no_replies(self, what: str) -> str:
+        return (
+            f"Got {what}, but the task {self.task.name!r} has one turn: its episodes end with it. "
+            "Leave that out, or give the task a method respond and max_turns."
+        )
+
+    def _context_limit(self, given: int | None, window: int | None) -> int:
+        """Most tokens of an episode, replies included."""
+        replies = (self.max_turns - 1) * self.max_reply_tokens
+        most = self.max_prompt_tokens + self.max_completion_tokens + replies
+        if given is not None and window is not None and given > window:
+            raise ValueError(
+                f"Got max_context_tokens={given}, but the model's window has {window} tokens: "
+                "lower it."
+            )
+        if given is not None and given <= self.max_prompt_tokens:
+            raise ValueError(
+                f"Got max_context_tokens={given}, which leaves no room behind a prompt of "
+                f"max_prompt_tokens={self.max_prompt_tokens}: raise it, or lower the latter."
+            )
+        return min(most, window or most) if given is None else int(given)
+
+    def _limit(self, name: str, value: int | None, foreign: int = FOREIGN_TOKENIZER_LIMIT) -> int:
         if value is None:
-            return getattr(self.task, name) if self.compact else FOREIGN_TOKENIZER_LIMIT
+            return getattr(self.task, name) if self.compact else foreign
         if value < 1:
             raise ValueError(f"Got {name}={value}; it must be at least 1.")
         return int(value)

@@ -170,17 +170,35 @@ def render_prompt(
     messages = [*system, *map(dict, context), {"role": "user", "content": text}]
     if getattr(tokenizer, "chat_template", None):
         chat = _chat(tokenizer, messages, chat_template_kwargs or {})
-        ids = _encode_marked(tokenizer, chat, special=False)
+        ids = encode_marked(tokenizer, chat, special=False)
     else:
         whole = "\n\n".join(message["content"] for message in messages)
         ids = (
             _encode_small(whole)
             if is_small(tokenizer)
-            else _encode_marked(tokenizer, whole, special=True)
+            else encode_marked(tokenizer, whole, special=True)
         )
     if not ids:
         raise ValueError("The prompt has no tokens: the model needs at least one to start from.")
     return list(ids)
+
+
+def rendered_chat(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Mapping[str, str]],
+    variables: Mapping[str, Any] | None = None,
+) -> str:
+    """The messages in the tokenizer's chat template, up to where the model's turn begins.
+
+    Raises:
+        jinja2.exceptions.TemplateError: Whatever the template refuses.
+    """
+    # Found before Transformers' own function of this name, which asks the clock.
+    settings = {"strftime_now": TODAY.strftime, **(variables or {})}
+    chat = [dict(message) for message in messages]
+    return str(
+        tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False, **settings)
+    )
 
 
 def _chat(
@@ -191,17 +209,8 @@ def _chat(
     """The messages in the tokenizer's chat template, none of them refused or dropped."""
     from jinja2.exceptions import TemplateError
 
-    def rendered(some: list[dict[str, str]]) -> str:
-        # Found before Transformers' own function of this name, which asks the clock.
-        settings = {"strftime_now": TODAY.strftime, **variables}
-        return str(
-            tokenizer.apply_chat_template(
-                some, add_generation_prompt=True, tokenize=False, **settings
-            )
-        )
-
     try:
-        chat = rendered(messages)
+        chat = rendered_chat(tokenizer, messages, variables)
     except TemplateError as error:
         if messages[0]["role"] != "system":
             raise ValueError(
@@ -210,7 +219,7 @@ def _chat(
         first = f"{messages[0]['content']}\n\n{messages[1]['content']}"
         messages = [{**messages[1], "content": first}, *messages[2:]]
         try:
-            chat = rendered(messages)
+            chat = rendered_chat(tokenizer, messages, variables)
         except TemplateError:
             raise ValueError(
                 f"The tokenizer's chat template refuses the prompt, its system message also in the "
@@ -243,8 +252,8 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     return tuple(sorted(filter(None, texts), key=lambda text: (-len(text), text)))
 
 
-def _encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
-    """Encodes a text; halves of a special token's text are encoded apart, and stay text.
+def encode_marked(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool) -> list[int]:
+    """Encodes a text; halves of what `mark_special` has marked are encoded apart, and stay text.
 
     With `special` the tokenizer puts before it what it does by itself.
     """
@@ -331,6 +340,38 @@ def ends_with_stop(
     longest = max(len(string.encode()) for string in stop) + 1
     text = decode_completion(tokenizer, ids[-longest:], ())
     return any(string in text for string in stop)
+
+
+def check_stop(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> None:
+    """Raises ValueError for stop strings that no tokens of the tokenizer spell."""
+    for string in stop:
+        if not (_spells_small if is_small(tokenizer) else _spells)(tokenizer, string):
+            raise ValueError(
+                f"Got the stop string {string!r}, which the tokenizer "
+                f"{tokenizer.name_or_path or type(tokenizer).__name__!r} cannot produce, so it "
+                "would never end anything. Leave it out, or choose one of its tokens' texts."
+            )
+
+
+def _spells(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text comes back from its tokens, at the start or behind a word."""
+    return any(
+        text in decode_completion(tokenizer, tokenizer.encode(some, add_special_tokens=False), ())
+        for some in (text, f"a{text}", f"a {text}")
+    )
+
+
+def _spells_small(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text stands somewhere in words with a space between each two."""
+    first, *rest = text.split(" ")
+    if not rest:
+        return any(first in word for word in WORDS)
+    *inner, last = rest
+    return (
+        any(word.endswith(first) for word in WORDS)
+        and all(word in VOCABULARY for word in inner)
+        and any(word.startswith(last) for word in WORDS)
+    )
 
 
 def _encode_small(text: str) -> list[int]:
