@@ -1,7 +1,8 @@
 """The pass before the update: what the models say of a batch, and what the stages make of it."""
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from rllib_distrl.learner.connector import GROUPS
+from rllib_distrl.learner.connector import GROUPS, PROMPTS
 from rllib_distrl.learner.minibatches import generator, model_inputs
 from rllib_distrl.learner.reference import Reference
 from rllib_distrl.learner.step import EPISODE
@@ -18,6 +19,7 @@ from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.statistics import AllReduce
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
+from rllib_distrl.method.registry import LOGP_AT
 from rllib_distrl.model.sequences import Sequences, from_columns
 
 # What needs the policy's own hidden states.
@@ -54,6 +56,8 @@ class BatchPass:
         budget: most tokens of a micro-batch of the training pass.
         seed: of the stages' randomness.
         all_reduce: sum over learners.
+        all_gather: rows of all learners.
+        memory: what stages keep between iterations; a checkpoint holds it.
     """
 
     modules: Any
@@ -66,6 +70,21 @@ class BatchPass:
     budget: int
     seed: int
     all_reduce: AllReduce
+    all_gather: AllReduce
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def looking(self) -> "BatchPass":
+        """The same pass for a batch that is not learned from: stages remember nothing of it."""
+        return replace(self, memory=deepcopy(self.memory))
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold: the stages' memory."""
+        return deepcopy(self.memory)
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from ``state``."""
+        self.memory.clear()
+        self.memory.update(deepcopy(state))
 
     @property
     def _module(self) -> Any:
@@ -83,7 +102,7 @@ class BatchPass:
                 too, its training pass serves as this pass.
         """
         module, method, rollouts = self._module, self.method, self._rollouts(columns, k)
-        needs = set(method.needs & MODEL_COLUMNS)
+        needs = read_from_models(method.needs)
         found: dict[str, Tensor] = {}
         forward = None
         if not module.has_critic:
@@ -100,6 +119,7 @@ class BatchPass:
         found |= model_columns(module, self.reference, columns, needs, features)
         if features is not None:
             rollouts.extras[FEATURES] = found.pop(FEATURES)
+        rollouts.extras.update({name: found.pop(name) for name in _extra(found)})
         rollouts = replace(rollouts, **found)
         if method.importance_correction is not None:
             method.correct_importance(module.compute_logps(columns), rollouts)
@@ -116,10 +136,13 @@ class BatchPass:
             loss_mask=columns[Columns.LOSS_MASK],
             action_logp=columns[Columns.ACTION_LOGP],
             group=columns[GROUPS],
+            prompt=columns[PROMPTS],
             k=k,
             width=self.width,
             generator=generator(self.seed, k),
             all_reduce=self.all_reduce,
+            all_gather=self.all_gather,
+            memory=self.memory,
             extras={EPISODE: torch.arange(len(columns[GROUPS]), device=columns[GROUPS].device)},
         )
 
@@ -137,9 +160,13 @@ class BatchPass:
         found: dict[str, Tensor] = {}
         if value is None:
             transforms = self.method.reward_transforms
-            needs = {need for stage in transforms for need in stage.needs} & MODEL_COLUMNS
+            needs = read_from_models({need for stage in transforms for need in stage.needs})
             found = model_columns(self._module, self.reference, columns, needs)
-            transformed = replace(rollouts, **found, metrics={})
+            named = {name: found[name] for name in found.keys() - _extra(found)}
+            extras = {**rollouts.extras, **{name: found[name] for name in _extra(found)}}
+            transformed = replace(
+                rollouts, **named, extras=extras, metrics={}, memory=deepcopy(self.memory)
+            )
             self.method.transform_rewards(transformed)
             returns = returns_to_go(transformed.rewards, rollouts.loss_mask, self.gamma)[:, 0]
             total, count = rollouts.all_reduce(
@@ -174,6 +201,16 @@ class BatchPass:
         return outputs, found
 
 
+def read_from_models(needs: Collection[str]) -> set[str]:
+    """Those of a method's needs that `model_columns` answers."""
+    return {need for need in needs if need in MODEL_COLUMNS or need.startswith(LOGP_AT)}
+
+
+def _extra(names: Collection[str]) -> set[str]:
+    """Columns that have no field of their own in `SequenceBatch`."""
+    return {name for name in names if name.startswith(LOGP_AT)}
+
+
 def model_columns(
     module: Any,
     reference: Reference | None,
@@ -187,7 +224,7 @@ def model_columns(
         module: `DistRLModule`.
         reference: of ``ref_logp``, else None.
         columns: of `SequencesFromEpisodes`.
-        needs: which of `MODEL_COLUMNS`.
+        needs: of `read_from_models`.
         features: makes (B, T, D) of hidden states (B, T, H).
 
     Returns:
@@ -220,7 +257,8 @@ def _read(
 ) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     states = None
-    if features is not None or not _OF_POLICY.isdisjoint(needs):
+    factors = {need: float(need.removeprefix(LOGP_AT)) for need in _extra(needs)}
+    if features is not None or factors or not _OF_POLICY.isdisjoint(needs):
         hidden = module.hidden(module.policy, rows)
         states = rows.states(hidden)
         if "prompt_logp" in needs:
@@ -231,6 +269,8 @@ def _read(
             found[FEATURES] = features(states)
         if "entropy" in needs:
             found["entropy"] = module._sampled_tokens(module.policy, states, rows)[..., 1]
+        for need, factor in factors.items():
+            found[need] = module._sampled_tokens(module.policy, states, rows, factor)[..., 0]
     if "quantiles" in needs:
         found["quantiles"] = module.compute_quantiles({}, module._critic_states(rows, states))
     if reference is not None and "ref_logp" in needs:

@@ -14,6 +14,7 @@ from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 
 GROUPS = "groups"
+PROMPTS = "prompts"
 
 
 class SequencesFromEpisodes(ConnectorV2):
@@ -22,7 +23,8 @@ class SequencesFromEpisodes(ConnectorV2):
     Puts under ``batch[DEFAULT_MODULE_ID]``, for B episodes of at most T tokens:
     ``input_ids`` (B, S) prompt, completion, right padding; ``prompt_lens`` (B,);
     ``actions``, ``action_logp``, ``rewards`` (B, T); ``loss_mask`` (B, T) bool; ``groups``
-    (B,), equal for completions of one served prompt. The order of episodes is kept.
+    (B,), equal for completions of one served prompt; ``prompts`` (B,), its row in the task. The
+    order of episodes is kept.
     """
 
     def __call__(
@@ -103,6 +105,7 @@ def _columns(episodes: list[Any]) -> dict[str, np.ndarray]:
         Columns.REWARDS: rewards,
         Columns.LOSS_MASK: np.arange(steps) < lens[:, None],
         GROUPS: _groups(episodes),
+        PROMPTS: np.array([episode.infos[0]["row"] for episode in episodes]),
     }
 
 

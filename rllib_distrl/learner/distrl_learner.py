@@ -103,6 +103,7 @@ class DistRLLearner(TorchLearner):
             budget=self.settings.micro_batch_tokens,
             seed=seed,
             all_reduce=identity if self._alone else _all_reduce,
+            all_gather=identity if self._alone else _all_gather,
         )
         self._objective = Objective(self.method, self.settings)
         self._controllers = Controllers(self.method.controllers)
@@ -130,6 +131,7 @@ class DistRLLearner(TorchLearner):
             "controllers": self._controllers,
             "uncertainty": self.uncertainty,
             "reference": self.reference,
+            "memory": self.batch_pass,
         }
         return {name: part for name, part in parts.items() if part is not None}
 

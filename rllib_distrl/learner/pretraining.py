@@ -50,7 +50,7 @@ def pretrain_critic(
     config, learners = learner.config, max(learner.config.num_learners, 1)
     rank = torch.distributed.get_rank() if learners > 1 else 0
     columns = learner.columns(ray.get(shards[rank]))
-    rollouts = learner.batch_pass(columns, 1).rollouts
+    rollouts = learner.batch_pass.looking()(columns, 1).rollouts
     returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, config.gamma)
     rollouts.target_quantiles = returns.unsqueeze(-1)
     kept_out = rollouts.group % _HELD_OUT == _HELD_OUT - 1

@@ -126,7 +126,7 @@ def _critic(learner: TorchLearner, columns: dict[str, Tensor], k: int) -> dict[s
 def _from_method(learner: DistRLLearner, columns: dict[str, Tensor], k: int) -> dict[str, Tensor]:
     """The stages on these episodes, as an update would run them; nothing of the learner changes."""
     with _unstarted_critic_stays(learner.policy_module):
-        rollouts = learner.batch_pass(columns, k).rollouts
+        rollouts = learner.batch_pass.looking()(columns, k).rollouts
     raw, bonus = _unshaped(learner.method, rollouts)
     found = {"advantage": raw, "advantage_used": rollouts.column("advantages")}
     if bonus is not None:

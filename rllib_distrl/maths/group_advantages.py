@@ -5,11 +5,18 @@ equal returns gets exactly 0 at any size: every estimator first takes the group'
 which changes none of them in exact arithmetic, and leaves no rounding for a std to blow up.
 """
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rllib_distrl.maths.statistics import AllReduce, identity, masked_mean_and_std
+from rllib_distrl.maths.statistics import (
+    AllReduce,
+    identity,
+    masked_mean_and_std,
+    zero_padding,
+)
 
 
 def group_index(group: Int[Tensor, " B"]) -> tuple[Int[Tensor, " B"], Int[Tensor, " P"]]:
@@ -202,3 +209,78 @@ def bnpo(
     log_beta = torch.lgamma(alpha) + torch.lgamma(beta) - torch.lgamma(alpha + beta)
     log_pdf = (alpha - 1) * p_safe.log() + (beta - 1) * (-p_safe).log1p() - log_beta
     return _centred(returns, group) * (-log_pdf).exp().clamp(max=max_scale)[index]
+
+
+def gdpo(
+    reward_parts: Float[Tensor, "B C"],
+    group: Int[Tensor, " B"],
+    *,
+    weights: Sequence[float] | None = None,
+    std_epsilon: float = 1e-4,
+) -> Float[Tensor, " B"]:
+    """Σ_c w_c (R_c − mean) / (std + ε): each reward is standardised in the group by itself.
+
+    So that none drowns in the spread of another. GDPO, as verl computes it; its whitening over the
+    batch is `whiten_advantages`. One reward of weight 1 is `grpo`. ε is TRL's: rounding in sums of
+    rewards stays far below.
+
+    Args:
+        reward_parts: R_c.
+        group: Ids of the rows' prompts.
+        weights: w; None: 1 each.
+        std_epsilon: ε, in units of the return.
+
+    Raises:
+        ValueError: For another number of weights than of rewards.
+    """
+    count = reward_parts.shape[1]
+    if weights is not None and len(weights) != count:
+        raise ValueError(f"gdpo has {len(weights)} weights for {count} rewards: the task's, and "
+                         "one of each reward transform. Give as many.")  # fmt: skip
+    return torch.stack(
+        [
+            weight * grpo(part, group, std_epsilon=std_epsilon)
+            for weight, part in zip(weights or [1.0] * count, reward_parts.unbind(1), strict=True)
+        ]
+    ).sum(0)
+
+
+def optimal_token_baseline(
+    to_go: Float[Tensor, "B T"],
+    energy: Float[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    loss_mask: Bool[Tensor, "B T"],
+) -> Float[Tensor, "B T"]:
+    """G_t − Σ_j G_j,t W_j,t / Σ_j W_j,t over the group's completions that still run at t.
+
+    W_t = Σ_{s≤t} w_s, w the squared length of the score by the logits: the baseline of least
+    variance for each token (arXiv 2602.07078). As in verl, but where a completion runs alone: verl
+    takes 0 there, so that its tail gets the whole return; here the last baseline of two or more
+    stays (our choice). A group of one, or of equal returns, gets 0.
+
+    Args:
+        to_go: G, reward to go.
+        energy: w = 1 − 2π + Σ_v π_v².
+        group: Ids of the rows' prompts.
+        loss_mask: True where a token counts.
+
+    Returns:
+        0 in the padding.
+    """
+    index, sizes = group_index(group)
+    # Weights of 0, of tokens that were certain, would leave no mean.
+    w = zero_padding(energy.clamp(min=0.0), loss_mask).cumsum(1) + 1e-8
+    total = zero_padding(to_go, loss_mask)
+    start = total[:, 0] - from_first(total[:, 0], group)
+    relative = zero_padding(total - start.unsqueeze(1), loss_mask)
+
+    def per_group(x: Tensor) -> Tensor:
+        return x.new_zeros(len(sizes), x.shape[1]).index_add_(0, index, zero_padding(x, loss_mask))
+
+    baseline = per_group(relative * w) / per_group(w).clamp(min=1e-12)
+    shared = per_group(loss_mask.to(w.dtype)) > 1
+    steps = torch.arange(w.shape[1], device=w.device)
+    last = torch.where(shared, steps, 0).cummax(1).values
+    alone = sizes.unsqueeze(1) == 1
+    baseline = torch.where(alone, per_group(relative), baseline.gather(1, last))
+    return zero_padding(relative - baseline[index], loss_mask)

@@ -19,12 +19,13 @@ from rllib_distrl.maths.group_calibration import (
 )
 from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.formula import of_batch
-from rllib_distrl.method.registry import demand, register
+from rllib_distrl.method.formula import of_batch, takes_settings_of
+from rllib_distrl.method.registry import demand, logp_at, register
 from rllib_distrl.settings import Count, NotNegative, Positive, Share
 
 _F = TypeVar("_F", bound=Callable[..., Tensor])
 
+_PROMPTS_REMEMBERED = 100_000
 SOURCES = ("quantiles", "values", "returns")
 """What may be known of a prompt: the critic's law, its value, or the batch's returns alone."""
 
@@ -79,6 +80,74 @@ def spro(batch: SequenceBatch, *, beta: float = 0.05, std_epsilon: float = 1e-6)
     gained = zero_padding(batch.action_logp - batch.column("ref_logp"), batch.loss_mask)
     step = credit.step_relative(beta * gained.cumsum(1), batch.group, batch.loss_mask)
     return batch.at_tokens(of_group) + step
+
+
+def _of_several_rewards(config: Any, **settings: Any) -> None:
+    if not config.reward_transforms:
+        raise ValueError(
+            "advantage 'gdpo' standardises each reward by itself, and there is one, the task's: "
+            "that is advantage 'grpo'. Use it, or name reward_transforms."
+        )
+
+
+@register("advantage", "gdpo", needs=("groups",), fits=_of_several_rewards)
+@takes_settings_of(group_maths.gdpo)
+def gdpo(batch: SequenceBatch, **settings: Any) -> Tensor:
+    """`maths.group_advantages.gdpo` of the task's return and what each reward transform adds."""
+    parts = batch.returns.unsqueeze(1) if batch.reward_parts is None else batch.reward_parts
+    return batch.at_tokens(group_maths.gdpo(parts, batch.group, **settings))
+
+
+@register(
+    "advantage",
+    "optimal_token_baseline",
+    needs=lambda settings: {"groups", logp_at(1.0), logp_at(0.5)},
+)
+def optimal_token_baseline(batch: SequenceBatch) -> Tensor:
+    """`maths.group_advantages.optimal_token_baseline` with the policy's own Σ_v π_v²."""
+    logp = batch.column(logp_at(1.0))
+    energy = 1.0 - 2.0 * logp.exp() + (2.0 * logp - batch.column(logp_at(0.5))).exp()
+    to_go = critic_maths.returns_to_go(batch.rewards, batch.loss_mask, 1.0)
+    return group_maths.optimal_token_baseline(to_go, energy, batch.group, batch.loss_mask)
+
+
+def _check_aapo(*, low: float, high: float, std_epsilon: float) -> None:
+    if min(low, high) < 0:
+        raise ValueError(f"advantage 'aapo' takes low and high >= 0; got {low} and {high}")
+
+
+@register("advantage", "aapo", needs=("groups",), check=_check_aapo)
+def aapo(
+    batch: SequenceBatch, *, low: float = 0.2, high: float = 0.28, std_epsilon: float = 1e-6
+) -> Tensor:
+    """GRPO's advantage + clip(R − R_ref, −low, high): also equal groups move, if better than once.
+
+    AAPO (arXiv 2505.14264), which samples R_ref with the reference policy. Here it is the mean
+    return of the prompt's group when it was first served (our choice: it costs nothing, and needs
+    prompts that come back). Remembers the last 100,000 prompts. Belongs with a loss without clip.
+
+    Args:
+        batch: With `prompt`.
+        low: Largest loss that counts, ≥ 0.
+        high: Largest gain that counts, ≥ 0.
+        std_epsilon: Added to the std.
+
+    Returns:
+        (B, T).
+    """
+    returns, group = batch.returns, batch.group
+    relative = group_maths.from_first(returns, group)
+    mean = returns - relative + group_maths.group_mean(relative, group)
+    rows = torch.stack([batch.column("prompt").double(), mean.double()], dim=1)
+    first = batch.memory.setdefault("aapo", {})
+    for prompt, value in batch.all_gather(rows).tolist():
+        first.setdefault(int(prompt), value)
+    for prompt in list(first)[:-_PROMPTS_REMEMBERED]:
+        del first[prompt]
+    once = [first[int(prompt)] for prompt in batch.column("prompt").tolist()]
+    gained = returns - torch.tensor(once, dtype=returns.dtype, device=returns.device)
+    of_group = group_maths.grpo(returns, group, std_epsilon=std_epsilon)
+    return batch.at_tokens(of_group + gained.clamp(-low, high))
 
 
 def _noise_forward_fits(config: Any, **settings: Any) -> None:

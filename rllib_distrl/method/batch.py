@@ -27,11 +27,16 @@ class SequenceBatch:
         ref_logp: (B, T), of the tokens under the reference policy.
         prompt_logp: (B, P), of the prompt's tokens, 0 at the first and in the padding.
         hidden: (B, T, H), the policy's last hidden states.
+        prompt: (B,), int64, the prompt's row in the task: equal whenever it is served.
+        reward_parts: (B, C), the return of the task and what each reward transform has added.
         extras: More columns with B rows, such as what a stage's `prepare` selects.
         k: Training iteration, from 1.
         width: A number of columns ≥ T that all learners share; needed with several learners.
         generator: Randomness of stages that draw; part of the learner's state.
         all_reduce: Sum over learners.
+        all_gather: Rows of all learners, in the same order on each.
+        memory: What stages keep from one iteration to the next, by their names; checkpointed. Equal
+            on all learners: stages write only what is of all of them.
         metrics: Filled by stages; shared by all slices of a batch.
     """
 
@@ -47,11 +52,15 @@ class SequenceBatch:
     ref_logp: Tensor | None = None
     prompt_logp: Tensor | None = None
     hidden: Tensor | None = None
+    prompt: Tensor | None = None
+    reward_parts: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
     k: int = 1
     width: int | None = None
     generator: torch.Generator | None = None
     all_reduce: AllReduce = identity
+    all_gather: AllReduce = identity
+    memory: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -64,7 +73,7 @@ class SequenceBatch:
     def cut(self, steps: int) -> "SequenceBatch":
         """The first `steps` columns of everything that has one column per token."""
         width = self.loss_mask.shape[1]
-        per_row = {"group", "prompt_logp"}
+        per_row = {"group", "prompt_logp", "prompt", "reward_parts"}
         columns: dict[str, Any] = {
             name: value[:, :steps] for name, value in self.filled().items() if name not in per_row
         }

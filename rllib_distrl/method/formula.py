@@ -13,8 +13,8 @@ from rllib_distrl.method.batch import SequenceBatch
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What a formula may ask for by the name of its parameter. Not ``k``: that is also best of k.
 _OF_BATCH = {field.name for field in fields(SequenceBatch)} | {"returns", "lengths"}
-_OF_BATCH -= {"k", "extras", "metrics"}
-_MAY_BE_NONE = {"generator", "width", "all_reduce", "returns", "lengths"}
+_OF_BATCH -= {"k", "extras", "metrics", "memory"}
+_MAY_BE_NONE = {"generator", "width", "all_reduce", "all_gather", "returns", "lengths"}
 # A parameter's name to what the registry calls that need.
 _NEEDS = {name: name for name in ("entropy", "ref_logp", "quantiles", "values")}
 _NEEDS["group"] = "groups"

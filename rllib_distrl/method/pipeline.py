@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from rllib_distrl.maths.advantages import whiten
@@ -125,8 +126,13 @@ class Method:
 
     def transform_rewards(self, batch: SequenceBatch) -> None:
         """Replaces ``rewards`` by what the critic and the actor learn from."""
+        parts, whole = [batch.returns], batch.returns
         for transform in self.reward_transforms:
+            batch.reward_parts = torch.stack(parts, dim=1)
             batch.rewards = transform.of_whole(batch)
+            before, whole = whole, batch.returns
+            parts.append(whole - before)
+        batch.reward_parts = torch.stack(parts, dim=1)
 
     def _shaped_advantages(self, batch: SequenceBatch) -> Tensor:
         advantages = self.advantage.of_whole(batch)

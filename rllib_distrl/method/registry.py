@@ -50,6 +50,7 @@ LEARNED_STATS = ("ensemble", "distance")
 NEEDS = frozenset(LEARNED_STATS) | {
     "entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups",
 }  # fmt: skip
+LOGP_AT = "logp_at_"
 Spec = Mapping[str, Any] | str
 """How a recipe names a method: by its name, or as a table of the name and settings."""
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -57,6 +58,15 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 Needs = Collection[str] | Callable[[Mapping[str, Any]], Collection[str]]
 # What of its settings a method does not read, given all of them.
 Ignores = Callable[[Mapping[str, Any]], Collection[str]]
+
+
+def logp_at(factor: float) -> str:
+    """Need, and column of the batch's `extras`: logps at `factor` times the sampling temperature.
+
+    Of the tokens, by the policy before the update. A method declares it in a function of its
+    settings. Σ_v p_v² is exp(2 logp_at(1) − logp_at(1/2)), whichever the token.
+    """
+    return f"{LOGP_AT}{factor:g}"
 
 
 class _MethodSettings(Settings, use_attribute_docstrings=False):

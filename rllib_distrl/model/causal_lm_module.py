@@ -228,9 +228,12 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         return self._packed_hidden(model, sequences)[sequences.packed_states]
 
     def token_logps(
-        self, policy: Any, states: torch.Tensor, tokens: torch.Tensor
+        self, policy: Any, states: torch.Tensor, tokens: torch.Tensor, factor: float = 1.0
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logps and entropies (M,) of ``tokens`` (M,) after ``states`` (M, H) under a policy."""
+        """Logps and entropies (M,) of ``tokens`` (M,) after ``states`` (M, H) under a policy.
+
+        At ``factor`` times the sampling temperature.
+        """
         head = policy.get_output_embeddings()
         if self.precision == "bf16":
             states = states.bfloat16()
@@ -239,16 +242,16 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             head.weight,
             tokens,
             bias=head.bias,
-            temperature=self.temperature,
+            temperature=factor * self.temperature,
             logit_map=self.logit_map,
         )
 
     def _sampled_tokens(
-        self, policy: Any, states: torch.Tensor, sequences: Sequences
+        self, policy: Any, states: torch.Tensor, sequences: Sequences, factor: float = 1.0
     ) -> torch.Tensor:
         """(B, T, 2): logp of each completion token and entropy, zeros where masked."""
         mask = sequences.mask
-        logp, entropy = self.token_logps(policy, states[mask], sequences.actions[mask])
+        logp, entropy = self.token_logps(policy, states[mask], sequences.actions[mask], factor)
         outputs = logp.new_zeros(*mask.shape, 2)
         outputs[mask] = torch.stack([logp, entropy], dim=-1)
         return outputs

@@ -37,6 +37,7 @@ WITH = {
     **{name: {"whiten_advantages": False} for name in ("maxk", "bnpo", "noise_forward")},
     **{name: {"aggregation": "sequence_mean"} for name in ("gspo", "sapo", "gmpo")},
     "best_of_k": {"whiten_advantages": False},
+    "gdpo": {"reward_transforms": [{"name": "overlong", "cache_tokens": 4}]},
 }
 GROUP_LOSS = {"advantage": {"name": "zero"}, "bonus_coeff": 0.0}
 

@@ -11,7 +11,7 @@ from rllib_distrl.learner.step import distrl_losses
 from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
-from rllib_distrl.method.registry import names
+from rllib_distrl.method.registry import logp_at, names
 from rllib_distrl.settings import TrainingSettings
 from tests.helpers import distrl_config
 
@@ -66,6 +66,7 @@ AROUND = {
     "gmpo": {"aggregation": "sequence_mean"},
     "lad": {"aggregation": "sequence_mean", "whiten_advantages": False},
     "dltv": {"bonus_coeff": 0.0},
+    "gdpo": {"reward_transforms": [{"name": "overlong", "cache_tokens": 4}]},
 }
 OWN = {
     "maxk": {"k": 1},
@@ -119,7 +120,8 @@ def outcome(settings):
         group=torch.tensor([0, 1, 2, 3] * 4), entropy=entropy, ref_logp=ref_logp,
         quantiles=quantiles if config.critic != "none" else None, k=5, width=5,
         prompt_logp=torch.linspace(-2.0, -0.1, 48, dtype=torch.float64).view(16, 3),
-        generator=torch.Generator().manual_seed(1),
+        generator=torch.Generator().manual_seed(1), prompt=torch.tensor([0, 10, 20, 30] * 4),
+        extras={logp_at(factor): -action_logp.abs() / factor for factor in (0.5, 1.0)},
     )  # fmt: skip
     method = Method.from_config(config)
     method.prepare(batch)

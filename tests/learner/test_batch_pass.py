@@ -137,3 +137,43 @@ def test_what_a_stage_declares_reaches_it(episodes):
     registry.forget("shaper", "reads_prompts")
     assert seen["prompt"].shape == (12, int(columns["prompt_lens"].max()))
     assert seen["hidden"].shape[:2] == columns[Columns.ACTIONS].shape
+
+
+def test_logps_at_other_temperatures_are_those_of_the_tempered_softmax(episodes):
+    learner = make_learner(hot_config(micro_batch_tokens=80))  # samples at temperature 2
+    columns = learner.columns(episodes)
+    module = learner.policy_module
+    needs = {registry.logp_at(factor) for factor in (0.5, 1.0, 1.2)}
+    found = model_columns(module, None, columns, needs)
+    sequences = from_columns(columns)
+    mask = sequences.mask
+    with torch.no_grad():
+        logits = module.policy(sequences.input_ids).logits.float()
+        logits = sequences.states(logits)[mask] / 2.0
+    taken = sequences.actions[mask].unsqueeze(1)
+    for factor in (0.5, 1.0, 1.2):
+        expected = (logits / factor).log_softmax(-1).gather(1, taken)[:, 0]
+        logp = found[registry.logp_at(factor)]
+        torch.testing.assert_close(logp[mask], expected, rtol=1e-4, atol=1e-5)
+        assert (logp[~mask] == 0).all()
+    squares = (2 * found["logp_at_1"] - found["logp_at_0.5"]).exp()[mask]
+    expected = logits.softmax(-1).square().sum(-1)
+    torch.testing.assert_close(squares, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_stages_remember_what_is_learned_from_and_a_checkpoint_holds_it(episodes):
+    config = hot_config(advantage={"name": "aapo"})
+    learner, other = make_learner(config), make_learner(config)
+    columns = learner.columns(episodes)
+    learner.batch_pass.looking()(columns, 1)
+    assert learner.get_state()["memory"] == {}
+    learner.update(episodes=episodes, timesteps={"training_iteration": 1})
+    memory = learner.get_state()["memory"]["aapo"]
+    rewards = columns[Columns.REWARDS].sum(1)
+    rows = {episode.infos[0]["row"]: i for i, episode in enumerate(episodes)}  # last of a group
+    for row, last in rows.items():
+        assert memory[row] == pytest.approx(rewards[last - 2 : last + 1].mean().item(), rel=1e-5)
+    other.set_state(learner.get_state())
+    found = [each.batch_pass(columns, 2).rollouts.advantages for each in (learner, other)]
+    assert torch.equal(*found)
+    assert other.get_state()["memory"] == learner.get_state()["memory"]

@@ -29,6 +29,7 @@ SETTINGS = {
         "micro_batch_tokens": 80,
         "num_epochs": 2,
     },
+    "remembering": {"critic": "shared", "advantage": {"name": "aapo"}},
 }
 
 

@@ -7,9 +7,10 @@ import torch
 from rllib_distrl.maths import advantages as critic_maths
 from rllib_distrl.maths import group_advantages, losses, optimism
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.registry import names, resolve
+from rllib_distrl.method.registry import logp_at, names, resolve
 
 GROUP = torch.tensor([4, 4, 4, 4, 1, 1, 1, 1])
+LOGPS_AT = (0.5, 1.0)
 RETURNS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 LENGTHS = torch.tensor([3, 5, 1, 2, 4, 2, 2, 5])
 MASK = torch.arange(5) < LENGTHS.unsqueeze(1)
@@ -41,6 +42,8 @@ def batch(filler=0.0, dtype=torch.float64):
         prompt_logp=torch.full((8, 3), -0.5, dtype=dtype),
         width=5,
         generator=torch.Generator().manual_seed(9),
+        prompt=10 * GROUP,
+        extras={logp_at(factor): column() for factor in LOGPS_AT},
     )
 
 
@@ -62,7 +65,8 @@ def test_groups_of_one_get_nothing():
 
 
 GROUP_ESTIMATORS = {
-    "grpo": {}, "dr_grpo": {}, "rloo": {}, "opo": {}, "bnpo": {}, "maxk": {"k": 2},
+    "grpo": {}, "dr_grpo": {}, "rloo": {}, "opo": {}, "bnpo": {}, "maxk": {"k": 2}, "gdpo": {},
+    "optimal_token_baseline": {},
 }  # fmt: skip
 
 
@@ -77,7 +81,10 @@ def equal_groups(size, values, dtype):
     rewards[torch.arange(len(returns)), lengths - 1] = returns
     group = torch.arange(len(values)).repeat_interleave(size)[order]
     logp = torch.randn(mask.shape, generator=g, dtype=dtype)
-    return SequenceBatch(rewards=rewards, loss_mask=mask, action_logp=logp, group=group)
+    return SequenceBatch(
+        rewards=rewards, loss_mask=mask, action_logp=logp, group=group,
+        extras={logp_at(factor): -logp.abs() / factor for factor in LOGPS_AT},
+    )  # fmt: skip
 
 
 def test_every_group_estimator_is_tried_at_equal_returns():
@@ -89,9 +96,10 @@ def test_every_group_estimator_is_tried_at_equal_returns():
         ).needs
         for name in names("advantage")
     }
-    # SPRO adds the policy's own process reward, which is there at equal returns too.
+    # SPRO adds the policy's own process reward and AAPO what was gained since a prompt's first
+    # visit, which are there at equal returns too.
     without_critic = {n for n, need in needs.items() if "groups" in need and not need & critic}
-    without_critic -= {"spro"}
+    without_critic -= {"spro", "aapo"}
     assert without_critic == set(GROUP_ESTIMATORS)
 
 
