@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
@@ -443,6 +443,25 @@ class GeneratedTask(Task):
         """
         return self._first_in_split(Draws(rng.bytes(16)), UNNUMBERED)
 
+    def demonstration(
+        self, problem: Problem, rng: np.random.Generator, solution: str | None = None
+    ) -> list[Turn]:
+        """A whole episode for a warm start to imitate, with its replies; tasks that reply have one.
+
+        It keeps to the rules but need not be good: what is imitated is the form.
+
+        Args:
+            problem: What is asked.
+            rng: Decides which of many episodes.
+            solution: A solution of the problem where one is known, to spare the search.
+        """
+        return [Turn(self.solution(problem, rng) if solution is None else solution)]
+
+    def sample_demonstration(self, rng: np.random.Generator) -> tuple[Problem, list[Turn]]:
+        """A random problem of the split with a demonstration, as `sample_solved` has a solution."""
+        problem, solution = self.sample_solved(rng)
+        return problem, self.demonstration(problem, rng, solution)
+
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The number-level tokenizer that all generated tasks share."""
         from distrl_envs.tokenizers import small_tokenizer
@@ -495,6 +514,36 @@ class Draws:
             j = i + self.below(population - i)
             pool[i], pool[j] = pool[j], pool[i]
         return pool[:count]
+
+
+def played(
+    task: Task,
+    problem: Problem,
+    move: Callable[[Problem, Sequence[Turn]], str],
+    rng: np.random.Generator,
+) -> list[Turn]:
+    """Plays an episode to its end: all turns, each with its reply.
+
+    Args:
+        task: What replies.
+        problem: What is asked.
+        move: The next completion, from the problem and the turns so far.
+        rng: Chooses the random numbers of the replies.
+
+    Raises:
+        TaskError: If the episode is longer than the task's own `max_turns`.
+    """
+    turns: list[Turn] = []
+    while len(turns) < task.max_turns:
+        turns.append(Turn(move(problem, turns)))
+        reply = ask(task, "respond", problem, turns, Draws(rng.bytes(16)))
+        turns[-1] = Turn(turns[-1].completion, reply)
+        if reply is None or reply.over:
+            return turns
+    raise TaskError(
+        f"{described(task, 'respond')} did not end an episode of row {problem.row} with turn "
+        f"{task.max_turns}, the last of max_turns: it must then reply with over=True, or None."
+    )
 
 
 _DECIDES = (".py", ".toml")  # the graders, and the table of units

@@ -8,10 +8,13 @@ import pytest
 from distrl_envs import TASKS, Grade, Problem, Task, distinct_rows, make_task
 from distrl_envs.task import SPLITS, Draws, split_of
 
-GENERATED = ("countdown", "arithmetic", "graph_path", "sums")
+GENERATED = (
+    "countdown", "arithmetic", "graph_path", "sums", "blackjack", "mastermind", "countdown_check",
+)  # fmt: skip
 EASIEST = {
     "countdown": {"numbers": 2}, "arithmetic": {"digits": 1}, "graph_path": {"nodes": 4},
-    "sums": {"largest": 9},
+    "sums": {"largest": 9}, "blackjack": {}, "mastermind": {},
+    "countdown_check": {"numbers": 2},
 }  # fmt: skip
 
 
@@ -65,6 +68,9 @@ def test_rows_are_pinned():
     assert first["arithmetic"] == "5 3 3 + 3 0 7 :"
     assert first["graph_path"].endswith("16 75 , 75 7 ; 72 -> 98 :")
     assert first["sums"] == "25 + 16 ="
+    assert first["blackjack"] == "3 10 ; 13 , 0 -> 10 :"
+    assert first["countdown_check"] == "1 5 8 8 -> 23 :"
+    assert make_task("mastermind", split="test").problem(0).data["code"] == (5, 1, 3)
 
 
 @pytest.mark.parametrize("name", GENERATED)

@@ -12,6 +12,9 @@ TASKS = {
     "arithmetic": "distrl_envs.tasks.arithmetic:ArithmeticTask",
     "graph_path": "distrl_envs.tasks.graph_path:GraphPathTask",
     "sums": "distrl_envs.tasks.sums:SumsTask",
+    "blackjack": "distrl_envs.tasks.blackjack:BlackjackTask",
+    "mastermind": "distrl_envs.tasks.mastermind:MastermindTask",
+    "countdown_check": "distrl_envs.tasks.countdown_check:CountdownCheckTask",
 }
 """Names of tasks that make their problems up to `module:class`, imported when asked for."""
 

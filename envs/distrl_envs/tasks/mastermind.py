@@ -1,0 +1,171 @@
+"""Mastermind in numbers: find a hidden code by guessing; every guess tells something about it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from typing import TYPE_CHECKING
+
+from distrl_envs.task import Draws, GeneratedTask, Grade, Problem, Reply, Turn, played
+
+if TYPE_CHECKING:
+    import numpy as np
+
+FEWEST_PLACES, MOST_PLACES = 2, 5
+FEWEST_NUMBERS, MOST_NUMBERS = 2, 10
+MOST_CODES = 10_000
+MOST_GUESSES = 20
+RANDOM_SHARE = 0.25
+"""Share of guesses in a demonstration that do not heed what is known (our choice)."""
+TAGGED = re.compile(r"<guess>(.*?)(?:</guess>|$)", re.DOTALL)
+GUESS = re.compile(r"[0-9]{1,2}(?:[\s,]+[0-9]{1,2})*")
+UNREADABLE = "- :"
+"""The reply to a turn without a guess."""
+
+Code = tuple[int, ...]
+
+
+class MastermindTask(GeneratedTask):
+    """Find a code of `places` numbers from 1..`numbers`, each of which may occur again.
+
+    The prompt `3 , 6 :` says how many places and numbers, and no more: what the code is, replies
+    tell. A turn is one guess, `1 1 2` for instance, and the reply `1 , 2 :` how many numbers are
+    right where they stand, and how many more are in the code at another place. A turn that is no
+    guess is spent: its reply is `- :`, its status `malformed`.
+
+    The score of a code found with guess g of G is 1 - (g - 1) / G, so that 1/G goes to the last
+    one; a code that is not found scores 0.
+    """
+
+    name = "mastermind"
+    names_answers = False
+    max_prompt_tokens = 4
+
+    def __init__(
+        self, split: str = "train", seed: int = 0, places: int = 3, numbers: int = 6,
+        guesses: int = 6,
+    ):  # fmt: skip
+        """Chooses the split, the seed, and how hard it is.
+
+        Raises:
+            ValueError: If the split is unknown, `places` is outside 2..5, `numbers` outside 2..10
+                or `guesses` outside 2..20, or there would be more than 10,000 codes.
+        """
+        super().__init__(split, seed)
+        for name, value, least, most in (
+            ("places", places, FEWEST_PLACES, MOST_PLACES),
+            ("numbers", numbers, FEWEST_NUMBERS, MOST_NUMBERS),
+            ("guesses", guesses, 2, MOST_GUESSES),
+        ):
+            if not least <= value <= most:
+                raise ValueError(f"Got {name}={value}; Mastermind takes {least}..{most}.")
+        if numbers**places > MOST_CODES:
+            raise ValueError(
+                f"Got places={places} and numbers={numbers}, which make {numbers**places:,} codes; "
+                f"Mastermind takes {MOST_CODES:,} at most."
+            )
+        self.places, self.numbers, self.guesses = places, numbers, guesses
+        self.max_turns = guesses
+        self.max_completion_tokens = guesses * (places + 1)  # with EOS
+
+    @property
+    def difficulty(self) -> str:
+        """How many places and numbers."""
+        return f"{self.places},{self.numbers}"
+
+    def attempt(self, draws: Draws, row: int) -> tuple[Problem, str]:
+        """Draws a code; the solution names it at once."""
+        code = tuple(1 + draws.below(self.numbers) for _ in range(self.places))
+        shown = " ".join(map(str, code))
+        prompt = f"{self.places} , {self.numbers} :"
+        return Problem(row, prompt, {"code": code}, f"{self.numbers}|{shown}"), shown
+
+    def solution(self, problem: Problem, rng: np.random.Generator) -> str:
+        """The code, as a guess that could not be known to be right."""
+        return " ".join(map(str, problem.data["code"]))
+
+    def demonstration(
+        self, problem: Problem, rng: np.random.Generator, solution: str | None = None
+    ) -> list[Turn]:
+        """Guesses at random among the codes that the replies allow; one in four among all."""
+        codes = all_codes(self.places, self.numbers)
+        allowed = range(len(codes))
+
+        def move(problem: Problem, turns: Sequence[Turn]) -> str:
+            nonlocal allowed
+            if turns:
+                last = self._guess(turns[-1].completion)
+                assert last is not None
+                told = feedback(last, problem.data["code"])
+                would_be = feedback_of_all(last, self.numbers)
+                allowed = [index for index in allowed if would_be[index] == told]
+            pool = range(len(codes)) if rng.random() < RANDOM_SHARE else allowed
+            return " ".join(map(str, codes[pool[int(rng.integers(len(pool)))]]))
+
+        return played(self, problem, move, rng)
+
+    def instruction(self, problem: Problem) -> str:
+        """The rules in English."""
+        example = " ".join(str(1 + i % self.numbers) for i in range(self.places))
+        return (
+            f"Find my code: {self.places} numbers, each of 1 to {self.numbers}, which may occur "
+            f"again. You have {self.guesses} guesses; fewer are better. End each turn with one "
+            f"guess, as in <guess>{example}</guess>. I answer with two numbers, for instance 1 , 2 "
+            "where one number is right where it stands and two more are in the code at another "
+            "place. To what is no guess I answer - and it counts as one."
+        )
+
+    def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
+        """What the last guess tells; the game ends with the code or the last guess."""
+        guess = self._guess(turns[-1].completion)
+        status, text = "malformed", UNREADABLE
+        if guess is not None:
+            exact, misplaced = feedback(guess, problem.data["code"])
+            status, text = "ok", f"{exact} , {misplaced} :"
+        over = guess == problem.data["code"] or len(turns) >= self.guesses
+        return Reply(text, over=over, status=status)
+
+    def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
+        """Grades a game of one guess."""
+        return self.grade_turns(problem, [Turn(completion)], truncated=truncated)
+
+    def grade_turns(self, problem: Problem, turns: Sequence[Turn], *, truncated: bool) -> Grade:
+        """The score as the class says; a game that a limit cut short scores 0, `too_long`.
+
+        A guess that the limit cut is one all the same, if it is whole.
+        """
+        if self._guess(turns[-1].completion) == problem.data["code"]:
+            return Grade(max(0.0, 1.0 - (len(turns) - 1) / self.guesses), "correct")
+        return Grade(0.0, "too_long" if truncated else "wrong")
+
+    def _guess(self, completion: str) -> Code | None:
+        """The guess of a turn, between tags or alone; None where there is none."""
+        tagged = TAGGED.findall(completion)
+        text = (tagged[-1] if tagged else completion).strip()
+        if not GUESS.fullmatch(text):
+            return None
+        code = tuple(map(int, re.split(r"[\s,]+", text)))
+        fits = len(code) == self.places and all(1 <= number <= self.numbers for number in code)
+        return code if fits else None
+
+
+@lru_cache(maxsize=1 << 16)
+def feedback(guess: Code, code: Code) -> tuple[int, int]:
+    """How many numbers of a guess are right where they stand, and how many more elsewhere."""
+    exact = sum(a == b for a, b in zip(guess, code, strict=True))
+    return exact, (Counter(guess) & Counter(code)).total() - exact
+
+
+@lru_cache(maxsize=256)
+def feedback_of_all(guess: Code, numbers: int) -> list[tuple[int, int]]:
+    """`feedback` on a guess for each of `all_codes`; kept, for demonstrations ask often."""
+    return [feedback(guess, code) for code in all_codes(len(guess), numbers)]
+
+
+@lru_cache(maxsize=8)
+def all_codes(places: int, numbers: int) -> tuple[Code, ...]:
+    """Every code, in order."""
+    return tuple(product(range(1, numbers + 1), repeat=places))
