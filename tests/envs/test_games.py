@@ -22,7 +22,7 @@ from distrl_envs.tasks.blackjack import (
 )
 from distrl_envs.tasks.countdown_check import CountdownCheckTask
 from distrl_envs.tasks.mastermind import MastermindTask, all_codes, feedback, feedback_of_all
-from distrl_envs.tokenizers import VOCABULARY
+from distrl_envs.tokenizers import EOS, VOCABULARY, small_tokenizer
 from tests.envs.byte_tokenizer import byte_tokenizer
 
 GAMES = ("blackjack", "mastermind", "countdown_check")
@@ -32,6 +32,7 @@ HAND = Problem(
 )  # fmt: skip
 CODE = Problem(0, "3 , 6 :", {"code": (1, 2, 2)}, "6|1 2 2")
 NUMBERS = Problem(0, "3 4 7 9 -> 24 :", {"numbers": (3, 4, 7, 9), "target": 24}, "3 4 7 9|24")
+EOS_ID = VOCABULARY[EOS]
 SOLVED = "3 * 4 = 12 , 9 - 7 = 2 , 12 * 2 = 24"
 
 
@@ -102,6 +103,37 @@ def test_demonstrations_are_reproducible_and_imperfect_enough_to_learn_from(name
 
 
 @pytest.mark.parametrize("name", GAMES)
+def test_an_episode_in_the_token_environment_is_the_one_that_was_played(name):
+    """The reply's tokens are those of a demonstration, and so are rewards, turns and the score."""
+    env = TokenEnv(name, obs_mode="incremental")
+    row, address = 5, (0, 5, 0, 0)
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        planned = env.task.demonstration(env.task.problem(row), rng)
+        env.reset(options={"row": row, "address": address})
+        rewards, infos = [], []
+        for turn in planned:
+            for token in [*small_tokenizer().encode(turn.completion), EOS_ID]:
+                observation, reward, over, _, info = env.step(token)
+                rewards.append(reward)
+            infos.append(info)
+            if over:
+                break
+            reply = info["reply"]
+            new = observation[1 : 1 + observation[0]].tolist()[1:]
+            assert small_tokenizer().decode(new) == f"{reply.text} :"
+            if name != "blackjack":  # Whose replies are chance; the others' are planned.
+                assert reply == turn.reply
+        if over:
+            turns = infos[-1]["turns"]
+            grade = env.task.grade_turns(env.task.problem(row), turns, truncated=False)
+            assert infos[-1]["grade"] == grade and infos[-1]["finish_reason"] == "stop"
+            assert sum(rewards) == pytest.approx(
+                grade.score + sum(turn.reply.reward for turn in turns if turn.reply)
+            )
+
+
+@pytest.mark.parametrize("name", GAMES)
 @given(text=st.one_of(st.text(), st.text(alphabet="0123456789+-*=,: \n<guess>/hitsand")))
 def test_any_text_gets_a_reply_and_a_grade(name, text):
     task = make_task(name)
@@ -156,7 +188,7 @@ def test_settings_out_of_bounds_are_refused(name, config, refusal):
 def test_an_episode_that_never_ends_is_an_error():
     class Endless(MastermindTask):
         def respond(self, problem, turns, draws):
-            return Reply("1 , 1 :")
+            return Reply("1 , 1")
 
     with pytest.raises(TaskError, match=r"Endless\.respond\(\).*did not end.*turn 6"):
         game(Endless(), CODE, *["1 1 1"] * 6)
@@ -168,10 +200,10 @@ def test_an_episode_that_never_ends_is_an_error():
 def test_a_hand_worked_out():
     """10 and 6 against 9: a 2, then stand; the dealer turns a 5 and a 10."""
     hit = BLACKJACK.respond(HAND, [Turn("+")], Cards(2))
-    assert hit == Reply("2 ; 18 , 0 -> 9 :")
+    assert hit == Reply("2 ; 18 , 0 -> 9")
     turns = [Turn("+", hit), Turn("=")]
     stand = BLACKJACK.respond(HAND, turns, Cards(5, 13))
-    assert stand == Reply("18 , 0 -> 24 ;", over=True)
+    assert stand == Reply("18 , 0 -> 24", over=True)
     turns[-1] = Turn("=", stand)
     grade = BLACKJACK.grade_turns(HAND, turns, truncated=False)
     assert (grade.score, grade.status) == (0.75, "correct")
@@ -180,18 +212,18 @@ def test_a_hand_worked_out():
 @pytest.mark.parametrize(
     ("move", "cards", "text", "score", "status"),
     [
-        ("=", (7,), "16 , 0 -> 16 :", None, None),  # the dealer draws on
-        ("=", (8,), "16 , 0 -> 17 ;", 0.25, "wrong"),
-        ("=", (1,), "16 , 0 -> 20 ;", 0.25, "wrong"),  # an ace counts 11
-        ("=", (2, 1, 13), "16 , 0 -> 22 ;", 0.75, "correct"),  # 9 2 A 10: the ace counts 1
-        ("*", (5, 12), "5 ; 21 , 0 -> 19 ;", 1.0, "correct"),
-        ("*", (3, 13), "3 ; 19 , 0 -> 19 ;", 0.5, "drawn"),
-        ("*", (1, 13), "1 ; 17 , 0 -> 19 ;", 0.0, "wrong"),
-        ("*", (11,), "10 ; 26 , 0 -> 9 ;", 0.0, "wrong"),
-        ("+", (11,), "10 ; 26 , 0 -> 9 ;", 0.25, "wrong"),  # the dealer need not draw
-        ("+", (5, 13), "5 ; 21 , 0 -> 19 ;", 0.75, "correct"),  # 21 ends the hand
-        ("I would hit, no: STAND.", (8,), "16 , 0 -> 17 ;", 0.25, "wrong"),
-        ("Double!", (5, 12), "5 ; 21 , 0 -> 19 ;", 1.0, "correct"),
+        ("=", (7,), "16 , 0 -> 16", None, None),  # the dealer draws on
+        ("=", (8,), "16 , 0 -> 17", 0.25, "wrong"),
+        ("=", (1,), "16 , 0 -> 20", 0.25, "wrong"),  # an ace counts 11
+        ("=", (2, 1, 13), "16 , 0 -> 22", 0.75, "correct"),  # 9 2 A 10: the ace counts 1
+        ("*", (5, 12), "5 ; 21 , 0 -> 19", 1.0, "correct"),
+        ("*", (3, 13), "3 ; 19 , 0 -> 19", 0.5, "drawn"),
+        ("*", (1, 13), "1 ; 17 , 0 -> 19", 0.0, "wrong"),
+        ("*", (11,), "10 ; 26 , 0 -> 9", 0.0, "wrong"),
+        ("+", (11,), "10 ; 26 , 0 -> 9", 0.25, "wrong"),  # the dealer need not draw
+        ("+", (5, 13), "5 ; 21 , 0 -> 19", 0.75, "correct"),  # 21 ends the hand
+        ("I would hit, no: STAND.", (8,), "16 , 0 -> 17", 0.25, "wrong"),
+        ("Double!", (5, 12), "5 ; 21 , 0 -> 19", 1.0, "correct"),
     ],
 )  # fmt: skip
 def test_replies_and_scores_by_hand(move, cards, text, score, status):
@@ -208,11 +240,11 @@ def test_replies_and_scores_by_hand(move, cards, text, score, status):
 def test_soft_hands():
     soft = Problem(0, "", {"cards": (1, 6), "dealer": 10}, "")
     assert BLACKJACK.state(soft, ()) == State(17, True, 10)
-    assert BLACKJACK.respond(soft, [Turn("+")], Cards(3)).text == "3 ; 20 , 1 -> 10 :"
-    assert BLACKJACK.respond(soft, [Turn("+")], Cards(9)).text == "9 ; 16 , 0 -> 10 :"
+    assert BLACKJACK.respond(soft, [Turn("+")], Cards(3)).text == "3 ; 20 , 1 -> 10"
+    assert BLACKJACK.respond(soft, [Turn("+")], Cards(9)).text == "9 ; 16 , 0 -> 10"
     pair = Problem(0, "", {"cards": (1, 1), "dealer": 10}, "")
     assert BLACKJACK.state(pair, ()) == State(12, True, 10)
-    assert BLACKJACK.respond(pair, [Turn("+")], Cards(13)).text == "10 ; 12 , 0 -> 10 :"
+    assert BLACKJACK.respond(pair, [Turn("+")], Cards(13)).text == "10 ; 12 , 0 -> 10"
 
 
 @pytest.mark.parametrize("text", ["", "-", "+ =", "+ +", "take one", "hits", "3", "= ;", "<unk>"])
@@ -418,7 +450,7 @@ def test_feedback_by_hand(guess, code, told):
 
 def test_a_code_found_with_the_third_guess():
     turns = game(MASTERMIND, CODE, "1 1 3", "2 1 2", "1 2 2")
-    assert [turn.reply.text for turn in turns] == ["1 , 0 :", "1 , 2 :", "3 , 0 :"]
+    assert [turn.reply.text for turn in turns] == ["1 , 0", "1 , 2", "3 , 0"]
     assert [turn.reply.over for turn in turns] == [False, False, True]
     grade = MASTERMIND.grade_turns(CODE, turns, truncated=False)
     assert (grade.score, grade.status) == (pytest.approx(1 - 2 / 6), "correct")
@@ -439,7 +471,7 @@ def test_a_code_that_is_not_found():
 )  # fmt: skip
 def test_what_is_no_guess_is_marked_and_spent(text):
     turns = game(MASTERMIND, CODE, text, "1 2 2")
-    assert turns[0].reply == Reply("- :", status="malformed")
+    assert turns[0].reply == Reply("-", status="malformed")
     grade = MASTERMIND.grade_turns(CODE, turns, truncated=False)
     assert (grade.score, grade.status) == (pytest.approx(1 - 1 / 6), "correct")
 
@@ -455,13 +487,13 @@ def test_what_is_no_guess_is_marked_and_spent(text):
     ],
 )
 def test_spellings_of_a_guess(text):
-    assert game(MASTERMIND, CODE, text)[0].reply.text == "3 , 0 :"
+    assert game(MASTERMIND, CODE, text)[0].reply.text == "3 , 0"
 
 
 def test_the_code_is_not_in_the_prompt_and_replies_need_no_chance():
     assert {MASTERMIND.problem(row).prompt for row in range(20)} == {"3 , 6 :"}
     replies = {MASTERMIND.respond(CODE, [Turn("2 1 2")], Draws(b"%d" % i)) for i in range(5)}
-    assert replies == {Reply("1 , 2 :")}
+    assert replies == {Reply("1 , 2")}
 
 
 def test_two_difficulties_are_two_tasks():
@@ -478,8 +510,8 @@ def test_two_difficulties_are_two_tasks():
 
 def test_questions_are_answered_and_paid_for():
     turns = game(CHECK, NUMBERS, "3 * 4 =", "9 - 7 =", SOLVED)
-    assert turns[0].reply == Reply("12 :", role="tool", reward=-0.02)
-    assert turns[1].reply == Reply("2 :", role="tool", reward=-0.02)
+    assert turns[0].reply == Reply("12", role="tool", reward=-0.02)
+    assert turns[1].reply == Reply("2", role="tool", reward=-0.02)
     assert turns[2].reply is None
     assert CHECK.grade_turns(NUMBERS, turns, truncated=False).score == 1.0
 
@@ -487,17 +519,17 @@ def test_questions_are_answered_and_paid_for():
 @pytest.mark.parametrize(
     ("text", "reply", "status"),
     [
-        ("12 * 9 =", "- :", "out_of_range"),
-        ("3 - 9 =", "- :", "out_of_range"),
-        ("99 + 0 =", "99 :", "ok"),
-        ("Let me see. What is\n9 \u00d7 7 = ", "63 :", "ok"),
-        ("I wonder: 9-7=", "2 :", "ok"),
-        ("=", "- :", "malformed"),
-        ("3 * =", "- :", "malformed"),
-        ("3 * 4 = =", "- :", "malformed"),
-        ("3 * 4 * 7 =", "- :", "malformed"),
-        ("8 / 2 =", "- :", "malformed"),
-        ("3 * 4 = 12 , 9 - 7 =", "2 :", "ok"),
+        ("12 * 9 =", "-", "out_of_range"),
+        ("3 - 9 =", "-", "out_of_range"),
+        ("99 + 0 =", "99", "ok"),
+        ("Let me see. What is\n9 \u00d7 7 = ", "63", "ok"),
+        ("I wonder: 9-7=", "2", "ok"),
+        ("=", "-", "malformed"),
+        ("3 * =", "-", "malformed"),
+        ("3 * 4 = =", "-", "malformed"),
+        ("3 * 4 * 7 =", "-", "malformed"),
+        ("8 / 2 =", "-", "malformed"),
+        ("3 * 4 = 12 , 9 - 7 =", "2", "ok"),
     ],
 )
 def test_questions_of_all_kinds(text, reply, status):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 HIT, STAND, DOUBLE = "+", "=", "*"
 WORDS = {"hit": HIT, "stand": STAND, "double": DOUBLE}
 WORD = re.compile(r"\b(hit|stand|double)\b", re.IGNORECASE)
-STATE = re.compile(r"(\d+) , ([01]) -> (\d+) [:;]")
+STATE = re.compile(r"(\d+) , ([01]) -> (\d+)$")
 
 RANKS = 13
 CARDS = {**dict.fromkeys(range(1, 10), 1 / RANKS), 10: 4 / RANKS}
@@ -52,7 +52,7 @@ class State(NamedTuple):
 
     def text(self) -> str:
         """As the model reads it."""
-        return f"{self.total} , {int(self.soft)} -> {self.dealer} :"
+        return f"{self.total} , {int(self.soft)} -> {self.dealer}"
 
 
 Policy = Callable[[State], Mapping[str, float]]
@@ -72,7 +72,7 @@ class BlackjackTask(GeneratedTask):
     The prompt `10 6 ; 16 , 0 -> 9 :` has the player's cards; their total; how many aces of them
     count 11; the dealer's card. A turn is one move, `+` (hit), `=` (stand) or `*` (double: one last
     card at twice the stake, in the first turn only), or the last of the words hit, stand and
-    double in it. A hit is answered by the card and what it makes, `2 ; 18 , 0 -> 9 :`. Different
+    double in it. A hit is answered by the card and what it makes, `2 ; 18 , 0 -> 9`. Different
     hands may come to the same total, also across splits.
 
     The score is (stakes won + 2) / 4: 1 for a doubled stake won, .75 for one won, .5 for a draw,
@@ -85,6 +85,7 @@ class BlackjackTask(GeneratedTask):
     max_turns = 18  # 17 hits at most stay below 21
     max_prompt_tokens = 9
     max_completion_tokens = 2 * max_turns  # a move and EOS each
+    max_reply_tokens = 8
 
     def attempt(self, draws: Draws, row: int) -> tuple[Problem, str] | None:
         """Deals two cards to the player and one to the dealer."""
@@ -95,7 +96,7 @@ class BlackjackTask(GeneratedTask):
         shown = " ".join(map(str, cards))
         problem = Problem(
             row,
-            f"{shown} ; {state.text()}",
+            f"{shown} ; {state.text()} :",
             {"cards": tuple(cards), "dealer": state.dealer},
             f"{shown}|{state.dealer}",
         )
@@ -152,7 +153,7 @@ class BlackjackTask(GeneratedTask):
         dealer, dealer_soft = _with_card(0, False, state.dealer)
         while dealer < DEALER_STANDS and total <= MOST:
             dealer, dealer_soft = _with_card(dealer, dealer_soft, _card(draws))
-        return Reply(f"{shown}{total} , {int(soft)} -> {dealer} ;", over=True)
+        return Reply(f"{shown}{total} , {int(soft)} -> {dealer}", over=True)
 
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
         """Grades a hand that was left after its first move: it is lost."""

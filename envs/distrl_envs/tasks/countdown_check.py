@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 QUESTION = re.compile(r"([0-9]{1,4})\s*([-+*])\s*([0-9]{1,4})\s*=")
-NO_VALUE = "- :"
+NO_VALUE = "-"
 """The reply to a question that has no value."""
 MOST_CHECKS = 20
 ASKED_SHARE, STRAY_SHARE = 0.5, 0.25
@@ -30,13 +30,15 @@ ASKED_SHARE, STRAY_SHARE = 0.5, 0.25
 class CountdownCheckTask(CountdownTask):
     """Countdown whose steps may be tried before the answer.
 
-    A turn that ends with `=` is a question, `3 * 4 =` for instance. The reply is its value, `12 :`,
-    or `- :` where that is outside 0..99 (status `out_of_range`) or the turn is no step (status
+    A turn that ends with `=` is a question, `3 * 4 =` for instance. The reply is its value, `12`,
+    or `-` where that is outside 0..99 (status `out_of_range`) or the turn is no step (status
     `malformed`); each question costs `check_cost`. Any other turn is the answer, graded as in
     Countdown; an episode whose last turn is a question has none.
     """
 
     name = "countdown_check"
+    reply_roles = ("tool",)
+    max_reply_tokens = 3
 
     def __init__(
         self,
@@ -95,7 +97,7 @@ class CountdownCheckTask(CountdownTask):
         if asked := QUESTION.fullmatch(_last_step(text)):
             value = OPERATORS[asked[2]](int(asked[1]), int(asked[3]))
             inside = 0 <= value <= LARGEST_VALUE
-            reply, status = (f"{value} :", "ok") if inside else (NO_VALUE, "out_of_range")
+            reply, status = (f"{value}", "ok") if inside else (NO_VALUE, "out_of_range")
         over = len(turns) > self.checks
         return Reply(reply, role="tool", reward=-self.check_cost, over=over, status=status)
 

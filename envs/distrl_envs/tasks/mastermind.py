@@ -22,7 +22,7 @@ RANDOM_SHARE = 0.25
 """Share of guesses in a demonstration that do not heed what is known (our choice)."""
 TAGGED = re.compile(r"<guess>(.*?)(?:</guess>|$)", re.DOTALL)
 GUESS = re.compile(r"[0-9]{1,2}(?:[\s,]+[0-9]{1,2})*")
-UNREADABLE = "- :"
+UNREADABLE = "-"
 """The reply to a turn without a guess."""
 
 Code = tuple[int, ...]
@@ -32,9 +32,9 @@ class MastermindTask(GeneratedTask):
     """Find a code of `places` numbers from 1..`numbers`, each of which may occur again.
 
     The prompt `3 , 6 :` says how many places and numbers, and no more: what the code is, replies
-    tell. A turn is one guess, `1 1 2` for instance, and the reply `1 , 2 :` how many numbers are
+    tell. A turn is one guess, `1 1 2` for instance, and the reply `1 , 2` how many numbers are
     right where they stand, and how many more are in the code at another place. A turn that is no
-    guess is spent: its reply is `- :`, its status `malformed`.
+    guess is spent: its reply is `-`, its status `malformed`.
 
     The score of a code found with guess g of G is 1 - (g - 1) / G, so that 1/G goes to the last
     one; a code that is not found scores 0.
@@ -42,7 +42,7 @@ class MastermindTask(GeneratedTask):
 
     name = "mastermind"
     names_answers = False
-    max_prompt_tokens = 4
+    max_prompt_tokens = max_reply_tokens = 4
 
     def __init__(
         self, split: str = "train", seed: int = 0, places: int = 3, numbers: int = 6,
@@ -124,7 +124,7 @@ class MastermindTask(GeneratedTask):
         status, text = "malformed", UNREADABLE
         if guess is not None:
             exact, misplaced = feedback(guess, problem.data["code"])
-            status, text = "ok", f"{exact} , {misplaced} :"
+            status, text = "ok", f"{exact} , {misplaced}"
         over = guess == problem.data["code"] or len(turns) >= self.guesses
         return Reply(text, over=over, status=status)
 
