@@ -41,7 +41,11 @@ from distrl_envs.turns import (
     ReplyTokens,
     asked,
     at_turn,
+    context_limit,
     grades_of_turns,
+    interleaved,
+    no_replies,
+    takes_replies,
     transcript,
 )
 from distrl_envs.user_code import named
@@ -190,7 +194,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self.max_completion_tokens = self._limit("max_completion_tokens", max_completion_tokens)
         if window is not None:
             self._fit_window(int(window))
-        self.has_turns = self._replies_come(max_turns, max_context_tokens, max_reply_tokens)
+        self.has_turns = takes_replies(self.task, max_turns, max_context_tokens, max_reply_tokens)
         self.max_turns = int(self.task.max_turns if max_turns is None else max_turns)
         self.max_reply_tokens = 0
         if self.has_turns:
@@ -198,7 +202,11 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             self._reply_tokens = ReplyTokens(
                 self.tokenizer, self.task.reply_roles, self.max_reply_tokens, chat_template_kwargs
             )
-        self.max_context_tokens = self._context_limit(max_context_tokens, window)
+        most = self.max_prompt_tokens + self.max_completion_tokens
+        most += (self.max_turns - 1) * self.max_reply_tokens
+        self.max_context_tokens = context_limit(
+            max_context_tokens, most, self.max_prompt_tokens, window
+        )
         self.vocab_size = _vocab_size(len(self.tokenizer), vocab_size)
         self.eos_token_id = int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
         self.eos_token_ids = frozenset(eos_token_ids or (self.eos_token_id,))
@@ -216,7 +224,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._replies: list[EnvReply] = []
         self._replied = 0  # tokens of the replies
         self._known: Sequence[EnvReply] | None = None  # replies that were given beforehand
-        self._address: tuple[int, ...] = ()
+        self._address: Sequence[int] | None = None  # of what the task replies by chance
         self._problem: Problem | None = None  # None unless an episode is under way
         self._verdict: Verdict | None = None  # of a completion that was graded beforehand
         self._rendered: dict[int, tuple[Problem, list[int]]] = {}
@@ -244,9 +252,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._verdict = options.get("verdict")
         self._problem = problem
         if self.has_turns:
-            self._reset_turns(row, options.get("replies"), options.get("address"))
+            self._reset_turns(options.get("replies"), options.get("address"))
         elif options.get("replies"):
-            raise ValueError(self._no_replies("the reset option replies"))
+            raise ValueError(no_replies(self.task, "the reset option replies"))
         info = {"prompt_ids": list(self._prompt_ids), "row": row, "problem": problem}
         return self._observe(self._prompt_ids), info
 
@@ -275,12 +283,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             return observation, reward + score, True, False, info
         return observation, reward, False, False, {}
 
-    def _reset_turns(self, row: int, known: Any, address: Any) -> None:
+    def _reset_turns(self, known: Sequence[EnvReply] | None, address: Sequence[int] | None) -> None:
         self._turn, self._replies, self._replied = [], [], 0
-        self._known = None if known is None else list(known)
-        if address is None:
-            address = (self.np_random.integers(2**62), row, 0, 0)
-        self._address = tuple(int(number) for number in address)
+        self._known, self._address = known, address
 
     def _step_in_turns(self, token: int) -> tuple[Observation, float, bool, bool, Info]:
         """`step` in a task that replies."""
@@ -316,20 +321,23 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     def _next_reply(self) -> EnvReply | None:
         """What is replied to the turn that has ended: as it is known, or as the task says."""
         number, at = len(self._replies), len(self._completion)
-        if self._known is None or (number >= len(self._known) and self._verdict is None):
-            assert self._problem is not None
-            return self._reply(
-                self._problem, self._prompt_ids, self._completion, self._replies, self._address
-            )
-        if number >= len(self._known):
-            return None
-        known = self._known[number]
-        if known.at != at:
+        known = () if self._known is None else self._known
+        if number < len(known):
+            if known[number].at == at:
+                return known[number]
             raise ValueError(
                 f"Turn {number + 1} ended after {at} tokens, but the reply known beforehand stands "
-                f"after {known.at}: replies and completion belong to different episodes."
+                f"after {known[number].at}: replies and completion belong to different episodes."
             )
-        return known
+        if self._known is not None and self._verdict is not None:
+            return None  # The whole episode is known, and ends here.
+        problem = self._problem
+        assert problem is not None
+        if self._address is None:
+            self._address = (int(self.np_random.integers(2**62)), problem.row, 0, 0)
+        return self._reply(
+            problem, self._prompt_ids, self._completion, self._replies, self._address
+        )
 
     def reply_to(
         self,
@@ -564,7 +572,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             replies = [()] * len(completions) if replies is None else replies
             return self._grade_turns([problems[row] for row in rows], completions, replies)
         if replies is not None and any(replies):
-            raise ValueError(self._no_replies("replies"))
+            raise ValueError(no_replies(self.task, "replies"))
         texts = [self._text(completion) for completion in completions]
         truncated = [not self._ended(completion) for completion in completions]
         grades = grades_of(self.task, [problems[row] for row in rows], texts, truncated)
@@ -663,23 +671,12 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         if self.obs_mode == "token":
             return new[-1]
         if self.obs_mode == "context":
-            new = self._context_ids()
+            new = interleaved(self._prompt_ids, self._completion, self._replies)
         assert isinstance(self.observation_space, spaces.Box)
         observation = np.zeros(self.observation_space.shape, dtype=np.int64)
         observation[0] = len(new)
         observation[1 : 1 + len(new)] = new
         return observation
-
-    def _context_ids(self) -> list[int]:
-        """Prompt, completion and the replies within it."""
-        if not self._replies:
-            return self._prompt_ids + self._completion
-        ids, start = list(self._prompt_ids), 0
-        for reply in self._replies:
-            ids += self._completion[start : reply.at]
-            ids += reply.ids
-            start = reply.at
-        return ids + self._completion[start:]
 
     def _observation_space(self) -> spaces.Space[Any]:
         if self.obs_mode == "token":
@@ -692,40 +689,6 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         high = np.full(1 + width, self.vocab_size - 1, dtype=np.int64)
         high[0] = width
         return spaces.Box(np.zeros_like(high), high, dtype=np.int64)
-
-    def _replies_come(self, max_turns: int | None, *others: int | None) -> bool:
-        """Whether the task is asked for replies; refuses settings that nothing would read."""
-        if max_turns is not None and max_turns < 1:
-            raise ValueError(f"Got max_turns={max_turns}; it must be at least 1.")
-        if self.task.max_turns > 1:
-            return True
-        if max_turns not in (None, 1) and type(self.task).respond is not Task.respond:
-            return True
-        if max_turns not in (None, 1) or any(value is not None for value in others):
-            raise ValueError(self._no_replies("max_turns, max_context_tokens or max_reply_tokens"))
-        return False
-
-    def _no_replies(self, what: str) -> str:
-        return (
-            f"Got {what}, but the task {self.task.name!r} has one turn: its episodes end with it. "
-            "Leave that out, or give the task a method respond and max_turns."
-        )
-
-    def _context_limit(self, given: int | None, window: int | None) -> int:
-        """Most tokens of an episode, replies included."""
-        replies = (self.max_turns - 1) * self.max_reply_tokens
-        most = self.max_prompt_tokens + self.max_completion_tokens + replies
-        if given is not None and window is not None and given > window:
-            raise ValueError(
-                f"Got max_context_tokens={given}, but the model's window has {window} tokens: "
-                "lower it."
-            )
-        if given is not None and given <= self.max_prompt_tokens:
-            raise ValueError(
-                f"Got max_context_tokens={given}, which leaves no room behind a prompt of "
-                f"max_prompt_tokens={self.max_prompt_tokens}: raise it, or lower the latter."
-            )
-        return min(most, window or most) if given is None else int(given)
 
     def _limit(self, name: str, value: int | None, foreign: int = FOREIGN_TOKENIZER_LIMIT) -> int:
         if value is None:

@@ -283,10 +283,16 @@ def decode_completion(
     kept = list(ids[:-1] if ended else ids)
     if tokenizer is small_tokenizer():
         return _decode_small(kept)
-    known = len(tokenizer)
+    known = _known_tokens(tokenizer)
     if kept and max(kept) >= known:
         return _decode_around_unknown(tokenizer, kept, known)
     return str(tokenizer.decode(kept, skip_special_tokens=False))
+
+
+@lru_cache(maxsize=8)
+def _known_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """`len` of a tokenizer, which takes milliseconds where it has many added tokens."""
+    return len(tokenizer)
 
 
 def _encode_open(tokenizer: PreTrainedTokenizerBase, text: str, special: bool) -> list[int]:

@@ -69,6 +69,19 @@ class EnvReply(NamedTuple):
     finish: str | None = None
 
 
+def interleaved(
+    prompt: Sequence[int], completion: Sequence[int], replies: Sequence[EnvReply]
+) -> list[int]:
+    """All tokens of an episode, in order: the prompt, then what was sampled and replied."""
+    ids, start = list(prompt), 0
+    for reply in replies:
+        ids += completion[start : reply.at]
+        ids += reply.ids
+        start = reply.at
+    ids += completion[start:]
+    return ids
+
+
 class ReplyTokens:
     """Replies as tokens: what a chat template puts behind an answer, without the answer.
 
@@ -282,3 +295,58 @@ def transcript(turns: Sequence[Turn]) -> str:
         if turn.reply is not None and turn.reply.text:
             lines.append(f"[{turn.reply.role}] {turn.reply.text}")
     return "\n".join(lines)
+
+
+def takes_replies(task: Task, max_turns: int | None, *others: int | None) -> bool:
+    """Whether a task is asked for replies.
+
+    Args:
+        task: Has more than one turn by default, or a method `respond` and gets them here.
+        max_turns: The turns that it is given, None for its default.
+        others: Further limits that nothing reads where there are no replies.
+
+    Raises:
+        ValueError: If there are no replies, and any of these settings would not be read.
+    """
+    if max_turns is not None and max_turns < 1:
+        raise ValueError(f"Got max_turns={max_turns}; it must be at least 1.")
+    several = max_turns is not None and max_turns > 1
+    if task.max_turns > 1 or (several and type(task).respond is not Task.respond):
+        return True
+    if several or any(limit is not None for limit in others):
+        raise ValueError(no_replies(task, "max_turns, max_context_tokens or max_reply_tokens"))
+    return False
+
+
+def no_replies(task: Task, what: str) -> str:
+    """Why something is refused that only a task with replies has."""
+    return (
+        f"Got {what}, but the task {task.name!r} has one turn: its episodes end with it. "
+        "Leave that out, or give the task a method respond and max_turns."
+    )
+
+
+def context_limit(given: int | None, most: int, prompt: int, window: int | None) -> int:
+    """Most tokens of an episode, prompt and replies included.
+
+    Args:
+        given: The setting; None: all that the other limits allow, within the window.
+        most: What the other limits allow.
+        prompt: Longest prompt allowed.
+        window: What the model takes at most, where that is known.
+
+    Raises:
+        ValueError: If it exceeds the window, or leaves no room behind a prompt.
+    """
+    if given is None:
+        return min(most, window or most)
+    if window is not None and given > window:
+        raise ValueError(
+            f"Got max_context_tokens={given}, but the model's window has {window} tokens: lower it."
+        )
+    if given <= prompt:
+        raise ValueError(
+            f"Got max_context_tokens={given}, which leaves no room behind a prompt of "
+            f"max_prompt_tokens={prompt}: raise it, or lower the latter."
+        )
+    return int(given)

@@ -14,6 +14,7 @@ from gymnasium.utils.env_checker import check_env
 from distrl_envs import OBS_MODES, EnvReply, Grade, Problem, Reply, Task, TokenEnv, Turn
 from distrl_envs.task import TaskError
 from distrl_envs.tokenizers import decode_completion, small_tokenizer
+from distrl_envs.turns import interleaved
 from tests.envs.byte_tokenizer import CHAT, byte_tokenizer
 
 SMALL = small_tokenizer()
@@ -239,6 +240,17 @@ def test_room_by_hand():
     assert TokenEnv("countdown").room(7, 3) == TokenEnv("countdown").max_completion_tokens - 3
 
 
+def test_step_rewards_are_added_to_those_of_replies():
+    class Dense(Guess):
+        has_step_reward = True
+
+        def step_reward(self, problem, completion_ids):
+            return float(len(completion_ids))
+
+    _, *steps = play(TokenEnv(Dense()), [6, EOS, 8, EOS])
+    assert [step[1] for step in steps] == [1.0, 2.0 - 0.125, 3.0, 4.0 + 0.5 + 1.0]
+
+
 def test_turns_of_an_episode_that_goes_on():
     env, reply = TokenEnv(Guess()), Reply("+ 1")
     replies = [EnvReply(2, (PLUS, 4, COLON), reply)]
@@ -340,15 +352,6 @@ def messages_of(tokenizer, turns, prompt="1 :"):
     return messages
 
 
-def tokens_of(env, completion, replies):
-    """All tokens of an episode of row 0, put together here."""
-    ids, start = list(env.reset(options={"row": 0})[1]["prompt_ids"]), 0
-    for reply in replies:
-        ids += [*completion[start : reply.at], *reply.ids]
-        start = reply.at
-    return ids + completion[start:]
-
-
 @pytest.mark.parametrize("role", ["user", "tool"])
 def test_the_tokens_of_an_episode_are_the_templates(role):
     """The glue is what stands between two messages; EOS is not doubled."""
@@ -365,7 +368,8 @@ def test_the_tokens_of_an_episode_are_the_templates(role):
     whole = tokenizer.apply_chat_template(
         messages_of(tokenizer, turns), add_generation_prompt=True, return_dict=False
     )
-    assert tokens_of(env, completion, replies) == whole
+    prompt = env.reset(options={"row": 0})[1]["prompt_ids"]
+    assert interleaved(prompt, completion, replies) == whole
 
 
 def test_a_turn_that_a_stop_string_ends_is_closed_by_the_template():
