@@ -11,7 +11,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.engine.protocol import SamplingParams
-from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
+from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, REPLY_TOKENS
 
 GROUPS = "groups"
 PROMPTS = "prompts"
@@ -20,9 +20,10 @@ PROMPTS = "prompts"
 class SequencesFromEpisodes(ConnectorV2):
     """Learner connector: finished episodes to a sequence batch.
 
-    Puts under ``batch[DEFAULT_MODULE_ID]``, for B episodes of at most T tokens:
-    ``input_ids`` (B, S) prompt, completion, right padding; ``prompt_lens`` (B,);
-    ``actions``, ``action_logp``, ``rewards`` (B, T); ``loss_mask`` (B, T) bool; ``groups``
+    Puts under ``batch[DEFAULT_MODULE_ID]``, for B episodes of at most T sampled tokens:
+    ``input_ids`` (B, S) prompt, sampled tokens with the environment's replies among them, right
+    padding; ``prompt_lens`` (B,); ``actions``, ``action_logp``, ``rewards`` (B, T) of sampled
+    tokens alone; ``loss_mask`` (B, T) bool; ``reply_tokens`` (B, T), see `Sequences`; ``groups``
     (B,), equal for completions of one served prompt; ``prompts`` (B,), its row in the task. The
     order of episodes is kept.
     """
@@ -82,24 +83,35 @@ def check_behaviour(
 
 def _columns(episodes: list[Any]) -> dict[str, np.ndarray]:
     prompts = [episode.infos[0]["prompt_ids"] for episode in episodes]
+    replies = [episode.infos[0].get("replies", ()) for episode in episodes]
     prompt_lens = np.array([len(prompt) for prompt in prompts])
     lens = np.array([len(episode) for episode in episodes])
+    replied = np.array([sum(len(ids) for _, ids in some) for some in replies])
     rows, steps = len(episodes), int(lens.max())
-    input_ids = np.zeros((rows, int((prompt_lens + lens).max())), dtype=np.int64)
+    input_ids = np.zeros((rows, int((prompt_lens + lens + replied).max())), dtype=np.int64)
     actions = np.zeros((rows, steps), dtype=np.int64)
     logp = np.zeros((rows, steps), dtype=np.float32)
     rewards = np.zeros((rows, steps), dtype=np.float32)
+    reply_tokens = np.zeros((rows, steps), dtype=np.int64)
     for row, (episode, prompt) in enumerate(zip(episodes, prompts, strict=True)):
         start, length = len(prompt), len(episode)
         tokens = episode.actions.data
         input_ids[row, :start] = prompt
-        input_ids[row, start : start + length] = tokens
+        done = 0
+        for at, ids in replies[row]:
+            input_ids[row, start : start + at - done] = tokens[done:at]
+            start, done = start + at - done, at
+            input_ids[row, start : start + len(ids)] = ids
+            start += len(ids)
+            reply_tokens[row, at:] += len(ids)
+        input_ids[row, start : start + length - done] = tokens[done:]
         actions[row, :length] = tokens
         logp[row, :length] = episode.extra_model_outputs[Columns.ACTION_LOGP].data
         rewards[row, :length] = episode.rewards.data
     return {
         INPUT_IDS: input_ids,
         PROMPT_LENS: prompt_lens,
+        REPLY_TOKENS: reply_tokens,
         Columns.ACTIONS: actions,
         Columns.ACTION_LOGP: logp,
         Columns.REWARDS: rewards,

@@ -12,7 +12,13 @@ from rllib_distrl.maths.group_advantages import group_index
 from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import Stage
-from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, Sequences, from_columns
+from rllib_distrl.model.sequences import (
+    INPUT_IDS,
+    PROMPT_LENS,
+    REPLY_TOKENS,
+    Sequences,
+    from_columns,
+)
 
 ROLLOUTS = "rollouts"
 WEIGHTS = "weights"
@@ -117,6 +123,7 @@ def model_inputs(sequences: Sequences) -> dict[str, Tensor]:
     return {
         INPUT_IDS: sequences.input_ids,
         PROMPT_LENS: sequences.prompt_lens,
+        REPLY_TOKENS: sequences.reply_tokens,
         Columns.ACTIONS: sequences.actions,
         Columns.LOSS_MASK: sequences.mask,
     }

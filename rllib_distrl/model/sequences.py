@@ -14,33 +14,40 @@ from rllib_distrl.maths.packing import Packing, pack
 
 INPUT_IDS = "input_ids"
 PROMPT_LENS = "prompt_lens"
+REPLY_TOKENS = "reply_tokens"
 N_INPUTS = 2
 """Of `SampledTokenDistribution`: logp and entropy."""
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token rows of a batch and where their completions lie.
+    """Token rows of a batch and where their sampled tokens lie.
 
-    Rows are padded on the right, so causal attention needs no mask. Completion token t is
-    predicted from position ``prompt_lens - 1 + t``, which also is the state s_t.
+    Rows are padded on the right, so causal attention needs no mask. A row is a prompt, sampled
+    tokens, and between these what an environment replied. Columns per token, (B, T), are of sampled
+    tokens only: token t is predicted from the place before it, ``prompt_lens - 1 + t +
+    reply_tokens[t]``, whose state is s_t. What is said of a state before a token (values, targets,
+    advantages) so passes over replies.
 
     Attributes:
-        input_ids: (B, S) int64 prompt and completion.
+        input_ids: (B, S) int64 prompt, sampled tokens and replies.
         prompt_lens: (B,) int64.
-        actions: (B, T) int64 completion tokens, right padded.
+        actions: (B, T) int64 sampled tokens, right padded.
         mask: (B, T) bool, True where ``actions`` holds a token.
+        reply_tokens: (B, T) int64, tokens of replies between the prompt and each sampled token;
+            in the padding as at the row's last token.
     """
 
     input_ids: torch.Tensor
     prompt_lens: torch.Tensor
     actions: torch.Tensor
     mask: torch.Tensor
+    reply_tokens: torch.Tensor
 
     @property
     def lengths(self) -> torch.Tensor:
-        """(B,) tokens per row, prompt included."""
-        return self.prompt_lens + self.mask.sum(-1)
+        """(B,) tokens per row, prompt and replies included."""
+        return self.prompt_lens + self.mask.sum(-1) + self.reply_tokens[:, -1]
 
     @cached_property
     def packing(self) -> Packing:
@@ -61,35 +68,45 @@ class Sequences:
 
     def _state_places(self, width: int) -> torch.Tensor:
         steps = torch.arange(self.actions.shape[1], device=self.actions.device)
-        return (self.prompt_lens[:, None] - 1 + steps).clamp(max=width - 1)
+        places = self.prompt_lens[:, None] - 1 + steps + self.reply_tokens
+        return places.clamp(max=width - 1)
 
     def rows(self, index: torch.Tensor) -> "Sequences":
         """The chosen rows, cut to the longest completion and the longest row among them."""
         mask = self.mask[index]
-        prompt_lens = self.prompt_lens[index]
         steps = max(int(mask.sum(-1).max()), 1)
-        width = max(int((prompt_lens + mask.sum(-1)).max()), 1)
+        width = max(int(self.lengths[index].max()), 1)
         return Sequences(
             self.input_ids[index, :width],
-            prompt_lens,
+            self.prompt_lens[index],
             self.actions[index, :steps],
             mask[:, :steps],
+            self.reply_tokens[index, :steps],
         )
 
 
 def from_columns(batch: dict[str, Any]) -> Sequences:
-    """Reads the sequences that `SequencesFromEpisodes` put into ``batch``."""
+    """Reads the sequences that `SequencesFromEpisodes` put into ``batch``.
+
+    Without ``reply_tokens`` nothing was replied.
+    """
+    actions = batch[Columns.ACTIONS]
+    replied = batch.get(REPLY_TOKENS)
     return Sequences(
-        batch[INPUT_IDS], batch[PROMPT_LENS], batch[Columns.ACTIONS], batch[Columns.LOSS_MASK]
+        batch[INPUT_IDS],
+        batch[PROMPT_LENS],
+        actions,
+        batch[Columns.LOSS_MASK],
+        torch.zeros_like(actions) if replied is None else replied,
     )
 
 
 def from_incremental_obs(batch: dict[str, Any]) -> Sequences:
     """Rebuilds the sequences from RLlib's own (B, T, ...) columns.
 
-    The observation at t = 0 holds the prompt as (count, ids ...); every later one repeats the
-    action before it, so the prompt and the actions say everything. Steps that RLlib's GAE
-    connector adds behind an episode are kept: their state is the one after the last token.
+    The observation at t = 0 holds the prompt as (count, ids ...); every later one holds the action
+    before it and what the environment replied to that. Steps that RLlib's GAE connector adds behind
+    an episode are kept: their state is the one after the last token.
 
     Args:
         batch: ``obs`` (B, T, 1 + max_prompt_tokens) and ``actions`` (B, T).
@@ -109,14 +126,22 @@ def from_incremental_obs(batch: dict[str, Any]) -> Sequences:
             "model_config['max_seq_len'] above the completion limit, so that no episode is cut."
         )
     rows, steps = actions.shape
-    input_ids = first.new_zeros(rows, int(prompt_lens.max()) + steps)
+    counts = batch[Columns.OBS][:, 1:, 0].long()
+    replied = (counts - 1).clamp(min=0).cumsum(1)
+    reply_tokens = torch.cat((torch.zeros_like(prompt_lens)[:, None], replied), dim=1)
+    places = prompt_lens[:, None] + torch.arange(steps, device=first.device) + reply_tokens
+    input_ids = first.new_zeros(rows, int(places.max()) + 1)
     width = torch.arange(input_ids.shape[1], device=first.device)
     in_prompt = width < prompt_lens[:, None]
-    in_completion = (width >= prompt_lens[:, None]) & (width < prompt_lens[:, None] + steps)
     prompts = first[:, 1 : input_ids.shape[1] + 1]
     input_ids[in_prompt] = prompts[in_prompt[:, : prompts.shape[1]]]
-    input_ids[in_completion] = actions.flatten()
-    return Sequences(input_ids, prompt_lens, actions, torch.ones_like(actions, dtype=torch.bool))
+    input_ids.scatter_(1, places, actions)
+    for row, before in (counts > 1).nonzero().tolist():
+        count, end = int(counts[row, before]), int(places[row, before + 1])
+        reply = batch[Columns.OBS][row, before + 1, 2 : count + 1].long()
+        input_ids[row, end - count + 1 : end] = reply
+    mask = torch.ones_like(actions, dtype=torch.bool)
+    return Sequences(input_ids, prompt_lens, actions, mask, reply_tokens)
 
 
 def from_prompts(batch: dict[str, Any], policy: Any) -> Sequences:
@@ -153,7 +178,7 @@ def from_prompts(batch: dict[str, Any], policy: Any) -> Sequences:
     for row, prompt in zip(input_ids, prompts, strict=True):
         row[: len(prompt)] = torch.tensor(prompt)
     steps = torch.zeros(len(prompts), 1, dtype=torch.long)
-    parts = (input_ids, prompt_lens, steps, steps.bool())
+    parts = (input_ids, prompt_lens, steps, steps.bool(), steps)
     return Sequences(*(part.to(policy.device) for part in parts))
 
 

@@ -5,7 +5,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.learner.connector import GROUPS, SequencesFromEpisodes
-from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
+from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, REPLY_TOKENS
 
 
 def episode(prompt, tokens, rewards, row, *, terminated=True):
@@ -41,6 +41,17 @@ def test_columns_by_hand():
     assert batch[Columns.LOSS_MASK].sum(-1).tolist() == [2, 3, 1]
     assert batch[Columns.ACTION_LOGP][0].tolist() == [-0.5, -0.5, 0.0]
     assert batch[GROUPS].tolist() == [0, 1, 0]
+
+
+def test_replies_stand_among_the_sampled_tokens():
+    first = episode([1, 2], [7, 8, 9], [0.0, 0.5, 1.0], row=5)
+    first.infos[0]["replies"] = ((1, (21, 22)), (2, (23,)))
+    batch = connect([first, episode([4], [6], [1.0], row=6)])
+    assert batch[INPUT_IDS].tolist() == [[1, 2, 7, 21, 22, 8, 23, 9], [4, 6] + [0] * 6]
+    assert batch[Columns.ACTIONS].tolist() == [[7, 8, 9], [6, 0, 0]]
+    assert batch[REPLY_TOKENS].tolist() == [[0, 2, 3], [0, 0, 0]]
+    assert batch[Columns.LOSS_MASK].sum(-1).tolist() == [3, 1]
+    assert batch[Columns.REWARDS][0].tolist() == [0.0, 0.5, 1.0]
 
 
 def test_unfinished_episodes_are_refused():
