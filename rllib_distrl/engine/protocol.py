@@ -75,10 +75,20 @@ class Request:
         prompt_ids: The prompt's token ids. Equal prompts are computed once per call.
         key: (seed, row, sample, visit): names the random numbers, one uniform per
             (key, position), whatever else is in the batch.
+        start: Tokens of this completion that were sampled before and are part of `prompt_ids`:
+            random numbers, and the count up to `max_tokens`, go on from there.
+        limit: Ends the completion at so many sampled tokens, those before `start` included, where
+            that is before `max_tokens`.
     """
 
     prompt_ids: Sequence[int]
     key: tuple[int, int, int, int]
+    start: int = 0
+    limit: int | None = None
+
+    def last(self, max_tokens: int) -> int:
+        """Sampled tokens, those before `start` included, at which this one ends at the latest."""
+        return max_tokens if self.limit is None else min(self.limit, max_tokens)
 
 
 @dataclass
@@ -106,24 +116,32 @@ class Completion:
         return Completion(self.tokens[:length], self.logps[:length], "stop", entropies)
 
 
-def check_prompts(
-    prompts: Sequence[tuple[int, ...]], max_tokens: int, max_seq_len: int, vocab_size: int
+def check_requests(
+    requests: Sequence[Request], max_tokens: int, max_seq_len: int, vocab_size: int
 ) -> None:
-    """Raises ValueError for prompts that a model cannot continue.
+    """Raises ValueError for requests that a model cannot serve.
 
     Args:
-        prompts: Token ids.
+        requests: What to continue.
         max_tokens: Completion length.
         max_seq_len: Longest prompt and completion together.
         vocab_size: Tokens that the model knows.
     """
-    longest = max(map(len, prompts))
-    if longest + max_tokens > max_seq_len:
-        raise ValueError(
-            f"A prompt of {longest} tokens and max_tokens={max_tokens} exceed the window of "
-            f"{max_seq_len} tokens. Lower max_tokens or shorten the prompts."
-        )
-    if not all(prompts):
+    for request in requests:
+        last = request.last(max_tokens)
+        if not 0 <= request.start < last:
+            raise ValueError(
+                f"A request starts at {request.start} sampled tokens and ends at {last}: "
+                "it must start at 0 or later, and before its end."
+            )
+        if len(request.prompt_ids) + last - request.start > max_seq_len:
+            raise ValueError(
+                f"A prompt of {len(request.prompt_ids)} tokens and max_tokens="
+                f"{last - request.start} exceed the window of {max_seq_len} tokens. Lower "
+                "max_tokens or shorten the prompts."
+            )
+    prompts = [request.prompt_ids for request in requests]
+    if not all(map(len, prompts)):
         raise ValueError("A prompt is empty: give it at least one token.")
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if low < 0 or high >= vocab_size:

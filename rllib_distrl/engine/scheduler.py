@@ -110,6 +110,9 @@ class Call:
         self.tokens = np.zeros(size, dtype=np.int64)
         self.logps = np.zeros(size, dtype=np.float32)
         self.entropies = np.zeros(size, dtype=np.float32) if params.entropy else None
+        self.starts = np.array([request.start for request in requests], dtype=np.int64)
+        last = [request.last(params.max_tokens) for request in requests]
+        self.limits = np.array([*last, params.max_tokens + 1], dtype=np.int64)
         self.lengths = np.zeros(size[0], dtype=np.int64)
         self.ended: list[int] = []  # since they were last asked for
 
@@ -164,7 +167,7 @@ class Call:
                     tokens = tokens[torch.from_numpy(kept).to(self.device)]
             if refill:
                 new, queue = np.split(queue, [batch - len(rows)])
-                first = np.zeros_like(new)
+                first = self.starts[new]
                 tokens = torch.cat((tokens, self._admit(new, first)))
                 rows, counts = np.concatenate((rows, new)), np.concatenate((counts, first))
             else:
@@ -224,17 +227,17 @@ class Call:
             self.entropies[rows, counts] = entropies
         counts += 1
         self.lengths[rows] = counts
-        last = self.is_eos[drawn] | (counts == self.params.max_tokens)
+        last = self.is_eos[drawn] | (counts >= self.limits[rows])
         self.ended += rows[last & (rows != self.count)].tolist()
         rows[last] = self.count
         counts[rows == self.count] = 0
 
     def _completion(self, index: int) -> Completion:
-        length = self.lengths[index]
-        tokens = self.tokens[index, :length].copy()
+        part = slice(self.starts[index], self.lengths[index])
+        tokens = self.tokens[index, part].copy()
         return Completion(
             tokens=tokens,
-            logps=self.logps[index, :length].copy(),
+            logps=self.logps[index, part].copy(),
             finish_reason="stop" if self.is_eos[tokens[-1]] else "length",
-            entropies=None if self.entropies is None else self.entropies[index, :length].copy(),
+            entropies=None if self.entropies is None else self.entropies[index, part].copy(),
         )

@@ -17,7 +17,7 @@ from rllib_distrl.engine.protocol import (
     Completion,
     Request,
     SamplingParams,
-    check_prompts,
+    check_requests,
 )
 from rllib_distrl.engine.scheduler import Call, DrawingDecoder, SteppingDecoder
 from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
@@ -142,8 +142,8 @@ class TorchEngine:
         params.validate()
         if not requests:
             return
+        check_requests(requests, params.max_tokens, self.max_seq_len, len(self.is_eos))
         call = Call(self.decoder, requests, params, self.is_eos, self.device)
-        check_prompts(call.prompts, params.max_tokens, self.max_seq_len, len(self.is_eos))
         yield from call.run(self.max_batch_size)
 
     @torch.inference_mode()

@@ -20,7 +20,7 @@ from rllib_distrl.engine.protocol import (
     Completion,
     Request,
     SamplingParams,
-    check_prompts,
+    check_requests,
 )
 from rllib_distrl.engine.sampling import uniform_words
 from rllib_distrl.engine.vllm_weights import hugging_face_shapes, hugging_face_views
@@ -111,7 +111,7 @@ class VllmEngine:
         if not requests:
             return []
         prompts = [tuple(map(int, request.prompt_ids)) for request in requests]
-        check_prompts(prompts, params.max_tokens, self.max_seq_len, self._vocab_size)
+        check_requests(requests, params.max_tokens, self.max_seq_len, self._vocab_size)
         # Equal prompts go in one after the other, while their blocks are in the cache.
         order = sorted(range(len(prompts)), key=prompts.__getitem__)
         with self._awake():
@@ -127,9 +127,9 @@ class VllmEngine:
     def _sampling(self, request: Request, params: SamplingParams) -> Any:
         from vllm import SamplingParams as VllmSamplingParams
 
-        (word,) = uniform_words([request.key], 1)[0]
+        word = uniform_words([request.key], request.start + 1)[0, -1]
         return VllmSamplingParams(
-            max_tokens=params.max_tokens,
+            max_tokens=request.last(params.max_tokens) - request.start,
             temperature=0.0 if params.greedy else params.temperature,
             top_p=1.0 if params.greedy else params.top_p,
             top_k=0 if params.greedy else params.top_k,

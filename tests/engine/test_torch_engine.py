@@ -1,4 +1,5 @@
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -47,6 +48,30 @@ def test_fast_and_generic_agree(name, decoder):
     assert tokens_of(fast) == tokens_of(generic)
     for a, b in zip(fast, generic, strict=True):
         np.testing.assert_allclose(a.logps, b.logps, atol=1e-5)
+
+
+@pytest.mark.parametrize("decoder", ["compiled", "fast", "generic"])
+def test_a_completion_in_segments_is_the_whole_token_for_token(decoder):
+    """Random numbers and limits go on where the segment before has ended."""
+    model, requests = make_model("qwen2-gqa"), make_requests()
+    engine = make_engine(model, decoder=decoder)
+    whole = engine.generate(requests, SAMPLED)
+    first = engine.generate([replace(request, limit=7) for request in requests], SAMPLED)
+    assert {len(c.tokens) for c in first if c.finish_reason == "length"} == {7}
+    open_ = [i for i, c in enumerate(first) if c.finish_reason == "length"]
+    rest = engine.generate(
+        [
+            replace(requests[i], prompt_ids=[*requests[i].prompt_ids, *first[i].tokens], start=7)
+            for i in open_
+        ],
+        SAMPLED,
+    )
+    for i, second in zip(open_, rest, strict=True):
+        assert [*first[i].tokens, *second.tokens] == whole[i].tokens.tolist()
+        np.testing.assert_allclose([*first[i].logps, *second.logps], whole[i].logps, atol=1e-5)
+        assert second.finish_reason == whole[i].finish_reason
+    with pytest.raises(ValueError, match="starts at 40 sampled tokens and ends at 40"):
+        engine.generate([replace(requests[0], start=40)], SAMPLED)
 
 
 @pytest.mark.parametrize(
