@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -98,6 +98,15 @@ class PagedCache:
         mentioned = np.unique(pages)
         self._free = np.concatenate((self._free, mentioned[self._users[mentioned] == 0]))
 
+    def own(self, page: int) -> int:
+        """A page with the same content and one user: itself, or a copy if others use it too."""
+        if self._users[page] == 1:
+            return page
+        copy = self.take(1)
+        self.copy(page, copy)
+        self.drop(np.array([page]))
+        return int(copy[0])
+
     def copy(self, page: int, to: np.ndarray) -> None:
         """Copies a page of every layer to others."""
         for data in (self.keys, self.values):
@@ -129,6 +138,13 @@ _NAMES: Mapping[torch.dtype, Literal["float32", "bfloat16"]] = {
 }
 
 Prompt = tuple[int, ...]
+
+
+class Parked(NamedTuple):
+    """Pages that hold the first `length` tokens of a row that is to go on."""
+
+    pages: np.ndarray
+    length: int
 
 
 def not_compiled(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -268,7 +284,9 @@ class CompiledDecoder:
         new = prompts[len(pages) :]
         if new:
             pages += [self.cache.take(pages_of(len(prompt))) for prompt in new]
-            logits.append(self._prefill(new, pages[-len(new) :]))
+            logits.append(
+                self._prefill(new, pages[-len(new) :], np.zeros(len(new), dtype=np.int64))
+            )
         uses = np.bincount(index, minlength=len(prompts)).tolist()
         tables = [self._branch(*branch) for branch in zip(prompts, pages, uses, strict=True)]
         for own in pages[:-1]:
@@ -279,6 +297,41 @@ class CompiledDecoder:
         self._tables = np.concatenate((self._tables, *tables))
         self._lengths = np.concatenate((self._lengths, lengths))
         return every[torch.from_numpy(index)]
+
+    def park(self, row: int, length: int) -> Parked:
+        """Keeps the first `length` tokens of a row, also when the row itself is dropped."""
+        pages = self._tables[row, : pages_of(length)].copy()
+        self.cache.share(pages, 1)
+        return Parked(pages, length)
+
+    def resume(self, parked: Sequence[Parked], more: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Appends rows that were parked, each once, and computes what follows them.
+
+        Args:
+            parked: Of `park`, n rows.
+            more: At least one token for each.
+
+        Returns:
+            (n, V) logits after the last of these tokens.
+        """
+        lengths = np.array([past.length for past in parked], dtype=np.int64)
+        after = lengths + [len(ids) for ids in more]
+        pages = [past.pages for past in parked]
+        for i, own in enumerate(pages):
+            if lengths[i] % PAGE:  # a row that has not left yet may still write there
+                own[-1] = self.cache.own(int(own[-1]))
+            pages[i] = np.concatenate((own, self.cache.take(pages_of(int(after[i])) - len(own))))
+        logits = self._prefill(more, pages, lengths)
+        tables = np.zeros((len(pages), self._tables.shape[1]), dtype=np.int64)
+        for table, own in zip(tables, pages, strict=True):
+            table[: len(own)] = own
+        self._tables = np.concatenate((self._tables, tables))
+        self._lengths = np.concatenate((self._lengths, after))
+        return logits
+
+    def release(self, parked: Parked) -> None:
+        """Forgets a parked row."""
+        self.cache.drop(parked.pages)
 
     def keep(self, rows: np.ndarray) -> None:
         """Makes old row rows[i] the new row i and drops the others."""
@@ -373,23 +426,31 @@ class CompiledDecoder:
             torch.mm(factor, matrix, out=b.product)
             self._kernels.accumulate(b.x_array, b.product_array)
 
-    def _prefill(self, prompts: Sequence[Prompt], pages: Sequence[np.ndarray]) -> torch.Tensor:
-        """Computes prompts into their pages; returns the logits (U, V) after each."""
-        lengths = np.array([len(prompt) for prompt in prompts])
-        tables = np.zeros((len(prompts), pages_of(int(lengths.max()))), dtype=np.int64)
+    def _prefill(
+        self, more: Sequence[Sequence[int]], pages: Sequence[np.ndarray], start: np.ndarray
+    ) -> torch.Tensor:
+        """Appends tokens to U sequences; returns the logits (U, V) after each.
+
+        Args:
+            more: Tokens of each sequence.
+            pages: Of each, with room for them.
+            start: (U,) tokens that each has already.
+        """
+        lengths = np.array([len(ids) for ids in more])
+        tables = np.zeros((len(more), max(map(len, pages))), dtype=np.int64)
         for row, own in enumerate(pages):
             tables[row, : len(own)] = own
-        tokens = torch.tensor([token for prompt in prompts for token in prompt])
-        rows = np.repeat(np.arange(len(prompts)), lengths)
+        tokens = torch.tensor([token for ids in more for token in ids])
+        rows = np.repeat(np.arange(len(more)), lengths)
         ends = np.cumsum(lengths)
-        positions = np.arange(len(rows)) - (ends - lengths)[rows]
-        last = torch.empty(len(prompts), self.shape.hidden, dtype=self.dtype)
-        for start in range(0, len(rows), _PREFILL_TOKENS):
-            part = slice(start, start + _PREFILL_TOKENS)
+        positions = np.arange(len(rows)) + (start - ends + lengths)[rows]
+        last = torch.empty(len(more), self.shape.hidden, dtype=self.dtype)
+        for first in range(0, len(rows), _PREFILL_TOKENS):
+            part = slice(first, first + _PREFILL_TOKENS)
             buffers = self._room(len(rows[part]))
             self._compute(buffers, tokens[part], positions[part], rows[part], tables)
-            done = np.nonzero((ends > start) & (ends <= start + _PREFILL_TOKENS))[0]
-            last[torch.from_numpy(done)] = buffers.normed[torch.from_numpy(ends[done] - start - 1)]
+            done = np.nonzero((ends > first) & (ends <= first + _PREFILL_TOKENS))[0]
+            last[torch.from_numpy(done)] = buffers.normed[torch.from_numpy(ends[done] - first - 1)]
         return torch.mm(last, self._head)
 
     def _branch(self, prompt: Prompt, pages: np.ndarray, uses: int) -> np.ndarray:

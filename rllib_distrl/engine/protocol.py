@@ -108,6 +108,18 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     entropies: np.ndarray | None = None
 
+    def joined(self, more: "Completion") -> "Completion":
+        """This one and what was sampled after it."""
+        entropies = None
+        if self.entropies is not None and more.entropies is not None:
+            entropies = np.concatenate((self.entropies, more.entropies))
+        return Completion(
+            np.concatenate((self.tokens, more.tokens)),
+            np.concatenate((self.logps, more.logps)),
+            more.finish_reason,
+            entropies,
+        )
+
     def cut(self, length: int) -> "Completion":
         """Its first tokens, as if it had stopped there; itself if it has no more."""
         if length >= len(self.tokens):

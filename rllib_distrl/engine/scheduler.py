@@ -1,11 +1,12 @@
 """Drives a decoder through one call: rows that end leave, waiting requests take their place."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
+from rllib_distrl.engine.conversation import Answer, Conversation
 from rllib_distrl.engine.protocol import Completion, Request, SamplingParams
 from rllib_distrl.engine.sampling import check_logps, sample, uniforms
 
@@ -75,6 +76,23 @@ class DrawingDecoder(Decoder, Protocol):
         ...
 
 
+@runtime_checkable
+class ResumingDecoder(Decoder, Protocol):
+    """A decoder that keeps what it has computed of a row while the row waits for more tokens."""
+
+    def park(self, row: int, length: int) -> Any:
+        """Keeps the first `length` tokens of a row, also when the row itself is dropped."""
+        ...
+
+    def resume(self, parked: Sequence[Any], more: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Appends rows that were parked, with more tokens; returns logits (n, V) after these."""
+        ...
+
+    def release(self, parked: Any) -> None:
+        """Forgets a parked row."""
+        ...
+
+
 class Call:
     """One `generate` call: its requests, random numbers and what was sampled so far.
 
@@ -87,6 +105,7 @@ class Call:
         params: How to sample.
         is_eos: (V,) bool, True at end-of-sequence tokens.
         device: Where the decoder's tensors are.
+        conversation: Who answers the turns of the requests; needs a `ResumingDecoder`.
     """
 
     def __init__(
@@ -96,6 +115,7 @@ class Call:
         params: SamplingParams,
         is_eos: np.ndarray,
         device: torch.device,
+        conversation: Conversation | None = None,
     ) -> None:
         self.decoder, self.params, self.device = decoder, params, device
         self.is_eos, self.count = is_eos, len(requests)
@@ -114,7 +134,14 @@ class Call:
         last = [request.last(params.max_tokens) for request in requests]
         self.limits = np.array([*last, params.max_tokens + 1], dtype=np.int64)
         self.lengths = np.zeros(size[0], dtype=np.int64)
-        self.ended: list[int] = []  # since they were last asked for
+        self.ended: list[tuple[int, int]] = []  # requests and rows, since they were last asked for
+        self.conversation = conversation
+        # Tokens of prompt and answers so far; rows that wait; answers that have come to them.
+        prompt_lens = [len(prompt) for prompt in prompts]
+        self.given = np.array(prompt_lens, dtype=np.int64) - self.starts
+        self.parked: dict[int, Any] = {}
+        self.answers: list[Answer] = []
+        self.stopped = np.zeros(size[0], dtype=bool)
 
     def run(self, max_batch_size: int) -> Iterator[tuple[int, Completion]]:
         """Samples every request, at most `max_batch_size` rows at a time.
@@ -149,15 +176,22 @@ class Call:
         """
         batch = min(max_batch_size, len(queue))
         width = max(len(self.prompts[i]) for i in self.prompt_of[queue])
+        length = width + self.params.max_tokens
+        if self.conversation is not None:
+            length = self.conversation.longest
         rows = counts = np.zeros(0, dtype=np.int64)
         tokens = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.decoder.open(batch, width, length)
         while True:
             finished = int((rows == self.count).sum())
+            done = finished == len(rows)
+            yield from self._listen(idle=done and not len(queue))
             refill = len(queue) and finished + batch - len(rows) >= _REFILL_SHARE * batch
-            if finished == len(rows):
-                if not len(queue):
+            if done:
+                if not len(queue) and not self.answers:
                     return
-                self.decoder.open(batch, width, width + self.params.max_tokens)
+                if len(rows):
+                    self._empty(batch, width, length)
                 rows, counts, tokens = rows[:0], counts[:0], tokens[:0]
             elif finished and (refill or finished >= self.decoder.shrink_share * len(rows)):
                 kept = self._survivors(rows, 1 if refill else self.decoder.row_step)
@@ -165,15 +199,70 @@ class Call:
                     self.decoder.keep(kept)
                     rows, counts = rows[kept], counts[kept]
                     tokens = tokens[torch.from_numpy(kept).to(self.device)]
-            if refill:
-                new, queue = np.split(queue, [batch - len(rows)])
-                first = self.starts[new]
-                tokens = torch.cat((tokens, self._admit(new, first)))
-                rows, counts = np.concatenate((rows, new)), np.concatenate((counts, first))
+            first_new, free = 0, batch - len(rows)
+            if refill or (self.answers and free):
+                if self.answers:
+                    new, start, drawn = self._resume(free)
+                else:
+                    new, queue = np.split(queue, [free])
+                    start = self.starts[new]
+                    drawn = self._admit(new, start)
+                first_new, tokens = len(rows), torch.cat((tokens, drawn))
+                rows, counts = np.concatenate((rows, new)), np.concatenate((counts, start))
             else:
                 tokens = self._step(tokens, rows, counts)
             ended, self.ended = self.ended, []
-            yield from ended
+            yield from (index for index, row in ended if not self._waits(index, first_new + row))
+
+    def _empty(self, batch: int, width: int, length: int) -> None:
+        """Lets all rows of the batch go; those that wait stay."""
+        if self.conversation is None:
+            self.decoder.open(batch, width, length)
+        else:
+            self.decoder.keep(np.zeros(0, dtype=np.int64))
+
+    def _waits(self, index: int, row: int) -> bool:
+        """Whether a request whose turn has ended in this row will be answered."""
+        if self.conversation is None:
+            return False
+        length = int(self.lengths[index])
+        if not self.conversation.ended(index, self.tokens[index, :length]):
+            return False
+        # The last token was drawn, and is not computed yet.
+        past = int(self.given[index]) + length - 1
+        self.parked[index] = self.decoder.park(row, past)  # pyright: ignore[reportAttributeAccessIssue]
+        return True
+
+    def _listen(self, idle: bool) -> Iterator[int]:
+        """Takes the answers that have come, and waits for one while there is nothing else to do.
+
+        Yields:
+            The requests that are over.
+        """
+        while self.parked.keys() - {answer.place for answer in self.answers}:
+            assert self.conversation is not None
+            for answer in self.conversation.ready(wait=idle and not self.answers):
+                if answer.ids:
+                    self.answers.append(answer)
+                else:
+                    self.decoder.release(self.parked.pop(answer.place))  # pyright: ignore[reportAttributeAccessIssue]
+                    yield answer.place
+            if self.answers or not idle:
+                return
+
+    def _resume(self, most: int) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+        """Continues so many answered rows at most; returns requests, their counts, and tokens."""
+        some, self.answers = self.answers[:most], self.answers[most:]
+        requests = np.array([answer.place for answer in some], dtype=np.int64)
+        counts = self.lengths[requests]
+        last = self.tokens[requests, counts - 1].tolist()
+        more = [[token, *answer.ids] for token, answer in zip(last, some, strict=True)]
+        self.given[requests] += [len(answer.ids) for answer in some]
+        self.limits[requests] = [min(answer.limit, self.params.max_tokens) for answer in some]
+        self.stopped[requests] = False
+        parked = [self.parked.pop(answer.place) for answer in some]
+        logits = self.decoder.resume(parked, more)  # pyright: ignore[reportAttributeAccessIssue]
+        return requests, counts, self._draw(logits, requests, counts)
 
     def _survivors(self, rows: np.ndarray, step: int) -> np.ndarray:
         """Rows to keep, a multiple of `step`; as few as possible move: the last fill the holes."""
@@ -228,16 +317,22 @@ class Call:
         counts += 1
         self.lengths[rows] = counts
         last = self.is_eos[drawn] | (counts >= self.limits[rows])
-        self.ended += rows[last & (rows != self.count)].tolist()
+        if self.conversation is not None and self.conversation.stops is not None:
+            for row in np.nonzero(~last & (rows != self.count))[0]:
+                sampled = self.tokens[rows[row], : counts[row]]
+                last[row] = self.stopped[rows[row]] = self.conversation.stops(sampled)
+        mine = np.nonzero(last & (rows != self.count))[0]
+        self.ended += zip(rows[mine].tolist(), mine.tolist(), strict=True)
         rows[last] = self.count
         counts[rows == self.count] = 0
 
     def _completion(self, index: int) -> Completion:
         part = slice(self.starts[index], self.lengths[index])
         tokens = self.tokens[index, part].copy()
+        stopped = self.is_eos[tokens[-1]] or self.stopped[index]
         return Completion(
             tokens=tokens,
             logps=self.logps[index, part].copy(),
-            finish_reason="stop" if self.is_eos[tokens[-1]] else "length",
+            finish_reason="stop" if stopped else "length",
             entropies=None if self.entropies is None else self.entropies[index, part].copy(),
         )

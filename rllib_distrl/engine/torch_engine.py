@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from rllib_distrl.engine.compiled_decoder import CompiledDecoder, not_compiled
+from rllib_distrl.engine.conversation import Conversation
 from rllib_distrl.engine.fast_decoder import FastDecoder
 from rllib_distrl.engine.fast_weights import unsupported
 from rllib_distrl.engine.generic_decoder import GenericDecoder
@@ -19,7 +20,12 @@ from rllib_distrl.engine.protocol import (
     SamplingParams,
     check_requests,
 )
-from rllib_distrl.engine.scheduler import Call, DrawingDecoder, SteppingDecoder
+from rllib_distrl.engine.scheduler import (
+    Call,
+    DrawingDecoder,
+    ResumingDecoder,
+    SteppingDecoder,
+)
 from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
 
 if TYPE_CHECKING:
@@ -124,11 +130,19 @@ class TorchEngine:
 
     @torch.inference_mode()
     def stream(
-        self, requests: Sequence[Request], params: SamplingParams
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        conversation: Conversation | None = None,
     ) -> Iterator[tuple[int, Completion]]:
         """The same, each completion as soon as it has ended; nothing else may be asked meanwhile.
 
         Rows are taken up in the order in which their prompts first occur in ``requests``.
+
+        Args:
+            requests: See `generate`.
+            params: How to sample.
+            conversation: Answers turns, where the engine `resumes`; see `conversation.converse`.
 
         Yields:
             The place of a request among ``requests`` and its completion.
@@ -143,7 +157,7 @@ class TorchEngine:
         if not requests:
             return
         check_requests(requests, params.max_tokens, self.max_seq_len, len(self.is_eos))
-        call = Call(self.decoder, requests, params, self.is_eos, self.device)
+        call = Call(self.decoder, requests, params, self.is_eos, self.device, conversation)
         yield from call.run(self.max_batch_size)
 
     @torch.inference_mode()
@@ -168,6 +182,11 @@ class TorchEngine:
         copy_weights(state, self.decoder.canonical())
         self.version = version
         return self.weights_hash()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether `stream` takes a conversation, and rows that wait keep what was computed."""
+        return isinstance(self.decoder, ResumingDecoder)
 
     def forgo_cache(self) -> bool:
         """Runs the whole context at each step from now on; False where that is no choice."""
