@@ -98,15 +98,6 @@ class PagedCache:
         mentioned = np.unique(pages)
         self._free = np.concatenate((self._free, mentioned[self._users[mentioned] == 0]))
 
-    def own(self, page: int) -> int:
-        """A page with the same content and one user: itself, or a copy if others use it too."""
-        if self._users[page] == 1:
-            return page
-        copy = self.take(1)
-        self.copy(page, copy)
-        self.drop(np.array([page]))
-        return int(copy[0])
-
     def copy(self, page: int, to: np.ndarray) -> None:
         """Copies a page of every layer to others."""
         for data in (self.keys, self.values):
@@ -305,7 +296,7 @@ class CompiledDecoder:
         return Parked(pages, length)
 
     def resume(self, parked: Sequence[Parked], more: Sequence[Sequence[int]]) -> torch.Tensor:
-        """Appends rows that were parked, each once, and computes what follows them.
+        """Appends rows that were parked and have left, and computes what follows them.
 
         Args:
             parked: Of `park`, n rows.
@@ -318,8 +309,6 @@ class CompiledDecoder:
         after = lengths + [len(ids) for ids in more]
         pages = [past.pages for past in parked]
         for i, own in enumerate(pages):
-            if lengths[i] % PAGE:  # a row that has not left yet may still write there
-                own[-1] = self.cache.own(int(own[-1]))
             pages[i] = np.concatenate((own, self.cache.take(pages_of(int(after[i])) - len(own))))
         logits = self._prefill(more, pages, lengths)
         tables = np.zeros((len(pages), self._tables.shape[1]), dtype=np.int64)
