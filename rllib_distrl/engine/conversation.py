@@ -29,8 +29,9 @@ class Conversation(Protocol):
 
     longest: int
     """Most tokens of a row: prompt, sampled tokens and answers together."""
-    stops: Callable[[np.ndarray], bool] | None
-    """Whether a turn ends with the last of all sampled tokens (T,), which is no EOS."""
+    stops: Callable[[int, np.ndarray], bool] | None
+    """Whether the turn of a place ends with the last of its sampled tokens (T,), which is no EOS;
+    None: never."""
 
     def ended(self, place: int, tokens: np.ndarray) -> bool:
         """Told that a row samples no further; whether an answer will come.
@@ -72,7 +73,7 @@ def converse(
         for place, more in zip(
             asked, engine.generate([rows[i] for i in asked], params), strict=True
         ):
-            turn = more.cut(_until_stop(whole[place], more, conversation))
+            turn = more.cut(_until_stop(place, whole[place], more, conversation))
             before = whole[place]
             now = whole[place] = turn if before is None else before.joined(turn)
             prompt = [*rows[place].prompt_ids, *turn.tokens.tolist()]
@@ -96,11 +97,14 @@ def converse(
         asked.sort()
 
 
-def _until_stop(before: Completion | None, turn: Completion, conversation: Conversation) -> int:
+def _until_stop(
+    place: int, before: Completion | None, turn: Completion, conversation: Conversation
+) -> int:
     """Tokens of a turn up to its first stop string."""
-    if conversation.stops is None:
+    stops = conversation.stops
+    if stops is None:
         return len(turn.tokens)
     tokens = turn.tokens if before is None else np.concatenate((before.tokens, turn.tokens))
     done = len(tokens) - len(turn.tokens)
     lengths = range(1, len(turn.tokens))
-    return next((n for n in lengths if conversation.stops(tokens[: done + n])), len(turn.tokens))
+    return next((n for n in lengths if stops(place, tokens[: done + n])), len(turn.tokens))

@@ -101,12 +101,14 @@ class Completion:
             sampled from (after temperature, top-k and top-p).
         finish_reason: "stop" after an end-of-sequence token, else "length".
         entropies: (T,) float32 in nats if asked for, else None.
+        replies: What an environment said between its turns (`EnvReply`); no engine reads it.
     """
 
     tokens: np.ndarray
     logps: np.ndarray
     finish_reason: Literal["stop", "length"]
     entropies: np.ndarray | None = None
+    replies: Sequence[Any] = ()
 
     def joined(self, more: "Completion") -> "Completion":
         """This one and what was sampled after it."""

@@ -319,8 +319,8 @@ class Call:
         last = self.is_eos[drawn] | (counts >= self.limits[rows])
         if self.conversation is not None and self.conversation.stops is not None:
             for row in np.nonzero(~last & (rows != self.count))[0]:
-                sampled = self.tokens[rows[row], : counts[row]]
-                last[row] = self.stopped[rows[row]] = self.conversation.stops(sampled)
+                place, sampled = rows[row], self.tokens[rows[row], : counts[row]]
+                last[row] = self.stopped[place] = self.conversation.stops(int(place), sampled)
         mine = np.nonzero(last & (rows != self.count))[0]
         self.ended += zip(rows[mine].tolist(), mine.tolist(), strict=True)
         rows[last] = self.count

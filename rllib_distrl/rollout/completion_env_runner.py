@@ -33,6 +33,7 @@ from rllib_distrl.rollout.contract import (
 )
 from rllib_distrl.rollout.episodes import build_episode, play, play_watched
 from rllib_distrl.rollout.pool_metrics import PROBLEMS, pool_metrics, pool_record
+from rllib_distrl.rollout.turns import sample_episodes
 from rllib_distrl.settings import RolloutSettings
 
 logger = logging.getLogger(__name__)
@@ -366,11 +367,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         started = time.perf_counter()
         requests = self._requests(prompts, num_generations)
         params = self.sampling_params(explore)
-        env = self.token_env.unwrapped
-        completions = [
-            completion.cut(env.length_until_stop(completion.tokens.tolist()))
-            for completion in self.engine.generate(requests, params)
-        ]
+        ended = dict(sample_episodes(self.engine, requests, params, self.token_env.unwrapped))
+        completions = [ended[place] for place in range(len(requests))]
         generated = time.perf_counter()
         verdicts = self.grade(requests, completions)
         graded = time.perf_counter()
@@ -403,7 +401,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         """The env's verdicts on a batch, which tasks with worker processes grade in parallel."""
         tokens = [np.asarray(completion.tokens).tolist() for completion in completions]
         rows = [request.key[1] for request in requests]
-        return self.token_env.unwrapped.grade_many(rows, tokens)
+        replies = [completion.replies for completion in completions]
+        return self.token_env.unwrapped.grade_many(rows, tokens, replies)
 
     def _replay(
         self,

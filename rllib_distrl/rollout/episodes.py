@@ -47,7 +47,7 @@ def play(env: Any, request: Request, completion: Completion, verdict: Verdict | 
     Raises:
         RuntimeError: the env has not ended the episode where the engine did.
     """
-    observation, info = env.reset(options=_options(request, verdict))
+    observation, info = env.reset(options=_options(request, completion, verdict))
     observations, rewards, infos = [observation], [], [info]
     terminated = truncated = False
     step = env.step
@@ -82,7 +82,8 @@ def build_episode(
 
     Returns:
         The episode. Its first info holds ``prompt_ids``, ``row``, ``sample``, ``visit``,
-        ``sampling`` and what wrappers add; extra model outputs: ``action_logp``,
+        ``sampling``, what wrappers add, and with replies ``replies``: pairs of how many tokens were
+        sampled before one and its tokens; extra model outputs: ``action_logp``,
         ``action_dist_inputs`` (logp, and entropy, which is NaN where the engine was not asked for
         it) and the weights' version.
     """
@@ -94,7 +95,7 @@ def build_episode(
         actions=_column(completion.tokens[:steps], np.int64),
         action_space=env.action_space,
         rewards=_column(played.rewards, np.float32),
-        infos=[_first_info(request, played.infos[0], sampling), *played.infos[1:]],
+        infos=[_first_info(request, completion, played.infos[0], sampling), *played.infos[1:]],
         terminated=played.terminated,
         truncated=played.truncated,
         extra_model_outputs={name: column[:steps] for name, column in outputs.items()},
@@ -130,8 +131,8 @@ def play_watched(
         len_lookback_buffer=0,
     )
     hook("on_episode_created", episode)
-    observation, info = env.reset(options=_options(request, verdict))
-    episode.add_env_reset(observation=observation, infos=_first_info(request, info, sampling))
+    observation, info = env.reset(options=_options(request, completion, verdict))
+    episode.add_env_reset(observation=observation, infos=_first_info(request, completion, info, sampling))
     hook("on_episode_start", episode)
     for step, token in enumerate(np.asarray(completion.tokens, dtype=np.int64)):
         observation, reward, terminated, truncated, info = env.step(int(token))
@@ -152,13 +153,21 @@ def play_watched(
     return episode.to_numpy()
 
 
-def _options(request: Request, verdict: Verdict | None) -> dict[str, Any]:
-    return {"row": request.key[1], "verdict": verdict}
+def _options(request: Request, completion: Completion, verdict: Verdict | None) -> dict[str, Any]:
+    options = {"row": request.key[1], "verdict": verdict}
+    if completion.replies:
+        options |= {"replies": completion.replies, "address": request.key}
+    return options
 
 
-def _first_info(request: Request, info: dict[str, Any], sampling: dict[str, Any]) -> dict[str, Any]:
+def _first_info(
+    request: Request, completion: Completion, info: dict[str, Any], sampling: dict[str, Any]
+) -> dict[str, Any]:
     _, row, sample, visit = request.key
     kept = {name: value for name, value in info.items() if name != "problem"}
+    shown = tuple((reply.at, reply.ids) for reply in completion.replies if reply.ids)
+    if shown:
+        kept["replies"] = shown
     return {**kept, "row": row, "sample": sample, "visit": visit, "sampling": sampling}
 
 

@@ -109,7 +109,7 @@ def test_a_row_that_goes_on_computes_its_new_tokens_alone():
 
 
 def test_a_turn_ends_where_the_conversation_says_so():
-    def stops(tokens):
+    def stops(place, tokens):
         return len(tokens) % 5 == 0
 
     found = {}
