@@ -97,6 +97,11 @@ def read_groups(algo: Any, path: str) -> list[Group]:
     samples = dataset.read(columns=list(_COLUMNS)).to_pylist()
     env: Any = algo.env_creator(EnvContext(algo.config.env_config, worker_index=0))
     try:
+        if env.unwrapped.has_turns:
+            raise ValueError(
+                f"The task {env.unwrapped.task.name!r} replies between turns; a critic is "
+                "pretrained on single completions. Leave the pretraining out."
+            )
         groups: dict[int, list[SingleAgentEpisode]] = {}
         for record in samples:
             groups.setdefault(record["row"], []).append(_episode(env, record, path))

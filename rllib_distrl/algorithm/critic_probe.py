@@ -56,6 +56,9 @@ def probe_critic(
         if "value" not in scored[0]:
             return found
         gamma = algo.config.gamma
+        if runner.token_env.unwrapped.has_turns:
+            # Continuing in the middle of an episode with replies is not built.
+            return {**found, **_on_completions(episodes, scored, gamma)}
         means = _mean_returns(runner, episodes, cuts, continuations, seed, gamma)
     finally:
         runner.stop()

@@ -189,10 +189,9 @@ def _sampler(
     if own:
         dtype = "float32" if model.dtype == torch.float32 else "bfloat16"
         check_engine(engine, model, params, dtype)
-    sampler = Sampler(
-        prompted, settings, params, engine, env.task, env.tokenizer, eos, env.length_until_stop
-    )
-    return sampler, weights
+    if env.has_turns:
+        env.eos_token_ids = frozenset(eos)  # the model's: they end its turns
+    return Sampler(prompted, settings, params, engine, env, eos), weights
 
 
 def _identity(settings: EvalSettings) -> dict[str, Any]:

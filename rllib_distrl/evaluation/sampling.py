@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from distrl_envs.turns import EnvReply
 
-from distrl_envs.task import Grade, Problem, Task, grades_of
+from distrl_envs.task import Grade, Problem, Reply, grades_of
 from distrl_envs.tokenizers import decode_completion
 from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine, SamplingParams
+from rllib_distrl.rollout.turns import sample_episodes
 from rllib_distrl.settings import EvalSettings
 
 MOST_TOKENS = 1 << 22
@@ -107,10 +108,8 @@ class Sampler:
         settings: How to sample.
         params: The engine's part of them.
         engine: Has the model's weights.
-        task: Grades.
-        tokenizer: Decodes.
+        env: The `TokenEnv`: its task grades, and replies where it has turns.
         eos: Tokens that end a completion.
-        length_until_stop: The tokens up to a stop sequence of the environment.
     """
 
     def __init__(
@@ -119,14 +118,11 @@ class Sampler:
         settings: EvalSettings,
         params: SamplingParams,
         engine: RolloutEngine,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
+        env: Any,
         eos: Collection[int],
-        length_until_stop: Callable[[Sequence[int]], int],
     ):
         self.prompted, self.settings, self.params, self.engine = prompted, settings, params, engine
-        self.task, self.tokenizer, self.eos = task, tokenizer, eos
-        self._length_until_stop = length_until_stop
+        self.env, self.task, self.eos = env, env.task, eos
 
     def changed(self, finished: Mapping[int, str]) -> str:
         """Says where finished problems are not those of the data any more; "" if they all are."""
@@ -146,12 +142,18 @@ class Sampler:
         The records are changed in place.
         """
         stale = [r for r in records if self.is_stale(r["problem"], r["grading"])]
-        grades = grades_of(
-            self.task,
-            [self.prompted[record["problem"]].problem for record in stale],
-            [record["completion"] for record in stale],
-            [record["finish_reason"] == "length" for record in stale],
-        )
+        if self.env.has_turns:
+            rows = [record["row"] for record in stale]
+            replies = [_replies(record) for record in stale]
+            tokens = [record["token_ids"] for record in stale]
+            grades = [grade for _, grade in self.env.grade_many(rows, tokens, replies)]
+        else:
+            grades = grades_of(
+                self.task,
+                [self.prompted[record["problem"]].problem for record in stale],
+                [record["completion"] for record in stale],
+                [record["finish_reason"] == "length" for record in stale],
+            )
         for record, grade in zip(stale, grades, strict=True):
             record |= _graded(grade, self._gradings[record["problem"]])
         return len(stale)
@@ -213,29 +215,53 @@ class Sampler:
             for p in problems
             for sample in range(self.settings.n)
         ]
-        stream = getattr(self.engine, "stream", None)
-        found = (
-            enumerate(self.engine.generate(requests, self.params))
-            if stream is None
-            else stream(requests, self.params)
-        )
-        for place, completion in found:
-            yield place, completion.cut(self._length_until_stop(completion.tokens.tolist()))
+        return sample_episodes(self.engine, requests, self.params, self.env)
 
     def _grade(
         self, problems: Sequence[Prompted], completions: Sequence[Completion]
     ) -> list[dict[str, Any]]:
         """The records of all samples of some problems."""
         jobs = [(prompted, sample) for prompted in problems for sample in range(self.settings.n)]
-        texts = [
-            decode_completion(self.tokenizer, c.tokens.tolist(), self.eos) for c in completions
-        ]
-        truncated = [c.finish_reason == "length" for c in completions]
-        grades = grades_of(self.task, [p.problem for p, _ in jobs], texts, truncated)
+        if self.env.has_turns:
+            rows = [prompted.problem.row for prompted, _ in jobs]
+            tokens, replies = zip(
+                *((c.tokens.tolist(), c.replies) for c in completions), strict=True
+            )
+            texts, grades = zip(*self.env.grade_many(rows, tokens, replies), strict=True)
+        else:
+            texts = [
+                decode_completion(self.env.tokenizer, c.tokens.tolist(), self.eos)
+                for c in completions
+            ]
+            truncated = [c.finish_reason == "length" for c in completions]
+            grades = grades_of(self.task, [p.problem for p, _ in jobs], texts, truncated)
         return [
-            _record(*job, completion, text) | _graded(grade, self._gradings[job[0].position])
+            _record(*job, completion, text)
+            | {"replies": _stored(completion) if self.env.has_turns else None}
+            | _graded(grade, self._gradings[job[0].position])
             for job, completion, text, grade in zip(jobs, completions, texts, grades, strict=True)
         ]
+
+
+def _stored(completion: Completion) -> list[dict[str, Any]]:
+    """The column `replies` of `store.SCHEMA`."""
+    return [
+        {"at": r.at, "ids": list(r.ids), **asdict(r.reply), "finish": r.finish}
+        for r in completion.replies
+    ]
+
+
+def _replies(record: Mapping[str, Any]) -> list[EnvReply]:
+    """The inverse of `_stored`."""
+    return [
+        EnvReply(
+            stored["at"],
+            tuple(stored["ids"]),
+            Reply(**{name: stored[name] for name in ("text", "role", "reward", "over", "status")}),
+            stored["finish"],
+        )
+        for stored in record["replies"] or ()
+    ]
 
 
 def _graded(grade: Grade, grading: str) -> dict[str, Any]:
@@ -246,6 +272,12 @@ def _graded(grade: Grade, grading: str) -> dict[str, Any]:
         "answer": grade.answer,
         "grading": grading,
     }
+
+
+def _finish_reason(completion: Completion) -> str:
+    """Why it ended; the last reply says so where it ended an episode of turns."""
+    last = completion.replies[-1].finish if completion.replies else None
+    return last or completion.finish_reason
 
 
 def _record(prompted: Prompted, sample: int, completion: Completion, text: str) -> dict[str, Any]:
@@ -261,6 +293,6 @@ def _record(prompted: Prompted, sample: int, completion: Completion, text: str) 
         "token_ids": completion.tokens.tolist(),
         "text_hash": blake2b(collapsed.encode(), digest_size=8).hexdigest(),
         "tokens": len(completion.tokens),
-        "finish_reason": completion.finish_reason,
+        "finish_reason": _finish_reason(completion),
         "logp_sum": float(completion.logps.sum(dtype="float64")),
     }

@@ -14,6 +14,18 @@ from rllib_distrl.files import replaced_file, write_atomic
 MANIFEST = "evaluation.json"
 SAMPLES = "samples"
 
+_REPLY = pa.struct(
+    [
+        ("at", pa.int32()),  # Tokens sampled before it.
+        ("ids", pa.list_(pa.int32())),
+        ("text", pa.string()),
+        ("role", pa.string()),
+        ("reward", pa.float64()),
+        ("status", pa.string()),
+        ("over", pa.bool_()),
+        ("finish", pa.string()),
+    ]
+)
 SCHEMA = pa.schema(
     [
         ("problem", pa.int32()),  # Position among the problems evaluated, from 0.
@@ -21,8 +33,9 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
         ("sample", pa.int32()),
         ("prompt", pa.string()),
-        ("completion", pa.string()),
-        ("token_ids", pa.list_(pa.int32())),  # Of the completion, EOS included.
+        ("completion", pa.string()),  # With replies the transcript.
+        ("token_ids", pa.list_(pa.int32())),  # Of the completion, EOS included; sampled ones only.
+        ("replies", pa.list_(_REPLY)),  # Of the environment; null where the task does not reply.
         ("text_hash", pa.string()),  # Of the completion with its white space collapsed.
         ("tokens", pa.int32()),
         ("finish_reason", pa.string()),
@@ -33,7 +46,7 @@ SCHEMA = pa.schema(
         ("grading", pa.string()),  # Of the gold and the grader; another one, another grade.
     ]
 )
-TEXT_COLUMNS = ("prompt", "completion", "token_ids")
+TEXT_COLUMNS = ("prompt", "completion", "token_ids", "replies")
 LIGHT_COLUMNS = [name for name in SCHEMA.names if name not in TEXT_COLUMNS]
 
 

@@ -132,7 +132,9 @@ def play_watched(
     )
     hook("on_episode_created", episode)
     observation, info = env.reset(options=_options(request, completion, verdict))
-    episode.add_env_reset(observation=observation, infos=_first_info(request, completion, info, sampling))
+    episode.add_env_reset(
+        observation=observation, infos=_first_info(request, completion, info, sampling)
+    )
     hook("on_episode_start", episode)
     for step, token in enumerate(np.asarray(completion.tokens, dtype=np.int64)):
         observation, reward, terminated, truncated, info = env.step(int(token))
