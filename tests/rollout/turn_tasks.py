@@ -1,0 +1,56 @@
+"""Tasks that reply, for models that know the small tokenizer."""
+
+import time
+
+from distrl_envs.task import Grade, Problem, Reply, Task
+from distrl_envs.tokenizers import small_tokenizer
+
+
+class Talk(Task):
+    """Whatever is said, the reply is a number of 0 to 9, as many words as the turn's number.
+
+    A turn is worth a quarter; the score is the share of numbers in what was said.
+    """
+
+    name = "talk"
+    max_turns = 3
+    max_prompt_tokens = 12
+    max_completion_tokens = 40
+    max_reply_tokens = 8
+
+    def __init__(self, split="train", seed=0):
+        self.split = split
+
+    def __len__(self):
+        return 1000
+
+    def problem(self, row):
+        self.check_row(row)
+        prompt = f"{1 + row % 9} {1 + row % 7} {1 + row % 5} {1 + row % 8} -> 24 :"
+        return Problem(row, prompt, {}, str(row))
+
+    def respond(self, problem, turns, draws):
+        words = [str(draws.below(10)) for _ in turns]
+        return Reply(" ".join(words), reward=0.25)
+
+    def grade(self, problem, completion, *, truncated=False):
+        raise AssertionError("an episode of turns is graded as one")
+
+    def grade_turns(self, problem, turns, *, truncated):
+        words = [word for turn in turns for word in turn.completion.split()]
+        share = sum(word.isdigit() for word in words) / max(1, len(words))
+        return Grade(share, "too_long" if truncated else "ok")
+
+    def tokenizer(self):
+        return small_tokenizer()
+
+
+class SlowTalk(Talk):
+    """The same, after a while that depends on the row."""
+
+    name = "slow_talk"
+    replies_slowly = True
+
+    def respond(self, problem, turns, draws):
+        time.sleep(0.01 * (problem.row % 3))
+        return super().respond(problem, turns, draws)
