@@ -179,6 +179,8 @@ class Task(ABC):
         max_turns: Default limit of the model's turns. Tasks that reply have more than one.
         reply_roles: The roles of its replies: that the chat template takes them is found out before
             anything is sampled.
+        replies_slowly: Whether `respond` may take longer than a few milliseconds, as tools do. Many
+            are then under way at a time, in threads, while the model goes on in other episodes.
         stop: Texts that end a turn, beside EOS and those that the environment is given.
         max_prompt_tokens: Default limit, in tokens of the task's own tokenizer.
         max_completion_tokens: Default limit including EOS, in tokens of its own tokenizer; of all
@@ -192,6 +194,7 @@ class Task(ABC):
     has_step_reward: bool = False
     max_turns: int = 1
     reply_roles: Sequence[str] = ("user",)
+    replies_slowly: bool = False
     stop: Sequence[str] = ()
     system_prompt: str | None = None
     max_prompt_tokens: int = 512

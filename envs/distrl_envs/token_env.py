@@ -277,7 +277,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         completion.append(token)
         observation = token if self.obs_mode == "token" else self._observe([token])
         reward = self._step_reward(completion) if self._dense else 0.0
-        stopped = self._ended(completion)
+        stopped = self.ends_turn(completion)
         if stopped or len(completion) >= self.max_completion_tokens:
             score, info = self._finish("stop" if stopped else "length")
             return observation, reward + score, True, False, info
@@ -293,7 +293,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         completion.append(token)
         self._turn.append(token)
         reward = self._step_reward(completion) if self._dense else 0.0
-        made = self._next_reply() if (ended := self._ended(self._turn)) else None
+        made = self._next_reply() if (ended := self.ends_turn(self._turn)) else None
         if made is not None:
             reward += made.reply.reward
             self._replies.append(made)
@@ -366,7 +366,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         """
         problem, prompt = self._served(row)
         turn = completion[replies[-1].at if replies else 0 :]
-        if not turn or not self._ended(turn):
+        if not turn or not self.ends_turn(turn):
             raise ValueError(
                 f"The model's turn {len(replies) + 1} of row {row} has not ended: a reply comes "
                 "after an EOS token or a stop string."
@@ -444,7 +444,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         if replies and replies[-1].finish is not None:
             return replies[-1].finish
         turn = completion[replies[-1].at if replies else 0 :]
-        if turn and self._ended(turn):
+        if turn and self.ends_turn(turn):
             return "stop"
         return "length" if len(completion) >= self.max_completion_tokens else "context"
 
@@ -574,7 +574,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         if replies is not None and any(replies):
             raise ValueError(no_replies(self.task, "replies"))
         texts = [self._text(completion) for completion in completions]
-        truncated = [not self._ended(completion) for completion in completions]
+        truncated = [not self.ends_turn(completion) for completion in completions]
         grades = grades_of(self.task, [problems[row] for row in rows], texts, truncated)
         return [Verdict(text, grade) for text, grade in zip(texts, grades, strict=True)]
 
@@ -656,10 +656,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             return len(completion)
         ids = list(completion)
         lengths = range(1, len(ids) + 1)
-        return next((n for n in lengths if self._ended(ids[:n])), len(ids))
+        return next((n for n in lengths if self.ends_turn(ids[:n])), len(ids))
 
-    def _ended(self, completion: Sequence[int]) -> bool:
-        """Whether the last token ends the completion, which did not end before."""
+    def ends_turn(self, completion: Sequence[int]) -> bool:
+        """Whether the last token ends what the model says, which did not end before."""
         return completion[-1] in self.eos_token_ids or ends_with_stop(
             self.tokenizer, completion, self.stop
         )
