@@ -133,7 +133,7 @@ def test_limits_end_episodes():
     assert max(len(whole(episode)[0]) for episode in some) <= 30
 
 
-def test_distrl_trains(build):
+def test_distrl_trains(ray_session, build):
     algo = build(talking(distrl_config()).rollout(num_generations=4))
     for _ in range(2):
         result = algo.train()
@@ -143,7 +143,7 @@ def test_distrl_trains(build):
 
 
 @pytest.mark.slow
-def test_stock_ppo_trains_with_the_same_module(build):
+def test_stock_ppo_trains_with_the_same_module(ray_session, build):
     config = talking(algorithm_config("PPO").debugging(seed=1))
     config.training(train_batch_size_per_learner=400, minibatch_size=200, num_epochs=2)
     rollout = RolloutSettings(max_completion_tokens=24, num_generations=2)
