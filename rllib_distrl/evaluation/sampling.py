@@ -7,10 +7,9 @@ from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
-from distrl_envs.turns import EnvReply
-
 from distrl_envs.task import Grade, Problem, Reply, grades_of
 from distrl_envs.tokenizers import decode_completion
+from distrl_envs.turns import EnvReply
 from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine, SamplingParams
 from rllib_distrl.rollout.turns import sample_episodes
 from rllib_distrl.settings import EvalSettings

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from distrl_envs.turns import EnvReply
 
+from distrl_envs.turns import EnvReply
 from rllib_distrl.engine.conversation import Answer, converse
 from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine, SamplingParams
 

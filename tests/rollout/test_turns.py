@@ -152,4 +152,4 @@ def test_stock_ppo_trains_with_the_same_module(ray_session, build):
         result = algo.train()
     learner = result["learners"]["default_policy"]
     assert result["env_runners"]["episode_return_mean"] > 0.5
-    assert 0 < learner["mean_kl_loss"] + 1 and np.isfinite(learner["policy_loss"])
+    assert np.isfinite(learner["policy_loss"])
