@@ -594,8 +594,12 @@ class TrainingSettings(Settings):
     critic_pretraining: PretrainingSettings | None = None
     """Teaches the critic before the policy moves, such as ``{rollouts = 8192}``; its tokens count
     as sampled. None: not."""
+    head: Choice = "quantile"
+    """What the critic says of a state: ``quantile``; ``bernoulli``, a probability, for returns in
+    [0, 1]; ``categorical``, probabilities of evenly spaced returns (HL-Gauss or two-hot)."""
     n_quantiles: Count = 16
-    """N; 1 is a scalar critic with RLlib's own value loss."""
+    """N; 1 is a scalar critic with RLlib's own value loss. Of other heads the quantiles of their
+    law that targets are made of."""
     quantile_huber_kappa: Positive = 0.1
     """Width of the quadratic part, in units of the return."""
     quantile_loss: Annotated[str, _named_in("quantiles", "PAIRINGS")] = "pairwise"

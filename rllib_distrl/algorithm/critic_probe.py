@@ -15,6 +15,7 @@ from rllib_distrl.maths.calibration import (
     explained_variance,
     state_metrics,
 )
+from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.rank_correlation import ignorance_metrics
 from rllib_distrl.rollout.episodes import play
 
@@ -111,11 +112,17 @@ def _on_completions(
     rewards = _padded([np.asarray(episode.rewards.data) for episode in episodes])
     mask = _padded([np.ones(len(episode), dtype=bool) for episode in episodes])
     returns = returns_to_go(rewards, mask, gamma)
-    if "quantiles" in scored[0]:
-        quantiles = _padded([columns["quantiles"] for columns in scored])
-        return calibration_metrics(quantiles, returns, mask)
+    if parts := _law_columns(scored):
+        law = Law(*(_padded([columns[name] for columns in scored]) for name in parts))
+        return calibration_metrics(law, returns, mask)
     values = _padded([columns["value"] for columns in scored])
     return {"quantile_explained_variance": explained_variance(values, returns, mask)}
+
+
+def _law_columns(scored: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The columns that make the critic's `Law`; none of a scalar critic."""
+    fixed = ("law_atoms", "law_probs")
+    return next((names for names in (fixed, ("quantiles",)) if {*names} <= scored[0].keys()), ())
 
 
 def _in_states(
@@ -129,8 +136,8 @@ def _in_states(
 
     values, positions = at_cuts("value"), torch.tensor(cuts)
     found = state_metrics(values, means)
-    if "quantiles" in scored[0]:
-        spread = at_cuts("quantiles").std(-1, correction=0)
+    if parts := _law_columns(scored):
+        spread = Law(*map(at_cuts, parts)).std
         found.update(ignorance_metrics(spread, values, means, positions))
     if "bonus_statistic" in scored[0]:
         statistic = at_cuts("bonus_statistic")

@@ -170,6 +170,7 @@ class DistRLConfig(AlgorithmConfig):
         return {
             "critic": self.critic,
             "critic_checkpoint": self.critic_checkpoint,
+            "head": self.head,
             "n_quantiles": self.n_quantiles,
             "head_center": self.head_center,
             "init_spread": self.init_spread,

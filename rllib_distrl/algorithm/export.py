@@ -114,6 +114,8 @@ def export_critic(algo: Any, path: str | Path) -> None:
     save_critic(
         path,
         critic,
+        head=settings.get("head", "quantile"),
+        n_quantiles=settings.get("n_quantiles", 1),
         head_center=settings.get("head_center", "mean"),
         trunk_config=load_config(settings["model"]).to_dict(),
     )

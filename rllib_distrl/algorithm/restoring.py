@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow.fs
 
 from rllib_distrl.files import model_hash
+from rllib_distrl.method.heads import head_identity
 from rllib_distrl.method.registry import LEARNED_STATS, resolve
 from rllib_distrl.model.lora import DEFAULTS as LORA_DEFAULTS
 from rllib_distrl.settings import DistanceSettings, EnsembleSettings
@@ -18,13 +19,15 @@ WEIGHTS = "policy_weights"
 # Beside the model's name in a checkpoint: which files it had, wherever they lie.
 _MODEL_FILES = "model_files"
 # What decides which tensors there are and what they mean; anything else may be changed.
-_SHAPING = ("model", "critic", "n_quantiles", "head_center", "lora", "ensemble", "distance")
+_SHAPING = ("model", "critic", "head", "n_quantiles", "head_center", "lora", "ensemble", "distance")
 
 
 def module_settings(config: Any) -> dict[str, Any]:
     """The settings of ``config`` that a checkpoint must agree with."""
     found = {name: config.model_config.get(name) for name in _SHAPING}
     found[_MODEL_FILES] = model_hash(str(found["model"]))
+    if found["head"] is not None:
+        found["head"] = head_identity(config.model_config)["head"]
     if lora := found["lora"]:
         lora = {**LORA_DEFAULTS, **lora}
         if not isinstance(lora["targets"], str):

@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rllib_distrl.method.heads import head_stage
 from rllib_distrl.method.pipeline import SHARED, Method
 from rllib_distrl.method.registry import KINDS, LEARNED_STATS, Stage, methods, resolve
+from rllib_distrl.settings import TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,16 @@ class Part:
     reads: tuple[str, ...]
 
 
-def _of_quantiles(config: Any) -> bool:
+def _several(config: Any) -> bool:
     return config.critic != "none" and config.n_quantiles > 1
+
+
+def _of_quantiles(config: Any) -> bool:
+    return _several(config) and _head(config) == "quantile"
+
+
+def _head(config: Any) -> str:
+    return resolve("head", config.head).name
 
 
 def _fresh(config: Any) -> bool:
@@ -42,15 +52,18 @@ def _statistic(config: Any) -> str:
 PARTS = (
     Part("a critic", lambda c: c.critic != "none",
          ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "vf_loss_coeff",
-          "n_quantiles", "target", "gamma")),
+          "head", "n_quantiles", "target", "gamma")),
     Part("a separate critic", lambda c: c.critic == "separate", ("critic_checkpoint",)),
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
-    Part("a critic of two or more quantiles that does not come from a critic_checkpoint",
+    Part("a critic of head 'quantile' with n_quantiles >= 2 that does not come from a "
+         "critic_checkpoint",
          lambda c: _fresh(c) and _of_quantiles(c), ("init_spread",)),
-    Part("a critic of two or more quantiles", _of_quantiles,
-         ("quantile_huber_kappa", "quantile_loss", "head_center", "bonus_stat")),
-    Part("a scalar critic (n_quantiles = 1)",
-         lambda c: c.critic != "none" and c.n_quantiles == 1, ("vf_clip_param",)),
+    Part("a critic of head 'quantile' with n_quantiles >= 2", _of_quantiles,
+         ("quantile_huber_kappa", "quantile_loss", "head_center")),
+    Part("a critic with n_quantiles >= 2", _several, ("bonus_stat",)),
+    Part("a scalar critic (head 'quantile' with n_quantiles = 1)",
+         lambda c: c.critic != "none" and c.n_quantiles == 1 and _head(c) == "quantile",
+         ("vf_clip_param",)),
     Part("a stage that reads the critic's values, such as advantage 'gae'",
          lambda c: any("values" in stage.needs for stage in Method.from_config(c).stages),
          ("read_out",)),
@@ -76,7 +89,8 @@ def check_all_settings_are_read(config: Any) -> None:
         ValueError: With the setting, who would read it, and what to do.
     """
     method = Method.from_config(config)
-    _check_own_settings(method.stages)
+    head = () if config.critic == "none" else (head_stage(TrainingSettings.of(config).to_dict()),)
+    _check_own_settings((*method.stages, *head))
     taken = {name for stage in method.stages for name in taken_from_training(stage)}
     read = taken | {name for part in PARTS if part.present(config) for name in part.reads}
     default = type(config)()

@@ -12,6 +12,7 @@ from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
 from rllib_distrl.algorithm.wiring import check_model_config, check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_factor, lr_schedule_settings
+from rllib_distrl.method.heads import head_stage
 from rllib_distrl.method.pipeline import OPTIMISM, Method
 from rllib_distrl.method.registry import Stage, resolve
 from rllib_distrl.model.critics import check_critic
@@ -87,6 +88,7 @@ def validate_distrl(config: Any) -> None:
     )
     if config.num_epochs < 1:
         raise ValueError(f"num_epochs is {config.num_epochs}; it must be >= 1.")
+    _check_head(config)
     _check_critic_checkpoint(config)
     _check_learning_rates(config)
     _check_pretraining(config)
@@ -153,9 +155,22 @@ def _check_critic_checkpoint(config: Any) -> None:
         )
     check_critic(
         config.critic_checkpoint,
+        head=config.head,
         n_quantiles=config.n_quantiles,
         head_center=config.head_center,
     )
+
+
+def _check_head(config: Any) -> None:
+    if config.critic == "none":
+        return
+    support = head_stage(TrainingSettings.of(config).to_dict())().support
+    value = config.init_value
+    if support and value is not None and not support[0] <= value <= support[-1]:
+        raise ValueError(
+            f"init_value is {value}, but the laws of head {config.head!r} lie within "
+            f"[{support[0]:g}, {support[-1]:g}]. Choose one there, or another head."
+        )
 
 
 def _check_learning_rates(config: Any) -> None:

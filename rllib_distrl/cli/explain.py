@@ -187,12 +187,14 @@ def _memory(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Bytes by part, of each learner and of each env runner."""
     longest = prompt_tokens + recipe.rollout.max_completion_tokens
+    from rllib_distrl.method.heads import head_stage
+
     settings = config.model_config
     minibatch_tokens = updates.minibatch_sequences * longest
     learner = learner_memory(
         shape,
         critic=settings.get("critic", "separate"),
-        critic_outputs=settings.get("n_quantiles", 1),
+        critic_outputs=head_stage(settings)().n_outputs if "head" in settings else 1,
         micro_batch_tokens=min(
             settings.get("micro_batch_tokens", minibatch_tokens), minibatch_tokens
         ),

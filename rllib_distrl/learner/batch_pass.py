@@ -90,6 +90,10 @@ class BatchPass:
     def _module(self) -> Any:
         return self.modules[DEFAULT_MODULE_ID].unwrapped()
 
+    @property
+    def _support(self) -> tuple[float, ...]:
+        return self._module.head.support
+
     def __call__(
         self, columns: dict[str, Tensor], k: int, *, single_step: bool = False
     ) -> PassResult:
@@ -120,7 +124,7 @@ class BatchPass:
         if features is not None:
             rollouts.extras[FEATURES] = found.pop(FEATURES)
         rollouts.extras.update({name: found.pop(name) for name in _extra(found)})
-        rollouts = replace(rollouts, **found)
+        rollouts = replace(rollouts, **found, support=self._support if "probs" in found else ())
         if method.importance_correction is not None:
             method.correct_importance(module.compute_logps(columns), rollouts)
         if self.uncertainty is not None:
@@ -195,7 +199,8 @@ class BatchPass:
         with torch.no_grad():
             if "quantiles" in needs:
                 embeddings = outputs[Columns.EMBEDDINGS]
-                found["quantiles"] = self._module.compute_quantiles({}, embeddings)[back]
+                law = _law(self._module, embeddings)
+                found |= {name: column[back] for name, column in law.items()}
             if "entropy" in needs:
                 found["entropy"] = outputs[Columns.ACTION_DIST_INPUTS][..., 1].detach()[back]
         return outputs, found
@@ -272,10 +277,17 @@ def _read(
         for need, factor in factors.items():
             found[need] = module._sampled_tokens(module.policy, states, rows, factor)[..., 0]
     if "quantiles" in needs:
-        found["quantiles"] = module.compute_quantiles({}, module._critic_states(rows, states))
+        found |= _law(module, module._critic_states(rows, states))
     if reference is not None and "ref_logp" in needs:
         found["ref_logp"] = reference.logp(rows)
     return found
+
+
+def _law(module: Any, embeddings: Tensor) -> dict[str, Tensor]:
+    """The critic's law as columns: its quantiles, and the probabilities of fixed atoms."""
+    law = module.compute_law({}, embeddings)
+    found = {"quantiles": law.quantiles(int(module.model_config["n_quantiles"]))}
+    return found if law.probs is None else {**found, "probs": law.probs}
 
 
 def _prompt_logp(module: Any, rows: Sequences, hidden: Tensor) -> Tensor:

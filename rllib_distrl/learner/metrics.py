@@ -87,7 +87,7 @@ def sampler_mismatch(
 def critic_metrics(rollouts: SequenceBatch, gamma: float) -> dict[str, float]:
     """The ``quantile_...`` metrics and RLlib's ``vf_explained_var``; none without a critic.
 
-    Both are about quantiles that have not yet seen these returns.
+    Both are about laws that have not yet seen these returns.
 
     Args:
         rollouts: with ``quantiles`` and the rewards that the critic learns from.
@@ -96,7 +96,7 @@ def critic_metrics(rollouts: SequenceBatch, gamma: float) -> dict[str, float]:
     if rollouts.quantiles is None:
         return {}
     returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, gamma)
-    metrics = calibration_metrics(rollouts.quantiles, returns, rollouts.loss_mask)
+    metrics = calibration_metrics(rollouts.law, returns, rollouts.loss_mask)
     if "quantile_explained_variance" in metrics:
         metrics[VF_EXPLAINED_VAR] = metrics["quantile_explained_variance"]
     metrics.update(_pooled_quantiles(rollouts.quantiles[rollouts.loss_mask]))

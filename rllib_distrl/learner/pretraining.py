@@ -21,8 +21,9 @@ from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.calibration import explained_variance
 from rllib_distrl.maths.losses import weighted_sum
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.heads import check_targets
 from rllib_distrl.model.sequences import from_columns
-from rllib_distrl.settings import PretrainingSettings, TrainingSettings
+from rllib_distrl.settings import PretrainingSettings
 
 LOSS, EXPLAINED_VARIANCE = "critic_pretraining_loss", "critic_pretraining_explained_variance"
 TOKENS = "critic_pretraining_tokens"
@@ -53,6 +54,7 @@ def pretrain_critic(
     rollouts = learner.batch_pass.looking()(columns, 1).rollouts
     returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, config.gamma)
     rollouts.target_quantiles = returns.unsqueeze(-1)
+    check_targets(learner.method.head, rollouts.target_quantiles, rollouts.loss_mask)
     kept_out = rollouts.group % _HELD_OUT == _HELD_OUT - 1
     module, parameters = learner.policy_module, learner.policy_module.critic_parameters()
     lr = settings.lr or config.critic_lr or config.lr
@@ -68,7 +70,7 @@ def pretrain_critic(
             chosen = order[torch.from_numpy(part).to(rows)]
             whole = minibatch(columns, rollouts, chosen, learner.method.aggregation)
             optimizer.zero_grad()
-            losses.append(_backward(module, whole, learner.settings))
+            losses.append(_backward(learner, whole))
             for parameter in parameters:
                 assert parameter.grad is not None
                 parameter.grad = rollouts.all_reduce(parameter.grad)
@@ -91,13 +93,14 @@ def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> 
     return steps
 
 
-def _backward(module: Any, whole: dict[str, Any], settings: TrainingSettings) -> float:
+def _backward(learner: DistRLLearner, whole: dict[str, Any]) -> float:
     """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
-    total = 0.0
-    for rows in module.micro_batches(from_columns(whole), settings.micro_batch_tokens):
+    module, total = learner.policy_module, 0.0
+    for rows in module.micro_batches(from_columns(whole), learner.settings.micro_batch_tokens):
         part = micro_batch(whole, rows)
-        quantiles = module.compute_quantiles({}, module._critic_states(from_columns(part)))
-        loss = weighted_sum(critic_loss(quantiles, part[ROLLOUTS], settings), part[CRITIC_WEIGHTS])
+        outputs = module.value_outputs({}, module._critic_states(from_columns(part)))
+        losses = critic_loss(learner.method.head, outputs, part[ROLLOUTS])
+        loss = weighted_sum(losses, part[CRITIC_WEIGHTS])
         loss.backward()
         total += float(loss.detach())
     return total

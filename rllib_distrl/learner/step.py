@@ -13,10 +13,10 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from torch import Tensor
 
 from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, ROLLOUTS, STEP, WEIGHTS
-from rllib_distrl.maths.losses import squared_value_loss, weighted_sum
-from rllib_distrl.maths.quantiles import quantile_huber_loss
+from rllib_distrl.maths.losses import weighted_sum
 from rllib_distrl.maths.statistics import AllReduce, identity
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.heads import Head
 from rllib_distrl.method.pipeline import IMPORTANCE_WEIGHTS, SAMPLER_LOGP, Method
 from rllib_distrl.settings import TrainingSettings
 
@@ -116,9 +116,10 @@ class Objective:
         step: Step = batch[STEP]
         rollouts: SequenceBatch = batch[ROLLOUTS]
         logp, entropy = fwd_out[Columns.ACTION_DIST_INPUTS].unbind(-1)
-        quantiles = None
+        outputs = value_losses = None
         if module.has_critic:
-            quantiles = module.compute_quantiles(batch, fwd_out[Columns.EMBEDDINGS])
+            outputs = module.value_outputs(batch, fwd_out[Columns.EMBEDDINGS])
+            value_losses = critic_loss(self.method.head, outputs, rollouts)
         policy_loss = self._policy_loss(logp, rollouts)
         weights, whole_groups = batch[WEIGHTS], self.method.keeps_groups_whole
         penalty = self.method.regularisation(logp, rollouts)
@@ -126,8 +127,7 @@ class Objective:
             policy_loss,
             penalty,
             entropy,
-            quantiles,
-            rollouts,
+            value_losses,
             weights,
             batch[CRITIC_WEIGHTS],
             self.settings,
@@ -140,7 +140,7 @@ class Objective:
             policy_loss=policy_loss,
             regularisation=penalty,
             entropy=entropy,
-            quantiles=quantiles,
+            critic=outputs,
         )
         if step.first:
             sampler_logp = rollouts.extras.get(SAMPLER_LOGP, rollouts.action_logp)
@@ -190,8 +190,7 @@ def distrl_losses(
     policy_loss: Tensor,
     regularisation: Tensor | float,
     entropy: Tensor,
-    quantiles: Tensor | None,
-    rollouts: SequenceBatch,
+    value_losses: Tensor | None,
     weights: Tensor,
     critic_weights: Tensor,
     settings: TrainingSettings,
@@ -204,8 +203,7 @@ def distrl_losses(
         policy_loss: (B, T) per token.
         regularisation: (B, T) per token, its coefficients included; 0 without any.
         entropy: (B, T) in nats.
-        quantiles: (B, T, N) with gradient, or None without a critic.
-        rollouts: with ``target_quantiles``.
+        value_losses: (B, T) of `critic_loss`, or None without a critic.
         weights: (B, T) of the policy's terms.
         critic_weights: (B, T) of the critic's: a mean over tokens.
         settings: coefficients.
@@ -219,8 +217,8 @@ def distrl_losses(
     # Without a bonus there is no need to differentiate through the whole vocabulary.
     mean_entropy = weighted_sum(entropy if entropy_coeff > 0 else entropy.detach(), weights)
     vf_loss: Tensor | float = 0.0
-    if quantiles is not None:
-        vf_loss = weighted_sum(critic_loss(quantiles, rollouts, settings), critic_weights)
+    if value_losses is not None:
+        vf_loss = weighted_sum(value_losses, critic_weights)
     regular: Tensor | float = 0.0
     if isinstance(regularisation, Tensor):
         regular = weighted_sum(regularisation, weights)
@@ -228,20 +226,9 @@ def distrl_losses(
     return Losses(total, policy, vf_loss, mean_entropy, regular)
 
 
-def critic_loss(quantiles: Tensor, rollouts: SequenceBatch, settings: TrainingSettings) -> Tensor:
-    """(B, T): quantile Huber loss, or for one quantile RLlib's own clipped squared error."""
-    targets = rollouts.column("target_quantiles")
-    if settings.n_quantiles == 1:
-        return squared_value_loss(
-            quantiles.squeeze(-1), targets.squeeze(-1), settings.vf_clip_param, rollouts.loss_mask
-        )
-    return quantile_huber_loss(
-        quantiles,
-        targets,
-        settings.quantile_huber_kappa,
-        settings.quantile_loss,
-        rollouts.loss_mask,
-    )
+def critic_loss(head: Head, outputs: Tensor, rollouts: SequenceBatch) -> Tensor:
+    """(B, T), the head's loss of its raw outputs (B, T, K) to ``target_quantiles``."""
+    return head.loss(outputs, rollouts.column("target_quantiles"), rollouts.loss_mask)
 
 
 EPISODE = "episode"

@@ -39,7 +39,8 @@ def read_tokens(
     Returns:
         ``rank``, ``mask`` (B, T), and arrays (B, T) or (B, T, n): ``logp``, ``entropy``,
         ``logp_difference``, ``top_ids``, ``top_logps``; with a critic ``value``; and what the
-        algorithm makes of it: ``quantiles``, ``bonus_statistic``, ``bonus``, ``advantage``,
+        algorithm makes of it: ``quantiles``, ``law_atoms`` and ``law_probs`` of a head with fixed
+        atoms, ``bonus_statistic``, ``bonus``, ``advantage``,
         ``advantage_used``.
     """
     config: Any = learner.config
@@ -138,6 +139,8 @@ def _from_method(learner: DistRLLearner, columns: dict[str, Tensor], k: int) -> 
         found["value"] = rollouts.values
         if rollouts.quantiles.shape[-1] > 1:
             found["quantiles"] = rollouts.quantiles
+        if rollouts.probs is not None:
+            found["law_atoms"], found["law_probs"] = rollouts.law.atoms, rollouts.law.weights
     return found
 
 

@@ -6,38 +6,47 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from rllib_distrl.maths.quantiles import midpoints
+from rllib_distrl.maths.laws import Law
 
 PIT_BINS = 10
+# Of an outcome that a law holds for impossible.
+_LEAST_MASS = 1e-6
+# Places at which the PIT of a law with probabilities of its own is compared with the uniform one.
+_PIT_LEVELS = 200
 TIE_WIDTH = 0.05
 """Predicted atoms this close to the outcome count as equal to it (our choice): the loss is
 quadratic within κ, so quantiles of 0/1 returns stop a little short of 0 and 1."""
 
 
 def probability_interval(
-    quantiles: Float[Tensor, "K N"], returns: Float[Tensor, " K"], tie_width: float = 0.0
+    law: Law, returns: Float[Tensor, " K"], tie_width: float = 0.0
 ) -> tuple[Float[Tensor, " K"], Float[Tensor, " K"]]:
     """The probabilities between which an observed return lies under the predicted law.
 
-    A return that ties with quantiles covers their mass, [#{θ < y}/N, #{θ ≤ y}/N]; one that falls
-    between two, or beyond the ends, lies between their levels τ (0 and 1 at the ends).
+    A return that ties with atoms covers their mass, [P(z < y), P(z ≤ y)]; one that falls between
+    two, or beyond the ends, lies between the middles of their masses (0 and 1 at the ends), which
+    for quantiles are their levels τ.
 
     Args:
-        quantiles: θ, ordered.
+        law: Of K states.
         returns: y.
-        tie_width: Quantiles this close to y tie with it, in units of the return.
+        tie_width: Atoms this close to y tie with it, in units of the return.
 
     Returns:
         In [0, 1], the first below the second.
     """
-    n = quantiles.shape[-1]
-    y = returns.unsqueeze(-1)
-    below, up_to = (quantiles < y - tie_width).sum(-1), (quantiles <= y + tie_width).sum(-1)
-    taus = midpoints(n, dtype=quantiles.dtype, device=quantiles.device)
-    edges = torch.cat([taus.new_zeros(1), taus, taus.new_ones(1)])
+    y, edges = returns.unsqueeze(-1), law.edges
+    below = (law.atoms < y - tie_width).sum(-1, keepdim=True)
+    up_to = (law.atoms <= y + tie_width).sum(-1, keepdim=True)
+    middles = (edges[..., 1:] + edges[..., :-1]) / 2
+    middles = torch.cat([edges[..., :1], middles, edges[..., -1:]], dim=-1)
     tied = up_to > below
-    low = torch.where(tied, below.to(taus.dtype) / n, edges[below])
-    return low, torch.where(tied, up_to.to(taus.dtype) / n, edges[below + 1])
+    low = torch.where(tied, edges.gather(-1, below), middles.gather(-1, below)).squeeze(-1)
+    high = torch.where(tied, edges.gather(-1, up_to), middles.gather(-1, below + 1)).squeeze(-1)
+    # What the law holds for impossible, or takes for no more than rounding, still has a place.
+    narrow = high - low < _LEAST_MASS
+    low = torch.where(narrow, (high - _LEAST_MASS).clamp(min=0.0), low)
+    return low, torch.where(narrow, low + _LEAST_MASS, high)
 
 
 def _mass_within(low: Tensor, high: Tensor, start: Tensor, end: Tensor) -> Tensor:
@@ -47,7 +56,7 @@ def _mass_within(low: Tensor, high: Tensor, start: Tensor, end: Tensor) -> Tenso
 
 
 def pit_histogram(
-    quantiles: Float[Tensor, "B T N"],
+    law: Law,
     returns: Float[Tensor, "B T"],
     loss_mask: Bool[Tensor, "B T"],
     bins: int = PIT_BINS,
@@ -58,7 +67,7 @@ def pit_histogram(
     Non-randomised (Czado et al. 2009): a return that ties spreads over its probabilities.
 
     Args:
-        quantiles: θ, ordered.
+        law: Before each token.
         returns: Observed returns to go.
         loss_mask: True where a token counts.
         bins: Number of equal bins of [0, 1].
@@ -67,13 +76,13 @@ def pit_histogram(
     Returns:
         Shares that sum to 1.
     """
-    low, high = probability_interval(quantiles[loss_mask], returns[loss_mask], tie_width)
+    low, high = probability_interval(law[loss_mask], returns[loss_mask], tie_width)
     edges = torch.linspace(0, 1, bins + 1, dtype=low.dtype, device=low.device)
     return _mass_within(low[:, None], high[:, None], edges[:-1], edges[1:])
 
 
 def pit_ks(
-    quantiles: Float[Tensor, "B T N"],
+    law: Law,
     returns: Float[Tensor, "B T"],
     loss_mask: Bool[Tensor, "B T"],
     tie_width: float = 0.0,
@@ -81,11 +90,12 @@ def pit_ks(
     """Largest distance of the PIT's distribution function from that of the uniform law.
 
     The Kolmogorov-Smirnov statistic sup_u |mean_k P(U_k ≤ u) − u|, where U_k is uniform between
-    F(y_k−) and F(y_k) (the randomised PIT, its randomness averaged out). Both ends are multiples
-    of 1/2N, between which the function is straight, so the supremum is over these.
+    F(y_k−) and F(y_k) (the randomised PIT, its randomness averaged out). Both ends of
+    quantiles are multiples of 1/2N, between which the function is straight, so the supremum is over
+    these; that of other laws over 201 levels.
 
     Args:
-        quantiles: Ordered.
+        law: Before each token.
         returns: Observed returns to go.
         loss_mask: True where a token counts.
         tie_width: See `probability_interval`.
@@ -93,14 +103,15 @@ def pit_ks(
     Returns:
         In [0, 1]; 0 if calibrated.
     """
-    low, high = probability_interval(quantiles[loss_mask], returns[loss_mask], tie_width)
-    levels = torch.linspace(0, 1, 2 * quantiles.shape[-1] + 1, dtype=low.dtype, device=low.device)
+    low, high = probability_interval(law[loss_mask], returns[loss_mask], tie_width)
+    steps = 2 * law.atoms.shape[-1] if law.probs is None else _PIT_LEVELS
+    levels = torch.linspace(0, 1, steps + 1, dtype=low.dtype, device=low.device)
     reached = ((levels - low[:, None]) / (high - low)[:, None]).clamp(0.0, 1.0).mean(0)
     return float((reached - levels).abs().max())
 
 
 def central_coverage(
-    quantiles: Float[Tensor, "B T N"],
+    law: Law,
     returns: Float[Tensor, "B T"],
     loss_mask: Bool[Tensor, "B T"],
     level: float,
@@ -112,7 +123,7 @@ def central_coverage(
     says nothing where they have atoms: it nearly always holds both outcomes of a 0/1 return.
 
     Args:
-        quantiles: θ, ordered.
+        law: Before each token.
         returns: Observed returns to go.
         loss_mask: True where a token counts.
         level: In (0, 1), such as 0.5 or 0.9.
@@ -121,29 +132,30 @@ def central_coverage(
     Returns:
         In [0, 1].
     """
-    low, high = probability_interval(quantiles[loss_mask], returns[loss_mask], tie_width)
+    low, high = probability_interval(law[loss_mask], returns[loss_mask], tie_width)
     ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=low.dtype, device=low.device)
     return float(_mass_within(low[:, None], high[:, None], ends[:1], ends[1:]))
 
 
-def crps(
-    quantiles: Float[Tensor, "B T N"], returns: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]
-) -> float:
-    """Continuous ranked probability score of the N atoms, 2 mean_i (θ_i − y)(1{y < θ_i} − τ_i).
+def crps(law: Law, returns: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]) -> float:
+    """Continuous ranked probability score, 2 Σ_i p_i (z_i − y)(1{y < z_i} − τ_i).
 
-    Equals mean_i |θ_i − y| − ½ mean_ij |θ_i − θ_j|; for N = 1 the absolute error.
+    τ_i is the middle of the atom's mass, (i − ½)/N for quantiles. Equals
+    E|Z − y| − ½ E|Z − Z'|; for one atom the absolute error.
 
     Args:
-        quantiles: Ordered.
+        law: Before each token.
         returns: Observed returns to go.
         loss_mask: True where a token counts.
 
     Returns:
         ≥ 0, in units of the return.
     """
-    theta, y = quantiles[loss_mask], returns[loss_mask].unsqueeze(-1)
-    taus = midpoints(theta.shape[-1], dtype=theta.dtype, device=theta.device)
-    return float(2 * ((theta - y) * ((y < theta).to(theta.dtype) - taus)).mean())
+    of_tokens, y = law[loss_mask], returns[loss_mask].unsqueeze(-1)
+    edges, atoms = of_tokens.edges, of_tokens.atoms
+    taus = (edges[..., 1:] + edges[..., :-1]) / 2
+    each = (atoms - y) * ((y < atoms).to(atoms.dtype) - taus)
+    return float(2 * of_tokens.expectation(each).mean())
 
 
 def explained_variance(
@@ -205,7 +217,7 @@ def explained_variance_by_position(
 
 
 def calibration_metrics(
-    quantiles: Float[Tensor, "B T N"],
+    law: Law,
     returns: Float[Tensor, "B T"],
     loss_mask: Bool[Tensor, "B T"],
     tie_width: float = TIE_WIDTH,
@@ -213,7 +225,7 @@ def calibration_metrics(
     """What is logged every iteration.
 
     Args:
-        quantiles: θ before each token.
+        law: Before each token.
         returns: Observed returns to go.
         loss_mask: True where a token counts.
         tie_width: Of coverage and PIT, see `probability_interval`.
@@ -223,20 +235,19 @@ def calibration_metrics(
     """
     if not bool(loss_mask.any()):
         return {}
-    quantiles = quantiles.detach()
-    values = quantiles.mean(-1)
-    valid = quantiles[loss_mask]
+    law = Law(law.atoms.detach(), None if law.probs is None else law.probs.detach())
+    values = law.mean
     metrics = {
-        "quantile_coverage_50": central_coverage(quantiles, returns, loss_mask, 0.5, tie_width),
-        "quantile_coverage_90": central_coverage(quantiles, returns, loss_mask, 0.9, tie_width),
-        "quantile_pit_ks": pit_ks(quantiles, returns, loss_mask, tie_width),
-        "quantile_crps": crps(quantiles, returns, loss_mask),
+        "quantile_coverage_50": central_coverage(law, returns, loss_mask, 0.5, tie_width),
+        "quantile_coverage_90": central_coverage(law, returns, loss_mask, 0.9, tie_width),
+        "quantile_pit_ks": pit_ks(law, returns, loss_mask, tie_width),
+        "quantile_crps": crps(law, returns, loss_mask),
         "quantile_explained_variance": explained_variance(values, returns, loss_mask),
-        "quantile_crossing_rate": crossing_rate(quantiles, loss_mask),
-        "quantile_spread": float(valid.std(-1, correction=0).mean()),
+        "quantile_crossing_rate": crossing_rate(law.atoms, loss_mask),
+        "quantile_spread": float(law[loss_mask].std.mean()),
         "quantile_bias": float((values - returns)[loss_mask].mean()),
     }
-    histogram = pit_histogram(quantiles, returns, loss_mask, tie_width=tie_width)
+    histogram = pit_histogram(law, returns, loss_mask, tie_width=tie_width)
     for number, share in enumerate(histogram.tolist()):
         metrics[f"quantile_pit_{number}"] = share
     metrics.update(explained_variance_by_position(values, returns, loss_mask))

@@ -7,40 +7,36 @@ the policy gradient of E[g(R)]; at s_0 the expectation is 0 for `rank` and `stan
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from rllib_distrl.maths.best_of_k import gain_over_best
+from rllib_distrl.maths.optimism import BONUS_STATS, bonus_statistic
+from rllib_distrl.maths.quantiles import best_of_k, check_read_out, distorted
+from rllib_distrl.maths.quantiles import read_out as quantiles_read_out
 
 
 @dataclass(frozen=True)
 class Law:
     """Discrete laws, one per state: atoms that do not fall along the last axis, and their weights.
 
-    Quantiles are atoms of probability 1/N, a Bernoulli law has the atoms 0 and 1.
+    What a critic says of a state, whatever its head: N quantiles are atoms of probability 1/N, a
+    Bernoulli law has the atoms 0 and 1, a categorical one those of its grid.
 
     Attributes:
         atoms: z (…, N), in units of the return.
-        probs: p (…, N), not negative, of sum 1.
+        probs: p (…, N), not negative, of sum 1; None: 1/N each.
     """
 
     atoms: Tensor
-    probs: Tensor
+    probs: Tensor | None = None
 
-    @classmethod
-    def of_quantiles(cls, quantiles: Float[Tensor, "... N"]) -> "Law":
-        """N quantiles at midpoints, as atoms of probability 1/N.
-
-        Args:
-            quantiles: θ, ordered.
-        """
-        return cls(quantiles, quantiles.new_tensor(1 / quantiles.shape[-1]).expand_as(quantiles))
-
-    def __getitem__(self, index: object) -> "Law":
+    def __getitem__(self, index: Any) -> "Law":
         """The laws of some states: indexes all axes but the last."""
-        return Law(self.atoms[index], self.probs[index])  # pyright: ignore[reportArgumentType]
+        return Law(self.atoms[index], None if self.probs is None else self.probs[index])
 
     def moved(self, by: Float[Tensor, "..."]) -> "Law":
         """The laws of Z + x.
@@ -51,22 +47,34 @@ class Law:
         return Law(self.atoms + by.unsqueeze(-1), self.probs)
 
     @property
-    def mean(self) -> Tensor:
-        """Σ_i p_i z_i, (…)."""
-        return (self.probs * self.atoms).sum(-1)
-
-    @property
-    def std(self) -> Tensor:
-        """√(Σ_i p_i (z_i − mean)²), (…)."""
-        centred = self.atoms - self.mean.unsqueeze(-1)
-        return (self.probs * centred.square()).sum(-1).sqrt()
+    def weights(self) -> Tensor:
+        """P (…, N), also where it is 1/N."""
+        if self.probs is not None:
+            return self.probs
+        return self.atoms.new_tensor(1 / self.atoms.shape[-1]).expand_as(self.atoms)
 
     @property
     def edges(self) -> Tensor:
         """Cumulative probabilities (…, N + 1), from 0 to 1."""
+        if self.probs is None:
+            n, like = self.atoms.shape[-1], self.atoms
+            levels = torch.linspace(0, 1, n + 1, dtype=like.dtype, device=like.device)
+            return levels.expand(*like.shape[:-1], n + 1)
         total = self.probs.cumsum(-1).clamp(max=1.0)
         ends = torch.zeros_like(total[..., :1])
         return torch.cat([ends, total[..., :-1], ends + 1], dim=-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """Σ_i p_i z_i, (…)."""
+        return self.expectation(self.atoms)
+
+    @property
+    def std(self) -> Tensor:
+        """√(Σ_i p_i (z_i − mean)²), (…)."""
+        if self.probs is None:
+            return self.atoms.std(-1, correction=0)
+        return self.expectation((self.atoms - self.mean.unsqueeze(-1)).square()).sqrt()
 
     def expectation(self, of_atoms: Float[Tensor, "... N"]) -> Float[Tensor, "..."]:
         """E[g(Z)].
@@ -74,7 +82,108 @@ class Law:
         Args:
             of_atoms: g of each atom.
         """
-        return (self.probs * of_atoms).sum(-1)
+        return of_atoms.mean(-1) if self.probs is None else (self.probs * of_atoms).sum(-1)
+
+    def cdf(self, x: Float[Tensor, "..."], *, strict: bool = False) -> Float[Tensor, "..."]:
+        """F(x) = P(Z ≤ x), or P(Z < x).
+
+        Args:
+            x: A return of each state.
+            strict: Whether an atom at x stays out.
+        """
+        y = x.unsqueeze(-1)
+        held = self.atoms < y if strict else self.atoms <= y
+        return self.expectation(held.to(self.atoms.dtype))
+
+    def inverse(self, levels: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
+        """F⁻¹(u), the least atom z with F(z) ≥ u.
+
+        Args:
+            levels: u in (0, 1), K of each state.
+        """
+        reached = self.edges[..., 1:].contiguous()
+        place = torch.searchsorted(reached, levels.contiguous(), out_int32=False)
+        return self.atoms.gather(-1, place.clamp(max=self.atoms.shape[-1] - 1))
+
+    def sample(self, uniforms: Float[Tensor, "... K"]) -> Float[Tensor, "... K"]:
+        """K returns of each state.
+
+        Args:
+            uniforms: Uniform in (0, 1).
+        """
+        return self.inverse(uniforms)
+
+    def quantiles(self, n: int) -> Float[Tensor, "... n"]:
+        """N quantiles θ_i = n ∫ F⁻¹ over [(i − 1)/n, i/n], whose mean is the law's own.
+
+        The closest n equal atoms in the 2-Wasserstein distance; n quantiles are their own. A
+        Bernoulli law becomes zeros, ones, and perhaps one number between.
+
+        Args:
+            n: How many.
+        """
+        if self.probs is None and self.atoms.shape[-1] == n:
+            return self.atoms
+        edges, double = self.edges.double(), self.atoms.double()
+        area = torch.cat([double.new_zeros(*double.shape[:-1], 1),
+                          (edges.diff(dim=-1) * double).cumsum(-1)], dim=-1)  # fmt: skip
+        levels = torch.linspace(0, 1, n + 1, dtype=torch.float64, device=edges.device)
+        levels = levels.expand(*edges.shape[:-1], n + 1).contiguous()
+        place = torch.searchsorted(edges[..., 1:-1].contiguous(), levels)
+        reached = area.gather(-1, place)
+        reached = reached + (levels - edges.gather(-1, place)) * double.gather(-1, place)
+        return (n * reached.diff(dim=-1)).to(self.atoms.dtype)
+
+
+def read_out(law: Law, name: str = "mean", level: float | None = None) -> Float[Tensor, "..."]:
+    """The value of a state, as the actor uses it: exact for each law.
+
+    Args:
+        law: Of the return.
+        name: One of `quantiles.READ_OUTS`.
+        level: See `quantiles.check_read_out`. `pass_at_k` clamps V to [0, 1] (our choice).
+
+    Returns:
+        In units of the return.
+
+    Raises:
+        ValueError: As `quantiles.check_read_out`.
+    """
+    name, level = check_read_out({"name": name, "level": level})
+    if law.probs is None:
+        return quantiles_read_out(law.atoms, name, level)
+    if name == "mean":
+        return law.mean
+    if name == "mean_dev":
+        return law.mean + level * law.std
+    if name == "pass_at_k":
+        return 1.0 - (1.0 - law.mean.clamp(0.0, 1.0)) ** level
+    if name == "best_of_k":
+        return best_of_k(law.atoms, int(level), law.edges)
+    return (law.atoms * distorted(law.edges, name, level).diff(dim=-1)).sum(-1)
+
+
+def uncertainty(law: Law, bonus_stat: str = "ltv_sqrt") -> Float[Tensor, "..."]:
+    """b(s) of `optimism.bonus_statistic`, exact for each law.
+
+    σ₊² = ½ ∫_{½}^1 (F⁻¹(u) − median)² du, the median being F⁻¹ just above ½.
+
+    Args:
+        law: Of the return.
+        bonus_stat: "ltv_sqrt", "ltv" or "std".
+
+    Raises:
+        ValueError: As `optimism.bonus_statistic`.
+    """
+    if law.probs is None or bonus_stat not in BONUS_STATS:
+        return bonus_statistic(law.atoms, bonus_stat)
+    if bonus_stat == "std":
+        return law.std
+    edges = law.edges
+    median = law.atoms.gather(-1, (edges[..., 1:-1] <= 0.5).sum(-1, keepdim=True))
+    upper = edges.clamp(min=0.5).diff(dim=-1)
+    variance = 0.5 * (upper * (law.atoms - median).square()).sum(-1)
+    return variance.sqrt() if bonus_stat == "ltv_sqrt" else variance
 
 
 def rank(x: Float[Tensor, "B ..."], prompt: Law, tie_width: float = 0.0) -> Float[Tensor, "B ..."]:
@@ -89,7 +198,7 @@ def rank(x: Float[Tensor, "B ..."], prompt: Law, tie_width: float = 0.0) -> Floa
     """
     rows = (len(x), *[1] * (x.dim() - 1))
     found = torch.zeros_like(x)
-    for atom, prob in zip(prompt.atoms.unbind(-1), prompt.probs.unbind(-1), strict=True):
+    for atom, prob in zip(prompt.atoms.unbind(-1), prompt.weights.unbind(-1), strict=True):
         above = x - atom.view(rows)
         found += torch.where(above.abs() > tie_width, above.sign(), 0.0) * prob.view(rows)
     return found

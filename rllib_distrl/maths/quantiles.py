@@ -227,6 +227,26 @@ def check_read_out(spec: Mapping[str, Any]) -> tuple[str, float]:
     return name, value
 
 
+def distorted(levels: Float[Tensor, "*S"], name: str, level: float) -> Float[Tensor, "*S"]:
+    """g(u), from 0 to 1.
+
+    Args:
+        levels: u, cumulative probabilities in [0, 1].
+        name: One of `DISTORTIONS`.
+        level: α, η or c.
+    """
+    u = levels
+    if name == "cvar":
+        return (u / level).clamp(max=1.0)
+    if name == "upper_cvar":
+        return ((u - 1.0 + level) / level).clamp(min=0.0)
+    if name == "wang":
+        return torch.special.ndtr(torch.special.ndtri(u) + level)
+    if name == "cpw":
+        return u**level / (u**level + (1.0 - u) ** level) ** (1.0 / level)
+    return u
+
+
 def distortion_weights(n: int, name: str, level: float, like: Tensor) -> Float[Tensor, " N"]:
     """w_i = g(i/N) − g((i−1)/N), which sum to 1.
 
@@ -237,17 +257,7 @@ def distortion_weights(n: int, name: str, level: float, like: Tensor) -> Float[T
         like: A tensor whose dtype and device are used.
     """
     u = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)
-    if name == "cvar":
-        g = (u / level).clamp(max=1.0)
-    elif name == "upper_cvar":
-        g = ((u - 1.0 + level) / level).clamp(min=0.0)
-    elif name == "wang":
-        g = torch.special.ndtr(torch.special.ndtri(u) + level)
-    elif name == "cpw":
-        g = u**level / (u**level + (1.0 - u) ** level) ** (1.0 / level)
-    else:
-        g = u
-    return g.diff().to(like)
+    return distorted(u, name, level).diff().to(like)
 
 
 def best_of_k(

@@ -298,10 +298,8 @@ def _law_of_states(batch: SequenceBatch, source: str) -> tuple[Tensor, Tensor]:
     rewards = zero_padding(batch.rewards, batch.loss_mask)
     so_far = rewards.cumsum(1) - rewards
     if source == "quantiles":
-        quantiles = zero_padding(batch.column("quantiles"), batch.loss_mask)
-        n = quantiles.shape[-1]
-        edges = torch.linspace(0, 1, n + 1, dtype=quantiles.dtype, device=quantiles.device)
-        return quantiles + so_far.unsqueeze(-1), edges.expand(len(batch), 1, -1)
+        law = batch.law.moved(so_far)
+        return law.atoms, law.edges
     atoms, edges = law_of_batch(batch.returns, batch.all_reduce)
     mean = (atoms * edges.diff()).sum()
     atoms = atoms.expand(len(batch), 1, -1)
@@ -351,8 +349,7 @@ def _relative_to_law(
 def _law_at_states(batch: SequenceBatch) -> laws.Law:
     """The law (B, T, N) of the whole return, given each state."""
     rewards = zero_padding(batch.rewards, batch.loss_mask)
-    quantiles = zero_padding(batch.column("quantiles"), batch.loss_mask)
-    return laws.Law.of_quantiles(quantiles).moved(rewards.cumsum(1) - rewards)
+    return batch.law.moved(rewards.cumsum(1) - rewards)
 
 
 @_of_law("rank")

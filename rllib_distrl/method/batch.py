@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths.statistics import AllReduce, identity
+from rllib_distrl.maths.laws import Law
+from rllib_distrl.maths.statistics import AllReduce, identity, zero_padding
 
 
 @dataclass
@@ -20,7 +21,9 @@ class SequenceBatch:
         action_logp: (B, T), log-probability of each token under what sampled it.
         group: (B,), int64, equal for completions of one prompt; groups are never split.
         values: (B, T), read-out of the quantiles (or the scalar critic) before token t.
-        quantiles: (B, T, N), the critic's quantiles before token t, without gradient.
+        quantiles: (B, T, N), of the critic's law before token t, without gradient.
+        probs: (B, T, K), where the critic's law has fixed atoms, their probabilities.
+        support: These K atoms; empty where the law is the quantiles.
         advantages: (B, T), set by the advantage stage and its shapers.
         target_quantiles: (B, T, M), the critic's targets.
         entropy: (B, T), of the policy before the update, without gradient.
@@ -46,6 +49,8 @@ class SequenceBatch:
     group: Tensor
     values: Tensor | None = None
     quantiles: Tensor | None = None
+    probs: Tensor | None = None
+    support: tuple[float, ...] = ()
     advantages: Tensor | None = None
     target_quantiles: Tensor | None = None
     entropy: Tensor | None = None
@@ -105,6 +110,17 @@ class SequenceBatch:
     def returns(self) -> Tensor:
         """(B,), undiscounted sum of each row's rewards."""
         return torch.where(self.loss_mask, self.rewards, 0.0).sum(1)
+
+    @property
+    def law(self) -> Law:
+        """What the critic says of the return to go before each token, (B, T), exactly.
+
+        Padding has atoms, or probabilities, of 0.
+        """
+        if self.probs is None:
+            return Law(zero_padding(self.column("quantiles"), self.loss_mask))
+        probs = zero_padding(self.probs, self.loss_mask)
+        return Law(probs.new_tensor(self.support).expand_as(probs), probs)
 
     def at_tokens(self, per_row: Tensor) -> Tensor:
         """(B,) to (B, T): the row's number at each of its tokens, 0 in the padding."""

@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from rllib_distrl.maths.advantages import TARGETS
-from rllib_distrl.maths.optimism import BONUS_STATS, bonus_statistic
-from rllib_distrl.maths.quantiles import READ_OUTS, check_read_out, read_out
+from rllib_distrl.maths.laws import Law, read_out, uncertainty
+from rllib_distrl.maths.optimism import BONUS_STATS
+from rllib_distrl.maths.quantiles import READ_OUTS, check_read_out
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import LEARNED_STATS, register
@@ -25,9 +26,9 @@ def _read_out(name: str) -> None:
         check_read_out({"name": name, "level": level})
 
     @register("read_out", name, needs=("quantiles",), check=check)
-    def value(quantiles: Tensor, *, level: float | None = None) -> Tensor:
-        """`maths.quantiles.read_out`."""
-        return read_out(quantiles, name, level)
+    def value(law: Law, *, level: float | None = None) -> Tensor:
+        """`maths.laws.read_out`."""
+        return read_out(law, name, level)
 
     value.__qualname__ = name
 
@@ -39,8 +40,8 @@ for _name in READ_OUTS:
 def _of_quantiles(name: str) -> None:
     @register("bonus_statistic", name, needs=("quantiles",))
     def statistic(batch: SequenceBatch) -> Tensor:
-        """`maths.optimism.bonus_statistic` of the critic's quantiles."""
-        return bonus_statistic(batch.column("quantiles"), name)
+        """`maths.laws.uncertainty` of the critic's law."""
+        return uncertainty(batch.law, name)
 
     statistic.__qualname__ = name
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from rllib_distrl.maths.advantages import whiten
 from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.heads import Head, check_targets, head_stage
 from rllib_distrl.method.registry import Spec, Stage, resolve
 from rllib_distrl.settings import TrainingSettings
 
@@ -31,6 +32,7 @@ class Method:
 
     Attributes:
         target: None without a critic.
+        head: What the critic says of a state, and how it learns.
         importance_correction: None where there is none.
         bonus_statistic: What the optimism bonus is made of, also where that is off.
         needs: Columns that the stages read, see `method.registry`.
@@ -44,6 +46,7 @@ class Method:
     aggregation: Stage
     importance_correction: Stage | None
     target: Stage | None
+    head: Head
     read_out: Stage
     bonus_statistic: Stage
     controllers: tuple[Stage, ...]
@@ -76,6 +79,7 @@ class Method:
             aggregation=stage("aggregation", chosen.aggregation),
             importance_correction=None if correction.name == "none" else correction,
             target=None if chosen.critic == "none" else stage("target", chosen.target),
+            head=head_stage(chosen.to_dict())(),
             read_out=stage("read_out", chosen.read_out),
             bonus_statistic=stage("bonus_statistic", chosen.bonus_stat),
             controllers=stages("controller", chosen.controllers),
@@ -118,8 +122,9 @@ class Method:
         self.transform_rewards(batch)
         if batch.quantiles is not None and self.target is not None:
             self.read_out.prepare(batch)
-            batch.values = self.read_out(batch.quantiles)
-            batch.target_quantiles = self.target.of_whole(batch)
+            batch.values = self.read_out(batch.law)
+            targets = batch.target_quantiles = self.target.of_whole(batch)
+            check_targets(self.head, targets, batch.loss_mask)
         batch.advantages = self._shaped_advantages(batch)
         for stage in (self.policy_loss, *self.regularisers, self.aggregation):
             stage.prepare(batch)

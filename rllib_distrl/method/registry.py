@@ -14,7 +14,8 @@ What the function is given and returns, by kind; `batch` is a `SequenceBatch` of
     group_loss             (logp, batch) to (B,); in the place of a policy_loss
     regulariser            (logp, batch) to (B, T)
     target                 (batch) to (B, T, M): what the critic's quantiles learn
-    read_out               (quantiles (..., N)) to (...): the actor's value of a state
+    read_out               (law) to (B, T): the actor's value of a state, see `maths.laws.Law`
+    head                   a class: see `method.heads.Head`
     bonus_statistic        (batch) to (B, T): how uncertain a state is
     aggregation            (batch, a minibatch) to weights (B, T) of its tokens
     importance_correction  (learner's logp, batch) to weights (B, T) of the policy's loss
@@ -41,7 +42,7 @@ from rllib_distrl.settings import Settings
 
 KINDS = (
     "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser", "target",
-    "read_out", "bonus_statistic", "aggregation", "importance_correction", "controller",
+    "head", "read_out", "bonus_statistic", "aggregation", "importance_correction", "controller",
     "prompt_sampler",
 )  # fmt: skip
 # Uncertainties that a learner learns beside the critic (`learner.uncertainty`) and writes into the

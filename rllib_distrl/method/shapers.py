@@ -9,10 +9,10 @@ from torch import Tensor
 from rllib_distrl.maths import credit, optimism
 from rllib_distrl.maths.group_advantages import group_mean
 from rllib_distrl.maths.group_calibration import (
-    calibrated_edges,
     check_unit_returns,
     leave_one_out_posterior,
     logit_shift,
+    shifted_edges,
 )
 from rllib_distrl.maths.quantiles import best_of_k
 from rllib_distrl.maths.statistics import masked_mean, zero_padding
@@ -187,8 +187,8 @@ def _prior(batch: SequenceBatch, source: str) -> Tensor:
     if source == "returns":
         rows = torch.ones_like(batch.returns, dtype=torch.bool)
         return masked_mean(batch.returns, rows, batch.all_reduce).expand(len(batch))
-    column = batch.column(source)[:, 0]
-    return (column.mean(-1) if source == "quantiles" else column).clamp(0.0, 1.0)
+    value = batch.law[:, 0].mean if source == "quantiles" else batch.column(source)[:, 0]
+    return value.clamp(0.0, 1.0)
 
 
 def _check_pass_at_k(*, k: int, source: str, prior_weight: float, **_: Any) -> None:
@@ -244,9 +244,9 @@ def pass_at_k(
     if calibrate:
         value = leave_one_out_posterior(prior, batch.returns, batch.group, prior_weight)
     if source == "quantiles":
-        quantiles = batch.column("quantiles")[:, 0]
+        law = batch.law[:, 0]
         shift = logit_shift(value, prior) if calibrate else torch.zeros_like(prior)
-        best = best_of_k(quantiles, k - 1, calibrated_edges(shift, quantiles.shape[-1]))
+        best = best_of_k(law.atoms, k - 1, shifted_edges(law.edges, shift))
     else:
         best = 1.0 - (1.0 - value.clamp(0.0, 1.0)) ** (k - 1)
     weight = (1.0 - best).clamp(min=0.0)

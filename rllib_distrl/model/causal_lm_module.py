@@ -1,6 +1,7 @@
 """A causal language model as an RLModule: policy with a scalar critic, or one of the whole law."""
 
 import copy
+import functools
 from typing import Any, Self
 
 import torch
@@ -14,9 +15,10 @@ from torch import nn
 
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
+from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
-from rllib_distrl.maths.quantiles import center_delta, center_delta_bias
+from rllib_distrl.method.heads import Head, head_stage
 from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
 from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
 from rllib_distrl.model.critics import load_critic
@@ -324,10 +326,10 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
 
 class DistRLModule(CausalLMModule):
-    """`CausalLMModule` with N ordered quantiles of the return in place of one value.
+    """`CausalLMModule` with the law of the return in place of one value.
 
-    Further ``model_config`` keys: ``n_quantiles``, ``head_center`` (``mean`` or ``median``),
-    ``init_spread``.
+    Further ``model_config`` keys: ``head`` (a name or table; ``quantile`` without it), and of
+    `[training]` ``n_quantiles``, ``head_center`` (``mean`` or ``median``), ``init_spread``.
     """
 
     def setup(self) -> None:
@@ -340,31 +342,39 @@ class DistRLModule(CausalLMModule):
                 self.initialise_values(0.0)
                 self.value_initialised.fill_(False)
 
+    @functools.cached_property
+    def head(self) -> Head:
+        """What makes laws, and losses, of the value head's raw outputs."""
+        return head_stage(self.model_config)()
+
     @property
     def n_value_outputs(self) -> int:
-        """Outputs of the value head: a centre and N - 1 gaps."""
-        return int(self.model_config["n_quantiles"])
+        """Raw outputs of the value head, such as a centre and N - 1 gaps."""
+        return self.head.n_outputs
 
     def get_non_inference_attributes(self) -> list[str]:
         """What an env runner does without."""
         return [*super().get_non_inference_attributes(), "value_initialised"]
 
     def initialise_values(self, value: float) -> None:
-        """Lets every state's quantiles start around ``value``, in units of the return."""
-        bias = center_delta_bias(self.n_value_outputs, value, self.model_config["init_spread"])
+        """Lets every state's law start around ``value``, in units of the return."""
         with torch.no_grad():
-            self.value_head.bias.copy_(bias)
+            self.value_head.bias.copy_(self.head.start(value))
             self.value_initialised.fill_(True)
+
+    def compute_law(self, batch: dict[str, Any], embeddings: torch.Tensor | None = None) -> Law:
+        """The law (B, T) of the return from the state before each token."""
+        return self.head.law(self.value_outputs(batch, embeddings))
 
     def compute_quantiles(
         self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Ordered quantiles (B, T, N) of the return from the state before each token."""
-        outputs = self.value_outputs(batch, embeddings)
-        return center_delta(outputs, self.model_config["head_center"])
+        law = self.compute_law(batch, embeddings)
+        return law.quantiles(int(self.model_config["n_quantiles"]))
 
     def compute_values(
         self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Mean of the quantiles (B, T): what RLlib's own pieces take as the value."""
-        return self.compute_quantiles(batch, embeddings).mean(-1)
+        """Mean of the law (B, T): what RLlib's own pieces take as the value."""
+        return self.compute_law(batch, embeddings).mean

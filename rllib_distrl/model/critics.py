@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
+from rllib_distrl.method.heads import head_identity
+
 FORMAT = "distrl-critic-1"
 CONFIG, WEIGHTS = "config.json", "critic.safetensors"
 TRUNK, HEAD = "critic.", "value_head."
@@ -29,6 +31,8 @@ def save_critic(
     path: str | Path,
     tensors: Mapping[str, torch.Tensor],
     *,
+    head: str | Mapping[str, Any],
+    n_quantiles: int,
     head_center: str,
     trunk_config: Mapping[str, Any],
 ) -> None:
@@ -37,6 +41,8 @@ def save_critic(
     Args:
         path: The folder; made if it is missing.
         tensors: Trunk and head, by the names of `CausalLMModule`.
+        head: As in `[training]`.
+        n_quantiles: N.
         head_center: What the centre of the head is: `mean` or `median`.
         trunk_config: Of the trunk, as Transformers writes it.
     """
@@ -47,8 +53,7 @@ def save_critic(
     )
     config = {
         "format": FORMAT,
-        "n_quantiles": len(tensors[f"{HEAD}bias"]),
-        "head_center": head_center,
+        **head_identity({"head": head, "n_quantiles": n_quantiles, "head_center": head_center}),
         "trunk": dict(trunk_config),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -72,19 +77,22 @@ def read_critic_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def check_critic(path: str | Path, *, n_quantiles: int, head_center: str) -> None:
+def check_critic(
+    path: str | Path, *, head: str | Mapping[str, Any], n_quantiles: int, head_center: str
+) -> None:
     """Checks that a critic predicts what a module with these settings does.
 
     Raises:
         ValueError: If the folder holds no critic, or one with another head.
     """
     config = read_critic_config(path)
-    wanted = {"n_quantiles": n_quantiles, "head_center": head_center}
+    config = {"head": "quantile", **config}
+    wanted = head_identity({"head": head, "n_quantiles": n_quantiles, "head_center": head_center})
     for name, value in wanted.items():
-        if config[name] != value:
+        if (saved := config.get(name)) != value:
             raise ValueError(
-                f"The critic in {str(path)!r} has {name}={config[name]!r}, the settings say "
-                f"{value!r}. Set {name} = {json.dumps(config[name])}, or choose another critic."
+                f"The critic in {str(path)!r} has {name}={saved!r}, the settings say "
+                f"{value!r}. Set {name} = {json.dumps(saved)}, or choose another critic."
             )
 
 

@@ -5,7 +5,7 @@ import ray
 import torch
 
 from rllib_distrl.algorithm.critic_pretraining import read_groups
-from rllib_distrl.algorithm.export import policy_state
+from rllib_distrl.algorithm.export import export_critic, policy_state
 from rllib_distrl.evaluation.evaluate import evaluate_model
 from rllib_distrl.learner.pretraining import pretrain_critic
 from rllib_distrl.settings import EvalSettings
@@ -119,3 +119,30 @@ def test_what_can_be_known_is_learned(n_quantiles):
 def test_refusals(table, words):
     with pytest.raises(ValueError, match=words):
         distrl_config(critic_pretraining=table).validate()
+
+
+@pytest.mark.parametrize(
+    "head",
+    ["bernoulli", "categorical", {"name": "categorical", "bins": 9, "projection": "two_hot"}],
+)
+def test_every_head_is_pretrained_judged_and_kept(head, build, tmp_path):
+    table = {"rollouts": 24, "epochs": 2, "lr": 1e-3, "minibatch_size": 8}
+    algo = build(distrl_config(head=head, critic_pretraining=table, target={"name": "mixture"}))
+    critic = critic_state(algo)
+    metrics = algo.train()["learners"]["default_policy"]
+    assert (critic_state(algo) - critic).abs().max() > 2e-3
+    for name in ("critic_pretraining_loss", "vf_loss", "quantile_coverage_90", "quantile_pit_ks"):
+        assert math.isfinite(metrics[name])
+    assert 0 <= metrics["quantile_pit_ks"] <= 1
+
+    path = algo.save_to_path(str(tmp_path / "checkpoint"))
+    kept = critic_state(algo)
+    algo.train()
+    algo.restore_from_path(path)
+    assert torch.equal(critic_state(algo), kept)
+    export_critic(algo, tmp_path / "critic")
+    distrl_config(critic_checkpoint=str(tmp_path / "critic"), head=head).validate()
+    with pytest.raises(ValueError, match="head="):
+        distrl_config(critic_checkpoint=str(tmp_path / "critic")).validate()
+    with pytest.raises(ValueError, match="head: "):
+        build(distrl_config()).restore_from_path(path)

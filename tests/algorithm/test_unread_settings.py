@@ -7,7 +7,7 @@ import torch
 
 from rllib_distrl import DistRLConfig
 from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.learner.step import distrl_losses
+from rllib_distrl.learner.step import critic_loss, distrl_losses
 from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
@@ -19,7 +19,8 @@ from tests.helpers import distrl_config
 MATHS = {
     "gamma": 0.9, "lambda_": 0.5, "clip_param": 0.1, "clip_param_high": 0.4, "dual_clip": 1.05,
     "vf_loss_coeff": 0.5, "vf_clip_param": 0.01, "entropy_coeff": 0.1,
-    "aggregation": "sequence_sum", "n_quantiles": 8, "quantile_huber_kappa": 0.5,
+    "aggregation": "sequence_sum", "head": {"name": "categorical", "low": -20.0, "high": 20.0},
+    "n_quantiles": 8, "quantile_huber_kappa": 0.5,
     "quantile_loss": "matched", "target": "mixture", "critic_lambda": 0.5,
     "read_out": {"name": "cvar"}, "bonus_coeff": 1.0, "bonus_stat": "std", "bonus_at": "current",
     "bonus_center": False, "bonus_schedule": "constant", "bonus_horizon": 7,
@@ -113,25 +114,32 @@ def outcome(settings):
     def noise(*shape):
         return torch.randn(16, 5, *shape, generator=g, dtype=torch.float64)
 
+    method = Method.from_config(config)
     action_logp, entropy, ref_logp, moved = noise(), noise().abs(), noise(), noise()
-    quantiles = 0.5 + 0.2 * noise(config.n_quantiles).sort(-1).values
+    outputs = 0.2 * noise(method.head.n_outputs)
+    outputs[..., 0], outputs[..., 1:] = outputs[..., 0] + 0.5, 5 * outputs[..., 1:] - 4.0
+    law = method.head.law(outputs)
     batch = SequenceBatch(
         rewards=rewards, loss_mask=mask, action_logp=action_logp,
         group=torch.tensor([0, 1, 2, 3] * 4), entropy=entropy, ref_logp=ref_logp,
-        quantiles=quantiles if config.critic != "none" else None, k=5, width=5,
+        k=5, width=5,
         prompt_logp=torch.linspace(-2.0, -0.1, 48, dtype=torch.float64).view(16, 3),
         generator=torch.Generator().manual_seed(1), prompt=torch.tensor([0, 10, 20, 30] * 4),
         extras={logp_at(factor): -action_logp.abs() / factor for factor in (0.5, 1.0)},
     )  # fmt: skip
-    method = Method.from_config(config)
+    critic = None
+    if config.critic != "none":
+        batch.quantiles, batch.probs = law.quantiles(config.n_quantiles), law.probs
+        batch.support = method.head.support
     method.prepare(batch)
+    if config.critic != "none":
+        critic = critic_loss(method.head, outputs, batch)
     logp = batch.action_logp + moved
     losses = distrl_losses(
         method.policy_loss(logp, batch),
         method.regularisation(logp, batch),
         batch.entropy,
-        batch.quantiles,
-        batch,
+        critic,
         method.aggregation(batch),
         token_weights(mask),
         TrainingSettings.of(config),

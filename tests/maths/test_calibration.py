@@ -15,6 +15,7 @@ from rllib_distrl.maths.calibration import (
     pit_ks,
     state_metrics,
 )
+from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.quantiles import midpoints
 from rllib_distrl.maths.rank_correlation import (
     ignorance_metrics,
@@ -34,7 +35,7 @@ def normal_case(scale=1.0, shift=0.0):
     u = (torch.arange(COUNT, dtype=torch.float64) + 0.5) / COUNT
     returns = torch.special.ndtri(u)
     theta = shift + scale * torch.special.ndtri(midpoints(N, dtype=torch.float64))
-    return row(theta.expand(COUNT, N)), row(returns), torch.ones(1, COUNT, dtype=torch.bool)
+    return Law(row(theta.expand(COUNT, N))), row(returns), torch.ones(1, COUNT, dtype=torch.bool)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.9])
@@ -54,7 +55,11 @@ def test_calibrated_bernoulli_returns(p, short):
     theta = torch.full((N,), short, dtype=torch.float64)
     theta[N - round(p * N) :] = 1.0 - short
     returns = (torch.arange(COUNT) < p * COUNT).double()
-    arguments = row(theta.expand(COUNT, N)), row(returns), torch.ones(1, COUNT, dtype=torch.bool)
+    arguments = (
+        Law(row(theta.expand(COUNT, N))),
+        row(returns),
+        torch.ones(1, COUNT, dtype=torch.bool),
+    )
     assert central_coverage(*arguments, 0.5, tie_width=0.05) == pytest.approx(0.5)
     histogram = pit_histogram(*arguments, tie_width=0.05)
     assert torch.allclose(histogram, torch.full((10,), 0.1).double())
@@ -70,8 +75,8 @@ def bernoulli_critic(spread):
     theta = mean + spread * (atoms - mean)
     outcomes = torch.arange(N)  # of 16 returns of each p, so many are 1
     returns = (outcomes < wins[:, None]).double()
-    quantiles = theta[:, None].expand(-1, N, N)
-    return quantiles, returns, torch.ones_like(returns, dtype=torch.bool)
+    law = Law(theta[:, None].expand(-1, N, N))
+    return law, returns, torch.ones_like(returns, dtype=torch.bool)
 
 
 def test_the_pit_is_uniform_for_the_true_law_and_for_no_narrower_one():
@@ -108,9 +113,9 @@ def test_crps_is_that_of_the_atoms():
     apart = (theta[:, None] - theta[None, :]).abs().mean().item()
     expected = (theta - y).abs().mean().item() - 0.5 * apart
     mask = torch.ones(1, 1, dtype=torch.bool)
-    found = crps(theta.view(1, 1, 3), torch.tensor([[y]], dtype=torch.float64), mask)
+    found = crps(Law(theta.view(1, 1, 3)), torch.tensor([[y]], dtype=torch.float64), mask)
     assert found == pytest.approx(expected)
-    assert crps(torch.tensor([[[3.0]]]), torch.tensor([[1.0]]), mask) == pytest.approx(2.0)
+    assert crps(Law(torch.tensor([[[3.0]]])), torch.tensor([[1.0]]), mask) == pytest.approx(2.0)
 
 
 def test_explained_variance_by_hand():
@@ -140,19 +145,19 @@ def test_crossing_rate_by_hand():
 
 
 def test_metrics_are_finite_and_ignore_padding():
-    quantiles, returns, mask = normal_case()
+    law, returns, mask = normal_case()
     mask = mask.clone()
     mask[0, 3000:] = False
-    clean = calibration_metrics(quantiles, returns, mask)
+    clean = calibration_metrics(law, returns, mask)
     dirty = calibration_metrics(
-        torch.where(mask[..., None], quantiles, math.nan),
+        Law(torch.where(mask[..., None], law.atoms, math.nan)),
         torch.where(mask, returns, math.nan),
         mask,
     )
     assert clean == dirty
     assert all(math.isfinite(value) for value in clean.values())
     assert {"quantile_coverage_50", "quantile_crps", "quantile_pit_9"} <= set(clean)
-    assert calibration_metrics(quantiles, returns, torch.zeros_like(mask)) == {}
+    assert calibration_metrics(law, returns, torch.zeros_like(mask)) == {}
 
 
 def test_rank_correlation_with_ties_by_hand():

@@ -35,7 +35,7 @@ def test_rank_by_hand():
 
 
 def test_near_atoms_tie():
-    law = Law.of_quantiles(torch.tensor([[0.01, 0.02, 0.04, 0.97]], dtype=D))
+    law = Law(torch.tensor([[0.01, 0.02, 0.04, 0.97]], dtype=D))
     x = torch.tensor([[1.0, 0.0]], dtype=D)
     close(rank(x, law), [[1.0, -1.0]])
     # What a Bernoulli(1/4) law gives: 1 - p and -p.
@@ -57,7 +57,7 @@ def test_standardised_by_hand():
 def test_the_law_of_a_group_gives_the_group_advantage():
     returns = torch.tensor([1.0, 0.0, 0.25, 0.0, 2.0], dtype=D)
     group = torch.zeros(5, dtype=torch.int64)
-    law = Law.of_quantiles(returns.sort().values.expand(5, -1))
+    law = Law(returns.sort().values.expand(5, -1))
     # GRPO divides by the sample's std.
     expected = grpo(returns, group, std_epsilon=0.0) * (5 / 4) ** 0.5
     assert torch.allclose(standardised(returns, law), expected, atol=1e-12)

@@ -6,6 +6,7 @@ import torch
 
 from rllib_distrl.maths import advantages as critic_maths
 from rllib_distrl.maths import group_advantages, losses, optimism
+from rllib_distrl.maths.laws import Law
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import logp_at, names, resolve
 
@@ -420,6 +421,6 @@ def test_padding_moves_nothing(kind, name, filler):
 
 
 def test_read_outs_are_registered():
-    theta = torch.tensor([0.0, 0.0, 1.0, 1.0])
+    theta = Law(torch.tensor([0.0, 0.0, 1.0, 1.0]))
     assert resolve("read_out", {"name": "upper_cvar", "level": 0.5})(theta).item() == 1.0
     assert resolve("read_out", "mean")(theta).item() == 0.5

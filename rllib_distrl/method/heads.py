@@ -1,0 +1,228 @@
+"""Heads of the critic: from raw outputs to the law of a state, and the loss that teaches it.
+
+A head is a class whose keyword-only arguments are its settings, with `n_outputs`, `support`,
+`start`, `law` and `loss` as below. Stages, metrics and viewer read the law alone (`maths.laws.Law`:
+mean, std, cdf, quantiles, sample), whatever its head.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Protocol
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from rllib_distrl.maths.heads import (
+    bernoulli_logit,
+    bernoulli_loss,
+    categorical_loss,
+    tilted_logits,
+)
+from rllib_distrl.maths.laws import Law
+from rllib_distrl.maths.losses import squared_value_loss
+from rllib_distrl.maths.quantiles import center_delta, center_delta_bias, quantile_huber_loss
+from rllib_distrl.method.registry import Stage, register, resolve
+from rllib_distrl.settings import Positive, TrainingSettings
+
+_ROUNDING = 1e-5  # sums of rewards may end a little outside
+
+
+class Head(Protocol):
+    """What a registered head makes.
+
+    Attributes:
+        n_outputs: Raw outputs per state.
+        support: The atoms of its laws, where they are fixed; empty for quantiles.
+    """
+
+    n_outputs: int
+    support: tuple[float, ...]
+
+    def start(self, value: float) -> Tensor:
+        """(n_outputs,), the bias with which every law starts around `value`, weights being 0."""
+        ...
+
+    def law(self, outputs: Tensor) -> Law:
+        """The laws (…, N) of raw outputs (…, n_outputs), with gradient."""
+        ...
+
+    def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """(B, T), of outputs (B, T, n_outputs) and targets (B, T, M); 0 in the padding."""
+        ...
+
+
+@register("head", "quantile")
+class Quantile:
+    """N ordered quantiles by quantile Huber regression; one is a scalar, with RLlib's own loss.
+
+    Its settings are those of `[training]`.
+    """
+
+    support = ()
+
+    def __init__(
+        self,
+        *,
+        n_quantiles: int = 16,
+        head_center: str = "mean",
+        init_spread: float = 0.1,
+        quantile_huber_kappa: float = 0.1,
+        quantile_loss: str = "pairwise",
+        vf_clip_param: float = 10.0,
+    ) -> None:
+        """Takes the settings."""
+        self.n_outputs, self._center, self._spread = n_quantiles, head_center, init_spread
+        self._kappa, self._pairing = quantile_huber_kappa, quantile_loss
+        self._clip = vf_clip_param
+
+    def start(self, value: float) -> Tensor:
+        """See `Head`."""
+        return center_delta_bias(self.n_outputs, value, self._spread)
+
+    def law(self, outputs: Tensor) -> Law:
+        """See `Head`."""
+        return Law(center_delta(outputs, self._center))
+
+    def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """See `Head`."""
+        quantiles = self.law(outputs).atoms
+        if self.n_outputs == 1:
+            values, y = quantiles.squeeze(-1), targets.squeeze(-1)
+            return squared_value_loss(values, y, self._clip, loss_mask)
+        return quantile_huber_loss(quantiles, targets, self._kappa, self._pairing, loss_mask)
+
+
+@register("head", "bernoulli")
+class Bernoulli:
+    """The probability of success, by cross-entropy; returns in [0, 1].
+
+    For 0/1 returns the law itself; of others in [0, 1] it knows the mean alone.
+    """
+
+    n_outputs = 1
+    support = (0.0, 1.0)
+
+    def start(self, value: float) -> Tensor:
+        """See `Head`."""
+        return torch.tensor([bernoulli_logit(value)])
+
+    def law(self, outputs: Tensor) -> Law:
+        """See `Head`."""
+        logits = torch.cat([-outputs, outputs], dim=-1)
+        return _on(self.support, torch.sigmoid(logits))
+
+    def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """See `Head`."""
+        return bernoulli_loss(outputs.squeeze(-1), targets, loss_mask)
+
+
+def _check_categorical(*, low: float, high: float, **_: Any) -> None:
+    if not low < high:
+        raise ValueError(f"head 'categorical' needs low < high; got {low} and {high}.")
+
+
+def _no_sigma(settings: Mapping[str, Any]) -> set[str]:
+    return {"sigma"} if settings["projection"] == "two_hot" else set()
+
+
+@register("head", "categorical", check=_check_categorical, ignores=_no_sigma)
+class Categorical:
+    """Probabilities of evenly spaced returns, by cross-entropy to projected targets."""
+
+    def __init__(
+        self,
+        *,
+        bins: Annotated[int, Field(ge=2)] = 51,
+        low: FiniteFloat = 0.0,
+        high: FiniteFloat = 1.0,
+        projection: Literal["hl_gauss", "two_hot"] = "hl_gauss",
+        sigma: Positive = 0.75,
+    ) -> None:
+        """Lays out the grid.
+
+        Args:
+            bins: Atoms, `low` and `high` among them.
+            low: Least return.
+            high: Greatest return.
+            projection: How a target becomes probabilities: "hl_gauss" spreads it, "two_hot" splits
+                it between two neighbours, which keeps its mean.
+            sigma: Of "hl_gauss", in steps of the grid.
+        """
+        self.n_outputs = bins
+        self.support = tuple(torch.linspace(low, high, bins, dtype=torch.float64).tolist())
+        self._projection, self._sigma = projection, sigma
+
+    def start(self, value: float) -> Tensor:
+        """See `Head`."""
+        return tilted_logits(torch.tensor(self.support), value)
+
+    def law(self, outputs: Tensor) -> Law:
+        """See `Head`."""
+        return _on(self.support, outputs.softmax(-1))
+
+    def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """See `Head`."""
+        atoms = outputs.new_tensor(self.support)
+        return categorical_loss(outputs, targets, atoms, loss_mask, self._projection, self._sigma)
+
+
+def _on(support: tuple[float, ...], probs: Tensor) -> Law:
+    return Law(probs.new_tensor(support).expand_as(probs), probs)
+
+
+def head_stage(settings: Mapping[str, Any]) -> Stage:
+    """The head that settings name, bound to those of `[training]` that it has.
+
+    Args:
+        settings: With `head` ("quantile" without it) and more, as in `[training]` or a module's
+            `model_config`.
+
+    Raises:
+        ValueError: As `registry.resolve`, and for a setting of `[training]` in the head's table.
+    """
+    spec = settings.get("head", "quantile")
+    table = {"name": spec} if isinstance(spec, str) else dict(spec)
+    shared = resolve("head", table["name"]).method.settings().keys() & TrainingSettings.model_fields
+    if twice := sorted(shared & table.keys()):
+        raise ValueError(
+            f"head {table['name']!r} has {twice[0]}, a setting of [training]. Set it there."
+        )
+    taken = {name: settings[name] for name in shared & settings.keys()}
+    return resolve("head", {**taken, **table}, given=table)
+
+
+def head_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides which law the weights of a value head mean, by the names of settings.
+
+    Args:
+        settings: As of `head_stage`.
+    """
+    stage = head_stage(settings)
+    if stage.name == "quantile":
+        return {"head": "quantile", **{n: settings[n] for n in ("n_quantiles", "head_center")}}
+    return {"head": {"name": stage.name, **stage.settings}}
+
+
+def check_targets(head: Head, targets: Tensor, loss_mask: Tensor) -> None:
+    """Refuses targets beyond the fixed atoms of a head: it could not learn them.
+
+    Args:
+        head: Any.
+        targets: (B, T, M).
+        loss_mask: (B, T).
+
+    Raises:
+        ValueError: With one of them.
+    """
+    if not head.support:
+        return
+    low, high = head.support[0], head.support[-1]
+    slack = _ROUNDING * max(1.0, high - low)
+    outside = ((targets < low - slack) | (targets > high + slack)) & loss_mask.unsqueeze(-1)
+    if bool(outside.any()):
+        what = "head 'bernoulli'" if isinstance(head, Bernoulli) else "this head"
+        raise ValueError(
+            f"{what} takes returns in [{low:g}, {high:g}], and is to learn "
+            f"{float(targets[outside][0]):g}. Use head 'categorical' with low and high around all "
+            "returns, head 'quantile', or leave out reward transforms that move them."
+        )
