@@ -37,6 +37,7 @@ _ENVIRONMENTS = {
     "distrl/Math-v0": "math",
     "distrl/Code-v0": "code",
     "distrl/Custom-v0": "custom",
+    "distrl/Tools-v0": "tools",
 }
 
 for _id, _task in _ENVIRONMENTS.items():

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
-import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from distrl_envs.grading.code_blocks import extract_program
 from distrl_envs.grading.code_tests import Test, check_tests, wanted_names
 from distrl_envs.grading.code_wire import Channel, Closed, Malformed
+from distrl_envs.grading.sandboxes import STARTUP_GRACE, Sandboxes, how_it_ended, let_go
 from distrl_envs.task import Grade
-
-SANDBOX_SCRIPT = Path(__file__).with_name("code_sandbox.py")
-STARTUP_TIMEOUT = 120.0
-"""Seconds in which the server of sandboxes must have started, on a very busy machine too."""
-STARTUP_GRACE = 30.0
-"""Seconds beyond the deadline that starting and ending a sandbox may take on a busy machine."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +99,7 @@ class CodeGrader:
         self.max_program_chars = max_program_chars
         self.partial_credit = partial_credit
         self.ignore_unfinished_thinking = ignore_unfinished_thinking
-        self._sandboxes = _Sandboxes(
+        self._sandboxes = Sandboxes(
             {
                 "timeout": timeout,
                 "memory_bytes": memory_mb << 20,
@@ -220,7 +208,7 @@ class CodeGrader:
 class _Examination:
     """One program and its tests, in as many sandboxes as it takes."""
 
-    def __init__(self, sandboxes: _Sandboxes, job: dict[str, Any], timeout: float):
+    def __init__(self, sandboxes: Sandboxes, job: dict[str, Any], timeout: float):
         self._sandboxes = sandboxes
         self._job = job
         self._left = timeout
@@ -257,14 +245,14 @@ class _Examination:
         try:
             channel.receive(time.monotonic() + STARTUP_GRACE)
             end = self._follow(channel)
-            return _how_it_ended(leashes[0]) if end == "gone" else end
+            return how_it_ended(leashes[0]) if end == "gone" else end
         except TimeoutError:
             return "timeout"
         except (Closed, Malformed):
             return "lost"
         finally:
             channel.close()
-            _let_go(leashes)
+            let_go(leashes)
 
     def _follow(self, channel: Channel) -> str:
         """Takes the examiner's reports down, each before its deadline."""
@@ -289,107 +277,6 @@ class _Examination:
         if self._job["stop"] or len(self._checks) + 1 >= len(self._job["tests"]):
             return last
         return (time.monotonic() + last) / 2.0
-
-
-class _Sandboxes:
-    """The server of sandboxes, started when first needed and again if it died."""
-
-    def __init__(self, settings: dict[str, Any]):
-        self.isolated: tuple[str, ...] = ()
-        self._settings = settings
-        self._lock = threading.Lock()
-        self._owner = 0
-        self._control: socket.socket | None = None
-
-    def open(self, sandboxes: dict[str, list[socket.socket]]) -> list[socket.socket]:
-        """Opens sandboxes by their roles, each with its sockets: the leashes, to be let go."""
-        leashes = []
-        for role, talks in sandboxes.items():
-            leash, guard = socket.socketpair()
-            descriptors = [guard.fileno(), *(talk.fileno() for talk in talks)]
-            try:
-                socket.send_fds(self._server(), [role.encode()], descriptors)
-            except OSError:
-                self.close()
-                socket.send_fds(self._server(), [role.encode()], descriptors)
-            guard.close()
-            leashes.append(leash)
-        return leashes
-
-    def close(self) -> None:
-        with self._lock:
-            if self._control is not None and self._owner == os.getpid():
-                self._finalizer()
-            self._control = None
-
-    def _server(self) -> socket.socket:
-        with self._lock:
-            if self._control is None or self._owner != os.getpid():
-                # A forked copy does not share the server of the process that it comes from.
-                self._start()
-            assert self._control is not None
-            return self._control
-
-    def _start(self) -> None:
-        control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        process = subprocess.Popen(
-            # Isolated mode: neither the environment nor the working folder adds modules.
-            [sys.executable, "-I", str(SANDBOX_SCRIPT), json.dumps(self._settings)],
-            stdin=theirs.fileno(),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={
-                "PATH": os.defpath,
-                "OMP_NUM_THREADS": "1",
-                "OPENBLAS_NUM_THREADS": "1",
-                "LANG": "C.UTF-8",
-            },
-            start_new_session=True,
-        )
-        theirs.close()
-        self._finalizer = weakref.finalize(self, _end, control, process)
-        control.settimeout(STARTUP_TIMEOUT)
-        try:
-            isolated = control.recv(256)
-        except OSError as error:
-            self._finalizer()
-            raise RuntimeError("The server of sandboxes did not start in time.") from error
-        if not isolated:
-            self._finalizer()
-            raise RuntimeError("The server of sandboxes ended while it was starting.")
-        control.settimeout(None)
-        self.isolated = tuple(json.loads(isolated))
-        self._control, self._owner = control, os.getpid()
-
-
-def _end(control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-    control.close()
-    process.kill()
-    process.wait()
-
-
-def _how_it_ended(leash: socket.socket) -> str:
-    with contextlib.suppress(OSError):
-        leash.send(b"?")
-        leash.shutdown(socket.SHUT_WR)
-        leash.settimeout(STARTUP_GRACE)
-        status = int(leash.recv(32) or b"0")
-        if os.WIFSIGNALED(status):
-            return "timeout" if os.WTERMSIG(status) == signal.SIGXCPU else "killed"
-    return "exited"
-
-
-def _let_go(leashes: list[socket.socket]) -> None:
-    """Has sandboxes ended, and waits until nothing of them is left."""
-    for leash in leashes:
-        with contextlib.suppress(OSError):
-            leash.shutdown(socket.SHUT_WR)
-    for leash in leashes:
-        with contextlib.suppress(OSError):
-            leash.settimeout(STARTUP_GRACE)
-            while leash.recv(32):
-                pass
-        leash.close()
 
 
 def _rebuild(settings: dict[str, Any]) -> CodeGrader:

@@ -97,8 +97,9 @@ def _import_roles() -> dict[str, Any]:
         sys.modules[name] = package
     from distrl_envs.grading.code_examiner import examine
     from distrl_envs.grading.code_program import serve
+    from distrl_envs.grading.code_session import converse
 
-    return {"program": serve, "examiner": examine}
+    return {"program": serve, "examiner": examine, "session": converse}
 
 
 def _landlock_version() -> int:

@@ -25,6 +25,9 @@ DATA_TASKS = {
 }
 """The same for tasks that need `data=…` in their configuration."""
 
+WRAPPERS = {"tools": "distrl_envs.tasks.tool_task:ToolTask"}
+"""The same for tasks that stand around another, which `task=…` in their configuration names."""
+
 GYM_PREFIX = "reasoning_gym:"
 """What stands before the name of one of Reasoning Gym's generators."""
 
@@ -33,15 +36,15 @@ def make_task(name: str, **config: Any) -> Task:
     """Builds a task.
 
     Args:
-        name: A key of `TASKS` or `DATA_TASKS`, `reasoning_gym:NAME` for a generator of Reasoning
-            Gym, or `module:class` of one's own.
+        name: A key of `TASKS`, `DATA_TASKS` or `WRAPPERS`, `reasoning_gym:NAME` for a generator of
+            Reasoning Gym, or `module:class` of one's own.
         **config: Arguments of the task: split, seed and whatever else it takes.
 
     Raises:
         ValueError: If the name or an argument is unknown, or the task refuses a value.
         TaskError: If the task's own code fails while it is built.
     """
-    known = TASKS | DATA_TASKS
+    known = TASKS | DATA_TASKS | WRAPPERS
     if name.startswith(GYM_PREFIX):
         config = {"generator": name.removeprefix(GYM_PREFIX), **config}
         known = known | {name: "distrl_envs.tasks.reasoning_gym:ReasoningGymTask"}
