@@ -126,6 +126,32 @@ def returns_to_go(
     return zero_padding(discounted_sum(zero_padding(rewards, loss_mask), gamma), loss_mask)
 
 
+def critic_weight(
+    values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    all_reduce: AllReduce = identity,
+) -> Float[Tensor, ""]:
+    """max(0, 1 − Var(y − V)/Var(y)) over the batch: how far a critic is to be trusted.
+
+    The batch's own explained variance. EVPO (arXiv 2604.19485, after notes on it) takes the critic
+    where this is above 0 and none of it elsewhere; shrinking by it is our choice.
+
+    Args:
+        values: V(s_t), without gradient.
+        returns: y, observed returns to go.
+        loss_mask: True where a token counts.
+        all_reduce: Sum over learners.
+
+    Returns:
+        In [0, 1]; 0 where the returns do not vary.
+    """
+    _, spread = masked_mean_and_std(returns, loss_mask, all_reduce)
+    _, error = masked_mean_and_std(returns - values.detach(), loss_mask, all_reduce)
+    explained = 1.0 - (error / spread).square()
+    return torch.where(spread > 0, explained.clamp(min=0.0), 0.0)
+
+
 def whiten(
     advantages: Float[Tensor, "B T"],
     loss_mask: Bool[Tensor, "B T"],

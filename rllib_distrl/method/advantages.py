@@ -205,6 +205,24 @@ def bnpo(batch: SequenceBatch, *, return_min: float = 0.0, return_max: float = 1
     return batch.at_tokens(group_maths.bnpo(returns, batch.group, batch.all_reduce))
 
 
+@register("advantage", "blended", needs=("groups", "values"))
+def blended(batch: SequenceBatch, *, lambda_: float = 0.95) -> Tensor:
+    """RLOO's advantage and the critic's GAE, by how much of the batch the critic explains.
+
+    (1 − w)(R − mean of the others) + w GAE, w = max(0, explained variance of the batch's returns):
+    with a critic that explains nothing it is `rloo` to the last bit. After EVPO and V_0.5 (arXiv
+    2603.10848); that w is shared by all tokens is our choice. It reads the returns that it weighs,
+    a bias that shrinks with the batch. Logged: `blended_critic_weight`.
+    """
+    of_group = batch.at_tokens(group_maths.leave_one_out(batch.returns, batch.group))
+    values, mask = batch.column("values"), batch.loss_mask
+    to_go = critic_maths.returns_to_go(batch.rewards, mask)
+    weight = critic_maths.critic_weight(values, to_go, mask, batch.all_reduce)
+    batch.metrics["blended_critic_weight"] = float(weight)
+    of_critic = critic_maths.gae(values, batch.rewards, mask, 1.0, lambda_)
+    return torch.where(weight > 0, torch.lerp(of_group, of_critic, weight), of_group)
+
+
 def unused_of_group(settings: Mapping[str, Any]) -> set[str]:
     """What of a calibration's settings is not read: without it the source counts for itself."""
     return set() if settings["calibrate"] else {"prior_weight"}
