@@ -176,3 +176,59 @@ def lowest_confidence(
     taken = torch.arange(logp.shape[1], device=logp.device) < counts
     sums = torch.where(taken, ascending, 0.0).sum(1, keepdim=True)
     return (sums / counts.clamp(min=1.0)).exp().squeeze(1)
+
+
+def entropy_credit(
+    entropy: Float[Tensor, "B T"],
+    right: Bool[Tensor, "B T"],
+    group: Int[Tensor, " B"],
+    loss_mask: Bool[Tensor, "B T"],
+    alpha: float = 0.1,
+) -> Float[Tensor, "B T"]:
+    """Rewards shared out by entropy, right and wrong apart, and standardised in the group.
+
+    Right: 1 + α d_t H/Σ H over the d_t right completions of the group that still run at t. Wrong:
+    −(1 + α h_t H⁻¹/Σ H⁻¹) over the h_t wrong ones. Of each kind the advantage is (r − mean)/std
+    over the group's tokens, which are 0 where they are of the other kind (our reading: α = 0 is
+    then the standardised return). GTPO, and GRPO-S with completions for tokens (arXiv 2508.04349,
+    after notes on it).
+
+    Args:
+        entropy: H > 0.
+        right: Which tokens are of right completions.
+        group: Ids of the rows' prompts.
+        loss_mask: True where a token counts.
+        alpha: α ≥ 0.
+
+    Returns:
+        0 in the padding, and in groups that are all right or all wrong where α is 0.
+    """
+    index, sizes = group_index(group)
+
+    def shared(weight: Tensor, kind: Tensor) -> Tensor:
+        valid = zero_padding(weight, kind)
+        sums = valid.new_zeros(len(sizes), valid.shape[1]).index_add_(0, index, valid)
+        counts = torch.zeros_like(sums).index_add_(0, index, kind.to(valid.dtype))
+        share = valid / sums.clamp(min=_SMALLEST_STD)[index] * counts[index]
+        return zero_padding(1.0 + alpha * share, kind)
+
+    good, bad = right & loss_mask, ~right & loss_mask
+    gained = _standardised(shared(entropy, good), index, len(sizes), loss_mask)
+    lost = _standardised(
+        -shared(entropy.clamp(min=_SMALLEST_STD).reciprocal(), bad), index, len(sizes), loss_mask
+    )
+    return torch.where(good, gained, zero_padding(lost, bad))
+
+
+def _standardised(x: Tensor, index: Tensor, groups: int, loss_mask: Tensor) -> Tensor:
+    """(x − mean) / (std + 1e-6) over all tokens of each group, with the population's std."""
+
+    def mean(values: Tensor) -> Tensor:
+        rows = zero_padding(values, loss_mask).sum(1)
+        tokens = loss_mask.sum(1).to(values.dtype)
+        sums = rows.new_zeros(groups).index_add_(0, index, rows)
+        counts = rows.new_zeros(groups).index_add_(0, index, tokens)
+        return (sums / counts.clamp(min=1.0))[index].unsqueeze(1)
+
+    centred = x - mean(x)
+    return centred / (mean(centred.square()).sqrt() + 1e-6)

@@ -18,14 +18,13 @@ from rllib_distrl.maths.group_calibration import (
     shifted_edges,
 )
 from rllib_distrl.maths.statistics import zero_padding
-from rllib_distrl.method.batch import SequenceBatch
+from rllib_distrl.method.batch import SequenceBatch, forget_oldest
 from rllib_distrl.method.formula import of_batch, takes_settings_of
 from rllib_distrl.method.registry import demand, logp_at, register
 from rllib_distrl.settings import Count, NotNegative, Positive, Share
 
 _F = TypeVar("_F", bound=Callable[..., Tensor])
 
-_PROMPTS_REMEMBERED = 100_000
 SOURCES = ("quantiles", "values", "returns")
 """What may be known of a prompt: the critic's law, its value, or the batch's returns alone."""
 
@@ -142,12 +141,52 @@ def aapo(
     first = batch.memory.setdefault("aapo", {})
     for prompt, value in batch.all_gather(rows).tolist():
         first.setdefault(int(prompt), value)
-    for prompt in list(first)[:-_PROMPTS_REMEMBERED]:
-        del first[prompt]
     once = [first[int(prompt)] for prompt in batch.column("prompt").tolist()]
+    forget_oldest(first)
     gained = returns - torch.tensor(once, dtype=returns.dtype, device=returns.device)
     of_group = group_maths.grpo(returns, group, std_epsilon=std_epsilon)
     return batch.at_tokens(of_group + gained.clamp(-low, high))
+
+
+def _right(batch: SequenceBatch, method: str) -> Tensor:
+    """(B,), bool: which completions are right.
+
+    Raises:
+        ValueError: For returns other than 0 and 1.
+    """
+    returns = batch.returns
+    if bool(((returns != 0) & (returns != 1)).any()):
+        raise ValueError(
+            f"advantage {method!r} is of right and wrong completions and needs returns of 0 and 1; "
+            f"got {returns[(returns != 0) & (returns != 1)][0]:g}. Leave reward_transforms out, or "
+            "use advantage 'grpo' with shaper 'entropy_shaped'."
+        )
+    return returns == 1
+
+
+@register("advantage", "entropy_credit_token", needs=("groups", "entropy"))
+def entropy_credit_token(
+    batch: SequenceBatch, *, alpha: NotNegative = 0.1, low: NotNegative = 0.2, high: Positive = 0.28
+) -> Tensor:
+    """`maths.credit.entropy_credit` of each token among the group's that still run (GTPO)."""
+    right = _right(batch, "entropy_credit_token").unsqueeze(1).expand_as(batch.loss_mask)
+    entropy = batch.column("entropy").clamp(low, high)
+    return credit.entropy_credit(entropy, right, batch.group, batch.loss_mask, alpha)
+
+
+@register("advantage", "entropy_credit_seq", needs=("groups", "entropy"))
+def entropy_credit_seq(
+    batch: SequenceBatch, *, alpha: NotNegative = 0.1, low: NotNegative = 0.2, high: Positive = 0.28
+) -> Tensor:
+    """`maths.credit.entropy_credit` of whole completions' mean entropies (GRPO-S).
+
+    Belongs with a loss of sequence ratios, `gspo`.
+    """
+    right = _right(batch, "entropy_credit_seq").unsqueeze(1)
+    entropy = zero_padding(batch.column("entropy").clamp(low, high), batch.loss_mask).sum(1)
+    mean = (entropy / batch.lengths.clamp(min=1)).unsqueeze(1)
+    whole = torch.ones_like(right)
+    return batch.at_tokens(credit.entropy_credit(mean, right, batch.group, whole, alpha)[:, 0])
 
 
 def _noise_forward_fits(config: Any, **settings: Any) -> None:

@@ -10,6 +10,14 @@ from torch import Tensor
 from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.statistics import AllReduce, identity, zero_padding
 
+PROMPTS_REMEMBERED = 100_000
+
+
+def forget_oldest(table: dict[int, Any]) -> None:
+    """Keeps what came last of what a stage remembers of prompts: `PROMPTS_REMEMBERED` entries."""
+    for prompt in list(table)[: max(0, len(table) - PROMPTS_REMEMBERED)]:
+        del table[prompt]
+
 
 @dataclass
 class SequenceBatch:

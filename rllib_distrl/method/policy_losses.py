@@ -71,6 +71,23 @@ def _check_copg(*, beta: float) -> None:
 
 
 register("group_loss", "copg", check=_check_copg)(of_batch(group_losses.copg, given=("logp",)))
+
+
+def _check_fdpg(*, divergence: str, beta: float) -> None:
+    if divergence not in group_losses.DPG_DIVERGENCES:
+        raise ValueError(f"policy_loss 'fdpg' has divergence {divergence!r}; it must be one of "
+                         f"{', '.join(group_losses.DPG_DIVERGENCES)}.")  # fmt: skip
+    if beta <= 0:
+        raise ValueError(f"policy_loss 'fdpg' has beta {beta}; it must be above 0.")
+
+
+def _fdpg_fits(config: Any, **settings: Any) -> None:
+    _one_step(config, "policy_loss 'fdpg'", "Or use 'copg', which needs no ratio.")
+
+
+register("group_loss", "fdpg", check=_check_fdpg, fits=_fdpg_fits)(
+    of_batch(group_losses.fdpg, given=("logp",))
+)
 register("group_loss", "disco")(of_batch(contrastive_losses.disco, given=("logp",)))
 register("group_loss", "pairwise_bt")(of_batch(contrastive_losses.pairwise_bt, given=("logp",)))
 

@@ -19,7 +19,8 @@ from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.advantages import SOURCES, source_needs, unused_of_group
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import takes_settings_of
-from rllib_distrl.method.registry import demand, register, resolve
+from rllib_distrl.method.registry import demand, logp_at, register, resolve
+from rllib_distrl.settings import NotNegative, Positive
 
 
 def _unused_horizon(settings: Mapping[str, Any]) -> set[str]:
@@ -180,6 +181,52 @@ def confidence_reweight(
     passed = group_mean((batch.returns > 0.5).to(advantages.dtype), batch.group) > 0
     added = torch.where(passed, alpha * (of_prompt - of_completion), 0.0)
     return zero_padding(advantages + added.unsqueeze(1), batch.loss_mask)
+
+
+def _tempered(settings: Mapping[str, Any]) -> set[str]:
+    return {logp_at(factor) for factor in (1.0, settings["hot"], settings["cold"])}
+
+
+@register("shaper", "virtual_temp", needs=_tempered)
+def virtual_temp(
+    batch: SequenceBatch,
+    advantages: Tensor,
+    *,
+    target: NotNegative = 0.5,
+    hot: Positive = 1.2,
+    cold: Positive = 0.8,
+    bound: NotNegative = 0.1,
+    good_above: float = 0.05,
+) -> Tensor:
+    """(1 − α) A + α b π_T/π: right tokens pull towards the policy at another temperature.
+
+    b is 1 for returns above a limit, T `hot` where the entropy is at most the target and else
+    `cold`, both as factors of the sampling temperature; α = a/(1 + a), a = min(|H* − Ĥ|, bound) /
+    mean(b). Nothing changes at the target, and where no return is good. DCPO (arXiv 2601.12730,
+    its numbers); Ĥ is −mean ln π of the present batch instead of the last step's (our choice: it
+    then needs no state).
+
+    Args:
+        batch: With logps at the three temperatures.
+        advantages: (B, T), A.
+        target: H*, in nats.
+        hot: T that spreads.
+        cold: T that sharpens.
+        bound: Largest distance that counts, in nats.
+        good_above: Returns above are good.
+
+    Returns:
+        (B, T).
+    """
+    mask, logp = batch.loss_mask, batch.column(logp_at(1.0))
+    entropy = -masked_mean(batch.action_logp, mask, batch.all_reduce)
+    good = (batch.returns > good_above).to(advantages.dtype)
+    share = masked_mean(good, torch.ones_like(good, dtype=torch.bool), batch.all_reduce)
+    distance = (target - entropy).abs().clamp(max=bound)
+    alpha = torch.where(share > 0, distance / (share + distance), 0.0)
+    tempered = batch.column(logp_at(hot if float(entropy) <= target else cold))
+    ratio = zero_padding(tempered - logp, mask).exp()
+    return zero_padding((1.0 - alpha) * advantages + alpha * good.unsqueeze(1) * ratio, mask)
 
 
 def _prior(batch: SequenceBatch, source: str) -> Tensor:

@@ -76,6 +76,7 @@ OWN = {
     "macro_gae": {"span": 2},  # rows here have five tokens at most
     "dltv": {"bonus_coeff": 2.0},
 }
+BINARY = {"entropy_credit_token", "entropy_credit_seq"}  # they refuse other returns
 WITHOUT_CRITIC = {"critic": "none", "bonus_coeff": 0.0}
 STAGES = [(kind, name) for kind in PLACES for name in names(kind)]
 CASES = [(*stage, critic) for stage in STAGES for critic in (True, False)]
@@ -110,6 +111,8 @@ def outcome(settings):
     mask = torch.arange(5) < lengths.unsqueeze(1)
     rewards = torch.zeros(16, 5, dtype=torch.float64)
     rewards[torch.arange(16), lengths - 1] = torch.rand(16, generator=g, dtype=torch.float64)
+    if config.advantage["name"] in BINARY:
+        rewards = rewards.round()
 
     def noise(*shape):
         return torch.randn(16, 5, *shape, generator=g, dtype=torch.float64)
@@ -126,7 +129,7 @@ def outcome(settings):
         k=5, width=5,
         prompt_logp=torch.linspace(-2.0, -0.1, 48, dtype=torch.float64).view(16, 3),
         generator=torch.Generator().manual_seed(1), prompt=torch.tensor([0, 10, 20, 30] * 4),
-        extras={logp_at(factor): -action_logp.abs() / factor for factor in (0.5, 1.0)},
+        extras={logp_at(factor): -action_logp.abs() / factor for factor in (0.5, 0.8, 1.0, 1.2)},
     )  # fmt: skip
     critic = None
     if config.critic != "none":

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.registry import resolve
+from rllib_distrl.method.registry import logp_at, resolve
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 LOGP = torch.tensor([[-0.001, -1.0, -0.005], [-2.0, 0, 0], [-0.1, -0.3, 0], [-0.2, -0.4, -0.6]])
@@ -118,3 +118,29 @@ def test_a_budget_of_tokens_holds_where_the_prompt_is_solved():
     assert easier(batch([1.0, 1.0, 0.0, 1.0])).sum(1).tolist() == [1.0, 1.0, 0.0, 1.0]
     with pytest.raises(ValueError, match="pass_rate in"):
         resolve("reward", {**settings, "pass_rate": 0.0})
+
+
+def test_right_tokens_pull_towards_another_temperature():
+    data = batch([1.0, 0.0, 0.0, 0.0])
+    data.extras |= {logp_at(1.0): LOGP, logp_at(1.2): LOGP + 0.3, logp_at(0.8): LOGP - 0.2}
+    entropy = (1.006 + 2.0 + 0.4 + 1.2) / 9
+    settings = {"name": "virtual_temp", "bound": 0.1}
+    advantages = torch.where(MASK, 2.0, 0.0)
+    for target, moved in ((entropy + 0.05, 0.3), (entropy - 0.5, -0.2)):
+        found = resolve("shaper", {**settings, "target": target})(data, advantages)
+        a = min(abs(target - entropy), 0.1) / 0.25
+        alpha = a / (1 + a)
+        expected = (1 - alpha) * advantages
+        expected[0] += alpha * math.exp(moved)
+        torch.testing.assert_close(found, torch.where(MASK, expected, 0.0))
+    same = resolve("shaper", {**settings, "target": entropy})(data, advantages)
+    torch.testing.assert_close(same, advantages)  # at the target
+    failed = batch([0.0, 0.0, 0.0, 0.0], extras=data.extras)
+    assert torch.equal(resolve("shaper", settings)(failed, advantages), advantages)
+
+
+def test_no_virtual_temperature_only_mixes_what_is_right_in():
+    data = batch([1.0, 1.0, 1.0, 1.0], extras={logp_at(1.0): LOGP})
+    settings = {"name": "virtual_temp", "hot": 1.0, "cold": 1.0, "target": 9.0, "bound": 1.0}
+    found = resolve("shaper", settings)(data, torch.where(MASK, 3.0, 0.0))
+    torch.testing.assert_close(found, torch.where(MASK, 2.0, 0.0))  # α = ½ of 3 and of 1

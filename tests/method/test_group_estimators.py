@@ -144,3 +144,49 @@ def test_the_optimal_token_baseline_has_the_least_variance():
     }
     found = resolve("advantage", "optimal_token_baseline")(data)
     torch.testing.assert_close(found[:, 0], returns[rows] - best, rtol=1e-6, atol=1e-8)
+
+
+def standardised(values):
+    x = torch.tensor(values, dtype=torch.float64)
+    return (x - x.mean()) / (x.std(correction=0) + 1e-6)
+
+
+def test_entropy_credit_shares_rewards_out_among_those_that_run():
+    # Three of a group: two right with 2 and 1 tokens, a wrong one with 2.
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    entropy = torch.tensor([[0.1, 0.24], [0.26, 9.0], [0.9, 0.9]]).double()
+    rewards = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]]).double()
+    data = SequenceBatch(
+        rewards=rewards, loss_mask=mask, action_logp=torch.zeros(3, 2).double(),
+        group=torch.tensor([5, 5, 5]), entropy=entropy,
+    )  # fmt: skip
+    found = resolve("advantage", {"name": "entropy_credit_token", "alpha": 0.5})(data)
+    # Clipped to [.2, .28]. First step: two right ones with .2 and .26, second: .24 alone.
+    right = standardised([1 + 0.5 * 2 * 0.2 / 0.46, 1.5, 1 + 0.5 * 2 * 0.26 / 0.46, 0.0, 0.0])
+    wrong = standardised([0.0, 0.0, 0.0, -1.5, -1.5])
+    expected = torch.tensor([[right[0], right[1]], [right[2], 0.0], [wrong[3], wrong[4]]])
+    torch.testing.assert_close(found, expected.double())
+    of_rows = resolve("advantage", {"name": "entropy_credit_seq", "alpha": 0.5})(data)
+    # Means .22 and .26 of the right ones.
+    right = standardised([1 + 0.5 * 2 * 0.22 / 0.48, 1 + 0.5 * 2 * 0.26 / 0.48, 0.0])
+    wrong = standardised([0.0, 0.0, -1.5])
+    torch.testing.assert_close(of_rows[:, 0], torch.stack([right[0], right[1], wrong[2]]))
+    assert of_rows[1, 1] == 0
+
+
+def test_more_entropy_is_worth_more_where_right_and_costs_less_where_wrong():
+    entropy = torch.tensor([[0.2] * 3, [0.28] * 3, [0.2] * 3, [0.28] * 3]).double()
+    data = batch([1.0, 1.0, 0.0, 0.0], entropy=entropy)
+    data.group = torch.zeros(4, dtype=torch.long)
+    for name in ("entropy_credit_token", "entropy_credit_seq"):
+        first = resolve("advantage", name)(data)[:, 0]
+        assert first[1] > first[0] > 0 > first[3] > first[2]
+
+
+def test_no_share_by_entropy_is_the_standardised_return():
+    data = batch([1.0, 0.0, 1.0, 1.0], entropy=torch.rand(4, 3).double())
+    found = resolve("advantage", {"name": "entropy_credit_seq", "alpha": 0.0})(data)
+    # By rows: std ½ of the first group, 0 of the second.
+    torch.testing.assert_close(found, at_tokens(1.0, -1.0, 0.0, 0.0), rtol=1e-5, atol=1e-9)
+    with pytest.raises(ValueError, match=r"returns of 0 and 1; got 0\.5"):
+        resolve("advantage", "entropy_credit_token")(batch([0.5, 0.0, 1.0, 1.0], entropy=MASK))

@@ -11,7 +11,7 @@ from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import logp_at, names, resolve
 
 GROUP = torch.tensor([4, 4, 4, 4, 1, 1, 1, 1])
-LOGPS_AT = (0.5, 1.0)
+LOGPS_AT = (0.5, 0.8, 1.0, 1.2)
 RETURNS = torch.tensor([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0], dtype=torch.float64)
 LENGTHS = torch.tensor([3, 5, 1, 2, 4, 2, 2, 5])
 MASK = torch.arange(5) < LENGTHS.unsqueeze(1)
@@ -98,9 +98,9 @@ def test_every_group_estimator_is_tried_at_equal_returns():
         for name in names("advantage")
     }
     # SPRO adds the policy's own process reward and AAPO what was gained since a prompt's first
-    # visit, which are there at equal returns too.
+    # visit, and entropy credit tells equal ones apart: these are there at equal returns too.
     without_critic = {n for n, need in needs.items() if "groups" in need and not need & critic}
-    without_critic -= {"spro", "aapo"}
+    without_critic -= {"spro", "aapo", "entropy_credit_token", "entropy_credit_seq"}
     assert without_critic == set(GROUP_ESTIMATORS)
 
 
