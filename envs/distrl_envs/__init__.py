@@ -34,6 +34,7 @@ _ENVIRONMENTS = {
     "distrl/Blackjack-v0": "blackjack",
     "distrl/Mastermind-v0": "mastermind",
     "distrl/CountdownCheck-v0": "countdown_check",
+    "distrl/JsonRecord-v0": "json_record",
     "distrl/Math-v0": "math",
     "distrl/Code-v0": "code",
     "distrl/Custom-v0": "custom",

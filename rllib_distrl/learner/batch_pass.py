@@ -23,7 +23,7 @@ from rllib_distrl.method.registry import LOGP_AT
 from rllib_distrl.model.sequences import Sequences, from_columns
 
 # What needs the policy's own hidden states.
-_OF_POLICY = {"entropy", "hidden", "prompt_logp"}
+_OF_POLICY = {"entropy", "hidden", "prompt_logp", "head_gradient"}
 MODEL_COLUMNS = frozenset({*_OF_POLICY, "quantiles", "ref_logp"})
 
 
@@ -240,7 +240,10 @@ def model_columns(
         return {}
     sequences = from_columns(columns)
     rows, steps = sequences.actions.shape
-    widths = {"prompt_logp": int(sequences.prompt_lens.max())}
+    widths = {
+        "prompt_logp": int(sequences.prompt_lens.max()),
+        "head_gradient": module.policy.get_output_embeddings().weight.shape[1],
+    }
     found: dict[str, Tensor] = {}
     with torch.no_grad():
         for index in module.micro_batches(sequences):
@@ -268,6 +271,8 @@ def _read(
         states = rows.states(hidden)
         if "prompt_logp" in needs:
             found["prompt_logp"] = _prompt_logp(module, rows, hidden)
+        if "head_gradient" in needs:
+            found["head_gradient"] = module.head_gradient(states, rows)
         if "hidden" in needs:
             found["hidden"] = states
         if features is not None:

@@ -73,10 +73,46 @@ def token_logps(
     """
     if temperature <= 0.0:
         raise ValueError(f"temperature must be positive, got {temperature}")
-    if chunk is None:
-        budget = CPU_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_LOGITS
-        chunk = max(1, budget // weight.shape[0])
+    chunk = chunk or _chunk(hidden, weight)
     return _TokenLogps.apply(hidden, weight, bias, targets, float(temperature), logit_map, chunk)  # pyright: ignore[reportReturnType]
+
+
+def score_by_hidden(
+    hidden: Float[Tensor, "M H"],
+    weight: Float[Tensor, "V H"],
+    targets: Int[Tensor, " M"],
+    *,
+    bias: Float[Tensor, " V"] | None = None,
+    temperature: float = 1.0,
+    logit_map: LogitMap = IDENTITY,
+    chunk: int | None = None,
+) -> Float[Tensor, "M H"]:
+    """W_y − Σ_v p_v W_v: T times the gradient of log π(y) by the hidden state of a plain head.
+
+    Of no gradient itself. `logit_map` changes p, but is not differentiated.
+
+    Args:
+        hidden: The last hidden states of M tokens.
+        weight: W, the LM head.
+        targets: y, the tokens taken.
+        bias: Or None.
+        temperature: T > 0.
+        logit_map: What the model does to the head's output.
+        chunk: Tokens per chunk; None: by vocabulary size and device.
+    """
+    targets, chunk, found = targets.long(), chunk or _chunk(hidden, weight), []
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        head = _head(weight, hidden)
+        for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logps, _ = _log_softmax(h, head, bias, temperature, logit_map)
+            found.append(head[y].to(logps.dtype) - _matmul(logps.exp().to(head.dtype), head))
+    return torch.cat(found)
+
+
+def _chunk(hidden: Tensor, weight: Tensor) -> int:
+    """Tokens whose logits are held at once."""
+    budget = CPU_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_LOGITS
+    return max(1, budget // weight.shape[0])
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:

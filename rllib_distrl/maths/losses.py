@@ -265,6 +265,36 @@ def token_weights(
     return mask / (divisor * sequences)
 
 
+def budget_weights(
+    loss_mask: Bool[Tensor, "B T"],
+    tokens: int,
+    *,
+    all_reduce: AllReduce = identity,
+    dtype: torch.dtype = torch.float32,
+) -> Float[Tensor, "B T"]:
+    """1/Φ at each token of the minibatch's first sequences, up to the one that reaches Φ tokens.
+
+    Every update then learns from about as many tokens, however long completions become, and a
+    token weighs the same in all of them (C3PO of Ring-lite, arXiv 2506.14731). Sequences are drawn
+    by the order of the minibatch, which is shuffled; that one is taken whole when it passes the
+    budget is our choice. Short minibatches use less than Φ, and still divide by it.
+
+    Args:
+        loss_mask: Of the whole minibatch.
+        tokens: Φ ≥ 1, over all learners, which take an equal part each.
+        all_reduce: Sum over learners.
+        dtype: Of the result.
+
+    Returns:
+        0 in the padding and in sequences beyond the budget.
+    """
+    lengths = loss_mask.sum(1)
+    learners = float(all_reduce(torch.ones((), device=loss_mask.device)))
+    before = lengths.cumsum(0) - lengths
+    taken = (before < tokens / learners).unsqueeze(1)
+    return (loss_mask & taken).to(dtype) / tokens
+
+
 def weighted_sum(
     token_loss: Float[Tensor, "B T"], weights: Float[Tensor, "B T"]
 ) -> Float[Tensor, ""]:

@@ -103,7 +103,10 @@ def gdpo(batch: SequenceBatch, **settings: Any) -> Tensor:
     needs=lambda settings: {"groups", logp_at(1.0), logp_at(0.5)},
 )
 def optimal_token_baseline(batch: SequenceBatch) -> Tensor:
-    """`maths.group_advantages.optimal_token_baseline` with the policy's own Σ_v π_v²."""
+    """`maths.group_advantages.optimal_token_baseline` with the policy's own Σ_v π_v².
+
+    arXiv 2602.07078.
+    """
     logp = batch.column(logp_at(1.0))
     energy = 1.0 - 2.0 * logp.exp() + (2.0 * logp - batch.column(logp_at(0.5))).exp()
     to_go = critic_maths.returns_to_go(batch.rewards, batch.loss_mask, 1.0)
@@ -168,7 +171,10 @@ def _right(batch: SequenceBatch, method: str) -> Tensor:
 def entropy_credit_token(
     batch: SequenceBatch, *, alpha: NotNegative = 0.1, low: NotNegative = 0.2, high: Positive = 0.28
 ) -> Tensor:
-    """`maths.credit.entropy_credit` of each token among the group's that still run (GTPO)."""
+    """`maths.credit.entropy_credit` of tokens among the group's that still run.
+
+    GTPO (arXiv 2508.04349).
+    """
     right = _right(batch, "entropy_credit_token").unsqueeze(1).expand_as(batch.loss_mask)
     entropy = batch.column("entropy").clamp(low, high)
     return credit.entropy_credit(entropy, right, batch.group, batch.loss_mask, alpha)
@@ -178,9 +184,9 @@ def entropy_credit_token(
 def entropy_credit_seq(
     batch: SequenceBatch, *, alpha: NotNegative = 0.1, low: NotNegative = 0.2, high: Positive = 0.28
 ) -> Tensor:
-    """`maths.credit.entropy_credit` of whole completions' mean entropies (GRPO-S).
+    """`maths.credit.entropy_credit` of whole completions' mean entropies.
 
-    Belongs with a loss of sequence ratios, `gspo`.
+    GRPO-S (arXiv 2508.04349). Belongs with a loss of sequence ratios, `gspo`.
     """
     right = _right(batch, "entropy_credit_seq").unsqueeze(1)
     entropy = zero_padding(batch.column("entropy").clamp(low, high), batch.loss_mask).sum(1)

@@ -38,6 +38,7 @@ class SequenceBatch:
         ref_logp: (B, T), of the tokens under the reference policy.
         prompt_logp: (B, P), of the prompt's tokens, 0 at the first and in the padding.
         hidden: (B, T, H), the policy's last hidden states.
+        head_gradient: (B, H), mean over tokens of W_y − Σ_v p_v W_v, W the LM head's rows.
         prompt: (B,), int64, the prompt's row in the task: equal whenever it is served.
         reward_parts: (B, C), the return of the task and what each reward transform has added.
         extras: More columns with B rows, such as what a stage's `prepare` selects.
@@ -65,6 +66,7 @@ class SequenceBatch:
     ref_logp: Tensor | None = None
     prompt_logp: Tensor | None = None
     hidden: Tensor | None = None
+    head_gradient: Tensor | None = None
     prompt: Tensor | None = None
     reward_parts: Tensor | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
@@ -86,7 +88,7 @@ class SequenceBatch:
     def cut(self, steps: int) -> "SequenceBatch":
         """The first `steps` columns of everything that has one column per token."""
         width = self.loss_mask.shape[1]
-        per_row = {"group", "prompt_logp", "prompt", "reward_parts"}
+        per_row = {"group", "prompt_logp", "prompt", "reward_parts", "head_gradient"}
         columns: dict[str, Any] = {
             name: value[:, :steps] for name, value in self.filled().items() if name not in per_row
         }

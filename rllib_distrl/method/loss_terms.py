@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from rllib_distrl.maths.kl import check_kl, kl_estimate
-from rllib_distrl.maths.losses import AGGREGATIONS, token_weights
+from rllib_distrl.maths.losses import AGGREGATIONS, budget_weights, token_weights
 from rllib_distrl.maths.statistics import importance_weights, masked_mean
 from rllib_distrl.maths.weighted_losses import differentiable_kl
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import Stage, register
+from rllib_distrl.settings import Count
 
 
 def _check_kl(*, coeff: float, estimator: str) -> None:
@@ -58,6 +59,12 @@ def _aggregation(name: str) -> None:
 
 for _name in AGGREGATIONS:
     _aggregation(_name)
+
+
+@register("aggregation", "token_budget")
+def token_budget(batch: SequenceBatch, *, tokens: Count) -> Tensor:
+    """`maths.losses.budget_weights`: a fixed budget of tokens per update, and a divisor of it."""
+    return budget_weights(batch.loss_mask, tokens, all_reduce=batch.all_reduce)
 
 
 @register("importance_correction", "none")

@@ -321,6 +321,189 @@ class BetaThompson(_Counting):
         self._count(results, self.decay)
 
 
+@register("prompt_sampler", "beta_counts")
+class BetaCounts(_Counting):
+    """Rows in proportion to √(v (1 − v)) + a floor, v = a/(a + b) by decayed counts.
+
+    a ← ρ a + r and b ← ρ b + 1 − r for each completion of a visit, ρ once per visit, from a = b
+    at the prior. SPO (Single-stream Policy Optimization, arXiv 2509.13232), which ties ρ to how far
+    the policy has moved; here it is fixed (our choice). No row twice in an iteration before all
+    are served.
+    """
+
+    name = "beta_counts"
+
+    def __init__(
+        self,
+        n_rows: int,
+        seed: int,
+        *,
+        decay: float = 0.9,
+        prior: float = 1.0,
+        floor: float = 0.05,
+        pool: int | None = None,
+    ):
+        """Starts without results.
+
+        Args:
+            n_rows: Rows of the task.
+            seed: Decides what is drawn.
+            decay: ρ, what is left of a served row's older counts, the prior's included.
+            prior: a and b at the start.
+            floor: Added to the standard deviation, so that no row is given up.
+            pool: Only the first so many rows are served; all where None.
+
+        Raises:
+            ValueError: For settings out of bounds, or too many rows to keep counts of.
+        """
+        if not 0.0 <= decay <= 1.0 or prior <= 0.0 or floor <= 0.0:
+            raise ValueError(
+                "beta_counts needs 0 <= decay <= 1, prior > 0 and floor > 0, got "
+                f"decay={decay}, prior={prior}, floor={floor}."
+            )
+        super().__init__(n_rows, seed, pool)
+        self.decay, self.floor = decay, floor
+        self._correct += prior
+        self._seen += 2.0 * prior
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(rows,), what each is drawn in proportion to."""
+        v = self._correct / self._seen
+        return np.sqrt(np.clip(v * (1.0 - v), 0.0, None)) + self.floor
+
+    def next(self, n: int) -> list[PromptRequest]:
+        """N prompts."""
+        rng = np.random.default_rng([self.seed, self._served])
+        share, rows = self.weights / self.weights.sum(), []
+        while len(rows) < n:
+            count = min(n - len(rows), len(share))
+            rows += rng.choice(len(share), size=count, replace=False, p=share).tolist()
+        return self._requests(rows)
+
+    def update(self, results: Sequence[PromptResult]) -> None:
+        """Counts what was correct."""
+        self._count(results, self.decay)
+
+
+@register("prompt_sampler", "ucb_source")
+class UcbSource:
+    """Sources of data as arms: drawn by softmax of mean |A| + √(2 ln(N + 1)/(n + 1)), over τ.
+
+    The mean is over a source's last completions, n counts all of its, N those of all sources; A is
+    the standardised return of the group. Sources that teach, or were hardly tried, come more often
+    (DUMP, arXiv 2504.09710, as its authors' code computes it). Rows of a source are served without
+    replacement. Sources lie one after another in the data.
+    """
+
+    def __init__(
+        self,
+        n_rows: int,
+        seed: int,
+        *,
+        sources: int | list[int] = 2,
+        window: int = 300,
+        temperature: float = 0.1,
+    ):
+        """Starts without results.
+
+        Args:
+            n_rows: Rows of the task.
+            seed: Decides what is drawn.
+            sources: Rows of each source, in order, or a number of sources of equal size.
+            window: Completions that count in a source's mean.
+            temperature: τ > 0.
+
+        Raises:
+            ValueError: For settings out of bounds.
+        """
+        sizes = [1] * sources if isinstance(sources, int) else sources
+        if len(sizes) < 2 or min(sizes) < 1 or window < 1 or temperature <= 0.0:
+            raise ValueError(
+                "ucb_source needs two or more sources of at least one row, window >= 1 and "
+                f"temperature > 0, got sources={sources}, window={window}, "
+                f"temperature={temperature}."
+            )
+        self.seed, self.window, self.temperature = seed, window, temperature
+        self._n_rows, self._given = n_rows, sources
+        if isinstance(sources, int):
+            ends = [n_rows * (i + 1) // sources for i in range(sources)]
+        else:
+            ends = np.cumsum(sizes).tolist()
+        self._starts = [0, *ends[:-1]]
+        self._ends = ends
+        self._rows = [
+            WithoutReplacement(max(1, end - start), seed)
+            for start, end in zip(self._starts, ends, strict=True)
+        ]
+        self._served = 0
+        self._gains: list[list[float]] = [[] for _ in ends]
+        self._counts = [0] * len(ends)
+
+    @property
+    def shares(self) -> np.ndarray:
+        """(sources,), the probability of each."""
+        means = np.array([sum(gains) / len(gains) if gains else 0.0 for gains in self._gains])
+        counts = np.array(self._counts)
+        scores = means + np.sqrt(2.0 * np.log(counts.sum() + 1) / (counts + 1))
+        raised = np.exp((scores - scores.max()) / self.temperature)
+        return raised / raised.sum()
+
+    def next(self, n: int) -> list[PromptRequest]:
+        """N prompts.
+
+        Raises:
+            ValueError: If the sources are not the task's rows.
+        """
+        empty = any(a >= b for a, b in zip(self._starts, self._ends, strict=True))
+        if self._ends[-1] != self._n_rows or empty:
+            raise ValueError(
+                f"ucb_source has sources={self._given}, and the task serves {self._n_rows:,} rows. "
+                "Give the rows of each source, in order; on_long_prompt = 'skip' leaves some out."
+            )
+        rng = np.random.default_rng([self.seed, self._served])
+        arms = rng.choice(len(self._ends), size=n, p=self.shares).tolist()
+        first, self._served = self._served, self._served + n
+        rows = [self._starts[arm] + self._rows[arm].next(1)[0].row for arm in arms]
+        return [PromptRequest(row, first + place) for place, row in enumerate(rows)]
+
+    def update(self, results: Sequence[PromptResult]) -> None:
+        """Takes in how far returns were apart."""
+        for result in results:
+            arm = int(np.searchsorted(self._ends, result.prompt.row, side="right"))
+            returns = np.array(result.returns)
+            spread = returns.std(ddof=1) if len(returns) > 1 else 0.0
+            gains = self._gains[arm]
+            gains += np.abs((returns - returns.mean()) / (spread + 1e-6)).tolist()
+            del gains[: -self.window]
+            self._counts[arm] += len(returns)
+
+    def get_state(self) -> dict[str, Any]:
+        """Counts, gains and cursors."""
+        return {
+            "served": self._served, "counts": list(self._counts),
+            "gains": [list(gains) for gains in self._gains],
+            "cursors": [rows.cursor for rows in self._rows],
+        }  # fmt: skip
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken.
+
+        Raises:
+            ValueError: If it has other sources, or is another sampler's.
+        """
+        _check_same_sampler(self, state)
+        if len(state["counts"]) != len(self._counts):
+            raise ValueError(
+                f"The state of ucb_source has {len(state['counts'])} sources, and there are "
+                f"{len(self._counts)} now. Go on with those that it was saved with, or start anew."
+            )
+        self._served, self._counts = int(state["served"]), list(state["counts"])
+        self._gains = [list(gains) for gains in state["gains"]]
+        for rows, cursor in zip(self._rows, state["cursors"], strict=True):
+            rows.cursor = int(cursor)
+
+
 def _check_same_sampler(sampler: Any, state: dict[str, Any]) -> None:
     present = sampler.get_state()
     if state.keys() != present.keys():

@@ -49,7 +49,8 @@ KINDS = (
 # batch's `extras`.
 LEARNED_STATS = ("ensemble", "distance")
 NEEDS = frozenset(LEARNED_STATS) | {
-    "entropy", "ref_logp", "prompt_logp", "hidden", "quantiles", "values", "groups",
+    "entropy", "ref_logp", "prompt_logp", "hidden", "head_gradient", "quantiles", "values",
+    "groups",
 }  # fmt: skip
 LOGP_AT = "logp_at_"
 Spec = Mapping[str, Any] | str

@@ -7,9 +7,11 @@ from torch import Tensor
 
 from rllib_distrl.maths.group_advantages import group_index
 from rllib_distrl.maths.kl import check_kl, kl_estimate
+from rllib_distrl.maths.novelty import gradient_novelty as novelty_of
 from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import register
+from rllib_distrl.settings import NotNegative, Positive
 
 
 def _add_at_end(batch: SequenceBatch, per_row: Tensor) -> Tensor:
@@ -173,3 +175,56 @@ def length_budget(
         if float(rows.to(lengths.dtype).mean()) >= pass_rate:
             budget[number] = lengths[(index == number) & passed].quantile(quantile)
     return _add_at_end(batch, torch.where(lengths > budget[index], -batch.returns, 0.0))
+
+
+@register("reward", "gradient_novelty", needs=("groups", "head_gradient"))
+def gradient_novelty(
+    batch: SequenceBatch,
+    *,
+    strength: NotNegative = 0.5,
+    cap: Positive = 3.0,
+    good_above: float = 0.5,
+) -> Tensor:
+    """clip(r (1 + λ r ν), ±cap), r = ±1 by the return: what points elsewhere gains, or loses less.
+
+    ν is `maths.novelty.gradient_novelty` in the group, of the mean over tokens of the gradient by
+    the last hidden state, W_y − Σ_v p_v W_v. It stands in the place of the task's reward. G²RL
+    (arXiv 2512.15687); λ is our choice.
+
+    Args:
+        batch: With `head_gradient`.
+        strength: λ; 0 leaves r.
+        cap: Largest reward.
+        good_above: Returns above are good, r = 1.
+
+    Returns:
+        (B, T).
+    """
+    r = torch.where(batch.returns > good_above, 1.0, -1.0).to(batch.rewards.dtype)
+    novelty = novelty_of(batch.column("head_gradient"), r, batch.group)
+    shaped = (r * (1.0 + strength * r * novelty)).clamp(-cap, cap)
+    return _add_at_end(batch, shaped - batch.returns)
+
+
+def _after_others(config: Any) -> None:
+    names = [spec.get("name") for spec in config.reward_transforms]
+    if names[:1] == ["max_min_groups"]:
+        raise ValueError(
+            "reward 'max_min_groups' takes the worst of several rewards, the task's and what each "
+            "transform before it adds, and there is none before it. Name one first."
+        )
+
+
+@register("reward", "max_min_groups", fits=_after_others)
+def max_min_groups(batch: SequenceBatch) -> Tensor:
+    """The return of one reward alone: of that whose mean over the batch is least.
+
+    The rewards are the task's and what each transform before this one adds, on whatever scales
+    they have. MaxMin-RLHF (Chakraborty et al. 2024), where each is a group of people's; here the
+    batch decides anew in every iteration. Writes the metric `max_min_choice`, the reward's number.
+    """
+    parts = batch.column("reward_parts")
+    rows = batch.all_reduce(parts.new_tensor(float(len(batch))))
+    worst = int((batch.all_reduce(parts.sum(0)) / rows).argmin())
+    batch.metrics["max_min_choice"] = float(worst)
+    return _add_at_end(batch, parts[:, worst] - batch.returns)

@@ -132,6 +132,19 @@ def mpt_mask(
     return torch.where(mastered, 0.0, zero_padding(advantages, batch.loss_mask))
 
 
+@register("shaper", "truncation_mask")
+def truncation_mask(batch: SequenceBatch, advantages: Tensor) -> Tensor:
+    """Takes the advantage from completions that reach the length limit.
+
+    That they did not end says little about what they say (AceReason-Nemotron, arXiv 2505.16400,
+    under short limits; DAPO's overlong filtering). An end at the very last token counts as none,
+    and the tokens still count in the loss's mean (our choices).
+    """
+    assert batch.width is not None
+    ended = (batch.lengths < batch.width).unsqueeze(1)
+    return torch.where(ended, zero_padding(advantages, batch.loss_mask), 0.0)
+
+
 def _check_downsample(*, completions: float, tokens: float, horizon: int | None) -> None:
     if not 0.0 < completions <= 1.0 or not 0.0 < tokens <= 1.0:
         raise ValueError(

@@ -16,7 +16,7 @@ from torch import nn
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
 from rllib_distrl.maths.laws import Law
-from rllib_distrl.maths.lm_head import token_logps
+from rllib_distrl.maths.lm_head import score_by_hidden, token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
 from rllib_distrl.method.heads import Head, head_stage
 from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
@@ -257,6 +257,25 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         outputs = logp.new_zeros(*mask.shape, 2)
         outputs[mask] = torch.stack([logp, entropy], dim=-1)
         return outputs
+
+    def head_gradient(self, states: torch.Tensor, sequences: Sequences) -> torch.Tensor:
+        """(B, H), mean over completion tokens of the gradient of logp by their states (B, T, H).
+
+        By what a plain head would give: scales and caps behind it are left out.
+        """
+        mask = sequences.mask
+        head = self.policy.get_output_embeddings()
+        each = score_by_hidden(
+            states[mask],
+            head.weight,
+            sequences.actions[mask],
+            bias=head.bias,
+            temperature=self.temperature,
+            logit_map=self.logit_map,
+        )
+        owner = mask.nonzero()[:, 0]
+        sums = each.new_zeros(len(mask), each.shape[1]).index_add_(0, owner, each)
+        return sums / mask.sum(1, keepdim=True).clamp(min=1)
 
     def compute_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, T) float32 logps of the completion tokens, in micro-batches, without gradients.

@@ -26,6 +26,8 @@ SETTINGS = {
     "noise_forward": {"false_negative_rate": 0.1},
     "variance_mix": {"pool": 8},
     "beta_thompson": {"pool": 8},
+    "beta_counts": {"pool": 8},
+    "token_budget": {"tokens": 64},
     "overlong": {"cache_tokens": 4},
     "dltv": {"bonus_coeff": 1.0},
 }
@@ -37,6 +39,9 @@ WITH = {
     **{name: {"whiten_advantages": False} for name in ("maxk", "bnpo", "noise_forward")},
     **{name: {"aggregation": "sequence_mean"} for name in ("gspo", "sapo", "gmpo")},
     "best_of_k": {"whiten_advantages": False},
+    "max_min_groups": {
+        "reward_transforms": [{"name": "overlong", "cache_tokens": 4}, {"name": "max_min_groups"}]
+    },
     "gdpo": {"reward_transforms": [{"name": "overlong", "cache_tokens": 4}]},
 }
 GROUP_LOSS = {"advantage": {"name": "zero"}, "bonus_coeff": 0.0}

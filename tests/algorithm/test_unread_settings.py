@@ -67,6 +67,9 @@ AROUND = {
     "gmpo": {"aggregation": "sequence_mean"},
     "lad": {"aggregation": "sequence_mean", "whiten_advantages": False},
     "dltv": {"bonus_coeff": 0.0},
+    "max_min_groups": {
+        "reward_transforms": [{"name": "overlong", "cache_tokens": 4}, {"name": "max_min_groups"}]
+    },
     "gdpo": {"reward_transforms": [{"name": "overlong", "cache_tokens": 4}]},
 }
 OWN = {
@@ -129,6 +132,7 @@ def outcome(settings):
         k=5, width=5,
         prompt_logp=torch.linspace(-2.0, -0.1, 48, dtype=torch.float64).view(16, 3),
         generator=torch.Generator().manual_seed(1), prompt=torch.tensor([0, 10, 20, 30] * 4),
+        head_gradient=torch.linspace(-1.0, 2.0, 96, dtype=torch.float64).view(16, 6).sin(),
         extras={logp_at(factor): -action_logp.abs() / factor for factor in (0.5, 0.8, 1.0, 1.2)},
     )  # fmt: skip
     critic = None

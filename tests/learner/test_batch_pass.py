@@ -177,3 +177,17 @@ def test_stages_remember_what_is_learned_from_and_a_checkpoint_holds_it(episodes
     found = [each.batch_pass(columns, 2).rollouts.advantages for each in (learner, other)]
     assert torch.equal(*found)
     assert other.get_state()["memory"] == learner.get_state()["memory"]
+
+
+def test_the_gradient_by_the_head_is_the_mean_over_a_rows_tokens(episodes):
+    learner = make_learner(hot_config(micro_batch_tokens=80))
+    columns, module = learner.columns(episodes), learner.policy_module
+    found = model_columns(module, None, columns, {"head_gradient"})["head_gradient"]
+    sequences = from_columns(columns)
+    head = module.policy.get_output_embeddings().weight
+    with torch.no_grad():
+        logits = sequences.states(module.policy(sequences.input_ids).logits.float()) / 2.0
+        each = head[sequences.actions] - logits.softmax(-1) @ head
+        valid = torch.where(sequences.mask.unsqueeze(-1), each, 0.0)
+    expected = valid.sum(1) / sequences.mask.sum(1, keepdim=True)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ import time
 import pytest
 import torch
 
-from rllib_distrl.maths.lm_head import LogitMap, token_logps
+from rllib_distrl.maths.lm_head import LogitMap, score_by_hidden, token_logps
 
 
 def case(m=37, h=6, v=11, dtype=torch.float32, seed=0):
@@ -182,3 +182,13 @@ def test_refuses_a_temperature_of_zero():
     hidden, weight, _, targets = case()
     with pytest.raises(ValueError, match="temperature"):
         token_logps(hidden, weight, targets, temperature=0.0)
+
+
+@pytest.mark.parametrize("chunk", [1, 8, None])
+def test_the_score_by_hidden_is_the_gradient_of_logp_times_the_temperature(chunk):
+    hidden, weight, bias, targets = case(9, 5, 7, torch.float64)
+    logp, _ = token_logps(hidden, weight, targets, bias=bias, temperature=0.7)
+    (gradient,) = torch.autograd.grad(logp.sum(), hidden)
+    found = score_by_hidden(hidden, weight, targets, bias=bias, temperature=0.7, chunk=chunk)
+    torch.testing.assert_close(found, 0.7 * gradient)
+    assert not found.requires_grad

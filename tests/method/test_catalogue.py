@@ -5,8 +5,11 @@ import math
 import pytest
 import torch
 
+from rllib_distrl.maths.losses import budget_weights
+from rllib_distrl.maths.novelty import gradient_novelty
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import logp_at, resolve
+from tests.helpers import distrl_config
 
 MASK = torch.tensor([[True, True, True], [True, False, False], [True, True, False], [True] * 3])
 LOGP = torch.tensor([[-0.001, -1.0, -0.005], [-2.0, 0, 0], [-0.1, -0.3, 0], [-0.2, -0.4, -0.6]])
@@ -144,3 +147,71 @@ def test_no_virtual_temperature_only_mixes_what_is_right_in():
     settings = {"name": "virtual_temp", "hot": 1.0, "cold": 1.0, "target": 9.0, "bound": 1.0}
     found = resolve("shaper", settings)(data, torch.where(MASK, 3.0, 0.0))
     torch.testing.assert_close(found, torch.where(MASK, 2.0, 0.0))  # α = ½ of 3 and of 1
+
+
+def test_gradients_that_point_elsewhere_gain():
+    # Three right ones, two of them alike, and a wrong one at right angles to all.
+    features = torch.tensor([[2.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [0.0, 3.0, 0.0], [0.0, 0.0, 1.0]])
+    data = batch([1.0, 1.0, 1.0, 0.0], head_gradient=features)
+    data.group = torch.zeros(4, dtype=torch.long)
+    found = resolve("reward", {"name": "gradient_novelty", "strength": 0.5})(data).sum(1)
+    # The two see each other with weight e/(2e + 1/e), which is what sets them below the others.
+    torch.testing.assert_close(found, torch.tensor([1.0, 1.0, 1.5, -0.5]))
+    off = resolve("reward", {"name": "gradient_novelty", "strength": 0.0})(data).sum(1)
+    assert off.tolist() == [1, 1, 1, -1]
+    small = resolve("reward", {"name": "gradient_novelty", "cap": 0.8})(data).sum(1)
+    torch.testing.assert_close(small, torch.tensor([0.8, 0.8, 0.8, -0.5]))
+
+
+def test_novelty_weighs_others_by_their_scores():
+    features = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]]).double()
+    scores = torch.tensor([1.0, -1.0, 0.5]).double()
+    found = gradient_novelty(features, scores, torch.tensor([3, 3, 3]))
+    others = [(1, 2), (0, 2), (0, 1)]
+    cos2 = {(0, 1): 0.5, (0, 2): 0.0, (1, 2): 0.5}
+    raw = []
+    for i, (j, k) in enumerate(others):
+        w = [math.exp(scores[j]), math.exp(scores[k])]
+        squares = [cos2[min(i, j), max(i, j)], cos2[min(i, k), max(i, k)]]
+        raw.append(1 - (w[0] * squares[0] + w[1] * squares[1]) / sum(w))
+    expected = [(x - min(raw)) / (max(raw) - min(raw)) for x in raw]
+    assert found.tolist() == pytest.approx(expected)
+    alone = gradient_novelty(features, scores, torch.tensor([1, 2, 3]))
+    assert alone.tolist() == [0, 0, 0]
+
+
+def test_the_worst_reward_is_the_one_that_counts():
+    parts = torch.tensor([[1.0, -0.5], [0.0, -0.5], [1.0, 0.4], [1.0, 0.0]])
+    data = batch([0.5, -0.5, 1.4, 1.0], reward_parts=parts)
+    found = resolve("reward", "max_min_groups")(data)
+    torch.testing.assert_close(found.sum(1), parts[:, 1])
+    assert data.metrics["max_min_choice"] == 1.0
+    data.reward_parts = parts - torch.tensor([2.0, 0.0])
+    torch.testing.assert_close(resolve("reward", "max_min_groups")(data).sum(1), parts[:, 0] - 2.0)
+    with pytest.raises(ValueError, match="there is none before it"):
+        distrl_config(reward_transforms=[{"name": "max_min_groups"}]).validate()
+
+
+def test_completions_at_the_limit_teach_nothing():
+    advantages = torch.where(MASK, 1.0, 0.0)
+    found = resolve("shaper", "truncation_mask")(batch([1.0, 0.0, 1.0, 0.0], width=3), advantages)
+    assert found.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 0], [0, 0, 0]]
+    longer = resolve("shaper", "truncation_mask")(batch([1.0, 0, 1, 0], width=4), advantages)
+    assert torch.equal(longer, advantages)
+
+
+def test_a_budget_of_tokens_takes_sequences_until_it_is_reached():
+    data = batch([0.0] * 4)  # 3, 1, 2 and 3 tokens
+    taken = {
+        tokens: (resolve("aggregation", {"name": "token_budget", "tokens": tokens})(data) * tokens)
+        .sum(1)
+        .tolist()
+        for tokens in (1, 3, 4, 5, 100)
+    }
+    assert taken == {
+        1: [3, 0, 0, 0], 3: [3, 0, 0, 0], 4: [3, 1, 0, 0], 5: [3, 1, 2, 0], 100: [3, 1, 2, 3],
+    }  # fmt: skip
+    whole = resolve("aggregation", {"name": "token_budget", "tokens": 9})(data)
+    assert torch.equal(whole, resolve("aggregation", "token_mean")(data))
+    of_two = budget_weights(MASK, 8, all_reduce=lambda x: 2 * x)
+    assert of_two.sum(1).tolist() == [3 / 8, 1 / 8, 0, 0]

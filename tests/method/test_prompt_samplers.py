@@ -158,3 +158,65 @@ def test_thompson_serves_what_is_open_and_tries_what_is_unknown():
     assert counts[:20].sum() == 0
     assert counts[20:30].min() > 50 and counts[30:].min() > 5
     assert len(set(rows(sampler.next(40)))) == 40
+
+
+def test_beta_counts_decay_towards_the_latest_visits():
+    sampler = make({"name": "beta_counts", "decay": 0.5, "prior": 2.0, "floor": 0.1}, 3)
+    sampler.update([result(1, correct=3, of=4)])
+    # a = 2/2 + 3, b = 2/2 + 1; then half of these, and 0 of 4.
+    v = 4 / 6
+    expected = [0.6, 0.1 + (v * (1 - v)) ** 0.5, 0.6]
+    np.testing.assert_allclose(sampler.weights, expected)
+    sampler.update([result(1, correct=0, of=4, visit=1)])
+    v = 2 / (2 + 1 + 4)
+    np.testing.assert_allclose(sampler.weights[1], 0.1 + (v * (1 - v)) ** 0.5)
+
+
+def test_beta_counts_draw_by_weight_and_no_row_twice_before_all_were_served():
+    sampler = make({"name": "beta_counts", "decay": 0.0, "floor": 0.1}, 4)
+    sampler.update([result(row, correct=4, of=4) for row in (0, 1)])  # weights .1 .1 .6 .6
+    counts = np.bincount([rows(sampler.next(1))[0] for _ in range(2_000)], minlength=4)
+    expected = 2_000 * np.array([0.1, 0.1, 0.6, 0.6]) / 1.4
+    assert (np.abs(counts - expected) < 4 * np.sqrt(expected)).all()
+    assert sorted(rows(sampler.next(4))) == [0, 1, 2, 3]
+    assert np.bincount(rows(sampler.next(9))).min() == 2
+    with pytest.raises(ValueError, match="floor=0"):
+        make({"name": "beta_counts", "floor": 0.0}, 4)
+
+
+def graded(row, *returns):
+    return PromptResult(PromptRequest(row, 0), returns, ("graded",) * len(returns))
+
+
+def test_the_share_of_a_source_is_by_its_advantages_and_how_often_it_was_tried():
+    sampler = make({"name": "ucb_source", "sources": [2, 3], "window": 4, "temperature": 0.5}, 5)
+    np.testing.assert_allclose(sampler.shares, [0.5, 0.5])
+    sampler.update([graded(1, 1.0, 0.0), graded(4, 1.0, 1.0, 1.0, 1.0)])
+    # |A| of the first: ½ over the sample std √½; of the second 0. 2 and 4 completions of 6.
+    gain = 0.5 / (0.5**0.5 + 1e-6)
+    scores = [gain + (2 * np.log(7) / 3) ** 0.5, (2 * np.log(7) / 5) ** 0.5]
+    raised = np.exp(np.array(scores) / 0.5)
+    np.testing.assert_allclose(sampler.shares, raised / raised.sum())
+    sampler.update([graded(0, 1.0, 1.0, 1.0, 1.0)])  # the last four count: none of the gain
+    scores = [(2 * np.log(11) / 7) ** 0.5, (2 * np.log(11) / 5) ** 0.5]
+    raised = np.exp(np.array(scores) / 0.5)
+    np.testing.assert_allclose(sampler.shares, raised / raised.sum())
+
+
+def test_sources_are_served_by_their_shares_each_without_replacement():
+    sampler = make({"name": "ucb_source", "sources": [4, 2], "temperature": 10.0}, 6)
+    served = rows(sampler.next(600))
+    counts = np.bincount(served, minlength=6)
+    assert abs(counts[:4].sum() - 300) < 4 * 600**0.5 / 2
+    assert np.ptp(counts[:4]) <= 1 and np.ptp(counts[4:]) <= 1
+
+
+@pytest.mark.parametrize("sources", [[3, 3], [2, 2], 9])
+def test_sources_that_are_not_the_tasks_rows_are_refused(sources):
+    sampler = make({"name": "ucb_source", "sources": sources}, 5)
+    with pytest.raises(ValueError, match=r"the task serves 5 rows"):
+        sampler.next(1)
+    with pytest.raises(ValueError, match="two or more sources"):
+        make({"name": "ucb_source", "sources": [5]}, 5)
+    with pytest.raises(ValueError, match="has 2 sources, and there are 3 now"):
+        make({"name": "ucb_source", "sources": 3}, 5).set_state(make("ucb_source", 5).get_state())

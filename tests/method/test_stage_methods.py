@@ -44,6 +44,8 @@ def batch(filler=0.0, dtype=torch.float64):
         width=5,
         generator=torch.Generator().manual_seed(9),
         prompt=10 * GROUP,
+        head_gradient=torch.randn(8, 7, generator=g, dtype=dtype),
+        reward_parts=torch.randn(8, 2, generator=g, dtype=dtype),
         extras={logp_at(factor): column() for factor in LOGPS_AT},
     )
 

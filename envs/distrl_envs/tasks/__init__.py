@@ -15,6 +15,7 @@ TASKS = {
     "blackjack": "distrl_envs.tasks.blackjack:BlackjackTask",
     "mastermind": "distrl_envs.tasks.mastermind:MastermindTask",
     "countdown_check": "distrl_envs.tasks.countdown_check:CountdownCheckTask",
+    "json_record": "distrl_envs.tasks.json_record:JsonRecordTask",
 }
 """Names of tasks that make their problems up to `module:class`, imported when asked for."""
 
