@@ -370,8 +370,14 @@ def _check_controllers(config: Any) -> None:
     for setting in moved:
         if moved.count(setting) > 1:
             raise ValueError(f"Two controllers move {setting}. Keep one of them.")
-        if getattr(config, setting):
+        loss = Method.from_config(config).policy_loss
+        if getattr(config, setting) != getattr(type(config)(), setting) or setting in loss.given:
             raise ValueError(
-                f"{setting} is {getattr(config, setting)}, but a controller moves it. "
+                f"{setting} is set, but a controller moves it. "
                 f"Remove {setting}; the controller's own settings say where it starts."
+            )
+        if setting != "entropy_coeff" and setting not in loss.method.settings():
+            raise ValueError(
+                f"A controller moves {setting}, which policy_loss {loss.name!r} does not have. "
+                "Choose one that has it, such as 'clip', or leave the controller out."
             )

@@ -120,7 +120,7 @@ class Objective:
         if module.has_critic:
             outputs = module.value_outputs(batch, fwd_out[Columns.EMBEDDINGS])
             value_losses = critic_loss(self.method.head, outputs, rollouts)
-        policy_loss = self._policy_loss(logp, rollouts)
+        policy_loss = self._policy_loss(logp, rollouts, step.coefficients)
         weights, whole_groups = batch[WEIGHTS], self.method.keeps_groups_whole
         penalty = self.method.regularisation(logp, rollouts)
         losses = distrl_losses(
@@ -148,12 +148,14 @@ class Objective:
             step.logps.append((logp.detach()[mask], sampler_logp[mask]))
         return losses.total
 
-    def _policy_loss(self, logp: Tensor, rollouts: SequenceBatch) -> Tensor:
+    def _policy_loss(
+        self, logp: Tensor, rollouts: SequenceBatch, coefficients: Mapping[str, float]
+    ) -> Tensor:
         """(B, T); of a loss on whole groups what `linearise` has left of it."""
         if self.method.keeps_groups_whole:
             gradient, value = rollouts.column(GROUP_GRADIENT), rollouts.column(GROUP_LOSS)
             return gradient * (logp - logp.detach()) + value
-        policy_loss = self.method.policy_loss(logp, rollouts)
+        policy_loss = self.method.policy_loss.moved(coefficients)(logp, rollouts)
         if IMPORTANCE_WEIGHTS in rollouts.extras:
             policy_loss = policy_loss * rollouts.extras[IMPORTANCE_WEIGHTS]
         return policy_loss

@@ -1,5 +1,7 @@
 """Around a policy loss: regularisers, aggregations, importance corrections, and controllers."""
 
+import inspect
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from rllib_distrl.maths.weighted_losses import differentiable_kl
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import Stage, register
-from rllib_distrl.settings import Count
+from rllib_distrl.settings import Count, NotNegative, Positive, Share
 
 
 def _check_kl(*, coeff: float, estimator: str) -> None:
@@ -136,6 +138,66 @@ class AdaptiveEntropy:
         self._coeff = state["coeff"]
 
 
+@register("controller", "adaptive_clip", needs=("entropy",))
+class AdaptiveClip:
+    """ε = clip(ε₀ (1 + a tanh H − b plateau), low, high): wide where unsure, narrow once it rests.
+
+    H is the batch's mean entropy in nats; plateau is 1 where the mean return of the last `window`
+    iterations is not above that of as many before by `gain`, else 0. After PPO-BR (arXiv
+    2505.17714); what H is measured in, the plateau and its numbers are our choice.
+
+    Attributes:
+        setting: What it moves.
+    """
+
+    setting = "clip_param"
+
+    def __init__(
+        self,
+        *,
+        start: Positive = 0.2,
+        widen: NotNegative = 0.5,
+        narrow: Share = 0.3,
+        low: Positive = 0.1,
+        high: Positive = 0.4,
+        window: Count = 5,
+        gain: float = 0.0,
+    ):
+        if not low <= start <= high:
+            raise ValueError(
+                f"adaptive_clip needs low <= start <= high, got low={low}, start={start}, "
+                f"high={high}"
+            )
+        self._start, self._widen, self._narrow = start, widen, narrow
+        self._low, self._high, self._window, self._gain = low, high, window, gain
+        self._returns: list[float] = []
+
+    def update(self, entropy: float, mean_return: float) -> float:
+        """Takes what precedes an update and gives the half width to use in it.
+
+        Args:
+            entropy: Mean token entropy of the iteration's batch, in nats.
+            mean_return: Of its completions, after the reward transforms.
+
+        Returns:
+            `clip_param`.
+        """
+        self._returns = [*self._returns, mean_return][-2 * self._window :]
+        before, last = self._returns[: self._window], self._returns[self._window :]
+        full = len(last) == self._window
+        plateau = full and sum(last) - sum(before) <= self._gain * self._window
+        width = self._start * (1.0 + self._widen * math.tanh(entropy) - self._narrow * plateau)
+        return min(max(width, self._low), self._high)
+
+    def get_state(self) -> dict[str, list[float]]:
+        """What a checkpoint must hold."""
+        return {"returns": list(self._returns)}
+
+    def set_state(self, state: dict[str, list[float]]) -> None:
+        """Restores `get_state()`'s result."""
+        self._returns = list(state["returns"])
+
+
 class Controllers:
     """The controllers of a method at work; each moves one setting of `[training]`."""
 
@@ -162,7 +224,12 @@ class Controllers:
         for stage in self._stages:
             stage.prepare(batch)
         entropy = float(masked_mean(batch.column("entropy"), batch.loss_mask, batch.all_reduce))
-        return {each.setting: each.update(entropy) for each in self._controllers.values()}
+        rows = torch.ones_like(batch.returns, dtype=torch.bool)
+        told = entropy, float(masked_mean(batch.returns, rows, batch.all_reduce))
+        return {
+            each.setting: each.update(*told[: len(inspect.signature(each.update).parameters)])
+            for each in self._controllers.values()
+        }
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint must hold, by name."""

@@ -19,7 +19,9 @@ What the function is given and returns, by kind; `batch` is a `SequenceBatch` of
     bonus_statistic        (batch) to (B, T): how uncertain a state is
     aggregation            (batch, a minibatch) to weights (B, T) of its tokens
     importance_correction  (learner's logp, batch) to weights (B, T) of the policy's loss
-    controller             a class: `setting`, `update(entropy)`, `get_state`, `set_state`
+    controller             a class: `setting` (entropy_coeff, or one of the policy loss's),
+                           `update(entropy)` or `update(entropy, mean_return)`, `get_state`,
+                           `set_state`
     prompt_sampler         a class: see `PromptSampler`
 
 A setting that bears the name of one of `[training]` (`gamma`, `clip_param`) is that one: it is
@@ -32,7 +34,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from pydantic import create_model
@@ -139,6 +141,11 @@ class Stage:
     def __call__(self, *data: Any) -> Any:
         """Runs the method (or builds it, where it is a class)."""
         return self.method.function(*data, **self.params)
+
+    def moved(self, values: Mapping[str, Any]) -> "Stage":
+        """The stage with those of its settings that controllers have moved."""
+        own = {name: values[name] for name in values.keys() & self.method.settings().keys()}
+        return replace(self, params={**self.params, **own}) if own else self
 
     def check_fits(self, config: Any) -> None:
         """Refuses other settings of `[training]` with which the method makes no sense.

@@ -191,3 +191,22 @@ def test_the_gradient_by_the_head_is_the_mean_over_a_rows_tokens(episodes):
         valid = torch.where(sequences.mask.unsqueeze(-1), each, 0.0)
     expected = valid.sum(1) / sequences.mask.sum(1, keepdim=True)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_clip_that_a_controller_moves_is_the_one_of_the_step(episodes):
+    """Several epochs, so that ratios leave a band of 1e-6 around 1 and lose their gradient."""
+    found = {}
+    for width in (1e-6, 0.4):
+        bounds = {"start": width, "low": width, "high": width}
+        learner = make_learner(
+            hot_config(critic="none", bonus_coeff=0.0, advantage={"name": "reinforce_pp"},
+                       controllers=[{"name": "adaptive_clip", **bounds}])
+        )  # fmt: skip
+        before = {n: p.detach().clone() for n, p in learner.policy_module.named_parameters()}
+        metrics = learner.update(
+            episodes=episodes, timesteps={"training_iteration": 1}, num_epochs=4
+        )["default_policy"]
+        assert metrics["clip_param"].peek() == pytest.approx(width)
+        after = dict(learner.policy_module.named_parameters())
+        found[width] = sum(float((after[n].detach() - before[n]).square().sum()) for n in before)
+    assert found[1e-6] != found[0.4]

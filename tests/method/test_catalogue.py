@@ -215,3 +215,41 @@ def test_a_budget_of_tokens_takes_sequences_until_it_is_reached():
     assert torch.equal(whole, resolve("aggregation", "token_mean")(data))
     of_two = budget_weights(MASK, 8, all_reduce=lambda x: 2 * x)
     assert of_two.sum(1).tolist() == [3 / 8, 1 / 8, 0, 0]
+
+
+def test_the_clip_widens_with_entropy_and_narrows_where_returns_rest():
+    settings = {"name": "adaptive_clip", "start": 0.2, "window": 2, "high": 0.27}
+    first = resolve("controller", settings)()
+    assert first.update(0.0, 0.0) == pytest.approx(0.2)
+    assert first.update(0.5, 0.125) == pytest.approx(0.2 * (1 + 0.5 * math.tanh(0.5)))
+    assert first.update(9.0, 0.25) == 0.27  # the bound
+    assert first.update(0.0, 0.5) == pytest.approx(0.2)  # .25 + .5 is above 0 + .125
+    second = resolve("controller", settings)()
+    second.set_state(first.get_state())
+    for each in (first, second):
+        assert each.update(0.0, 0.0) == pytest.approx(0.2)  # .5 + 0 is above .125 + .25
+        assert each.update(0.0, 0.125) == pytest.approx(0.2 * 0.7)  # 0 + .125, .25 + .5 before
+    assert resolve("controller", {**settings, "low": 0.15})().update(0.0, 0.0) == 0.2
+    with pytest.raises(ValueError, match="low <= start <= high"):
+        resolve("controller", {"name": "adaptive_clip", "start": 0.5})()
+
+
+def test_a_moved_setting_is_the_losses_own():
+    data = batch([1.0, 0.0, 0.0, 0.0], advantages=torch.where(MASK, 1.0, 0.0))
+    stage = resolve("policy_loss", "clip").moved({"clip_param": 0.3, "entropy_coeff": 0.1})
+    narrow = resolve("policy_loss", {"name": "clip", "clip_param": 0.3})
+    assert torch.equal(stage(LOGP + 1.0, data), narrow(LOGP + 1.0, data))
+    assert not torch.equal(stage(LOGP + 1.0, data), resolve("policy_loss", "clip")(LOGP + 1, data))
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"clip_param": 0.3}, "clip_param is set, but a controller moves it"),
+        ({"policy_loss": {"name": "clip", "clip_param": 0.2}}, "but a controller moves it"),
+        ({"policy_loss": {"name": "kl_cov"}}, "which policy_loss 'kl_cov' does not have"),
+    ],
+)
+def test_a_controller_of_what_nothing_reads_is_refused(training, words):
+    with pytest.raises(ValueError, match=words):
+        distrl_config(controllers=[{"name": "adaptive_clip"}], **training).validate()
