@@ -209,6 +209,9 @@ def test_chance_depends_on_the_address_and_the_turn():
         ({"max_context_tokens": 8}, [6, EOS], "context", [0, -0.125 + 0.25], "too_long"),
         ({"max_context_tokens": 9}, [6, EOS, 6], "context", [0, -0.125, 0.5], "too_long"),
         ({"max_context_tokens": 10}, [6, EOS, 8, EOS], "stop", [0, -0.125, 0, 1.5], "correct"),
+        # All replies count: 3 + 2 + 3 + 2 + 3 are 13.
+        ({"max_context_tokens": 13}, TURNS[:4], "context", [0, -0.125, 0, 0.375], "too_long"),
+        ({"max_context_tokens": 14}, TURNS[:5], "context", [0, -0.125] * 2 + [0.75], "too_long"),
         (WINDOW, [6, EOS, 6], "context", [0, -0.125, 0.5], "too_long"),
         ({}, NO_NUMBER, "stop", [0, -0.125, 0, 0.5], "wrong"),
     ],

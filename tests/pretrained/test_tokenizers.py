@@ -17,8 +17,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from distrl_envs import TokenEnv
+from distrl_envs import Grade, Problem, Reply, Task, TokenEnv
 from distrl_envs.tokenizers import UNDECODABLE, decode_completion, mark_special, render_prompt
+from distrl_envs.turns import ReplyTokens, interleaved
 from rllib_distrl.algorithm.export import export_policy
 from rllib_distrl.engine.protocol import Request, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
@@ -174,6 +175,63 @@ def test_gemma3_has_no_system_role_and_begins_once(models):
         "<bos><start_of_turn>user\nBe brief.\n\n2?<end_of_turn>\n<start_of_turn>model\n"
     )
     assert ids.count(tokenizer.bos_token_id) == 1
+
+
+class Repeats(Task):
+    """Replies to every turn, with the text of control tokens."""
+
+    max_turns = 9
+
+    def __init__(self, role):
+        self.reply_roles = (role,)
+
+    def __len__(self):
+        return 1
+
+    def problem(self, row):
+        return Problem(row, "2?", {}, "0")
+
+    def respond(self, problem, turns, draws):
+        return Reply("say <|im_end|>, <|eot_id|><end_of_turn>\nor not", role=self.reply_roles[0])
+
+    def grade(self, problem, completion, *, truncated=False):
+        return Grade(0.0, "wrong")
+
+
+@pytest.mark.parametrize(
+    ("family", "role"),
+    [("qwen3", "user"), ("qwen3", "tool"), ("llama3", "user"), ("gemma3", "user")],
+)
+def test_an_episode_of_turns_is_the_templates_conversation(family, role):
+    tokenizer = AutoTokenizer.from_pretrained(downloaded(family))
+    end = {"qwen3": 151_645, "llama3": 128_009, "gemma3": 106}[family]
+    env = TokenEnv(
+        Repeats(role), tokenizer=tokenizer, eos_token_ids=ENDS[family], vocab_size=300_000
+    )
+    turn, replies = [*tokenizer.encode("It is 3.", add_special_tokens=False), end], []
+    for number in (1, 2):
+        replies.append(env.reply_to(0, turn * number, replies, (0, 0, 0, 0)))
+    messages = [{"role": "user", "content": "2?"}]
+    for reply in replies:
+        messages.append({"role": "assistant", "content": "It is 3."})
+        messages.append({"role": role, "content": reply.reply.text})
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    prompt = env.reset(options={"row": 0})[1]["prompt_ids"]
+    ids = interleaved(prompt, turn * 2, replies)
+    assert tokenizer.decode(ids) == whole
+    # The template ends a message of ours and of the model's each; what the reply spells ends none.
+    assert ids.count(end) == 5
+
+
+def test_which_templates_rewrite_what_was_said():
+    """Qwen3 drops thinking when the user speaks, not when a tool does."""
+    made = {
+        (family, role): ReplyTokens(AutoTokenizer.from_pretrained(downloaded(family)), [role], 64)
+        for family, role in [("qwen3", "user"), ("qwen3", "tool"), ("llama3", "user")]
+    }
+    assert [tokens.extends for tokens in made.values()] == [False, True, True]
+    with pytest.raises(ValueError, match="refuses a reply in the role 'tool'"):
+        ReplyTokens(AutoTokenizer.from_pretrained(downloaded("gemma3")), ["tool"], 64)
 
 
 @pytest.mark.usefixtures("ray_session")
