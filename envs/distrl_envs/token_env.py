@@ -220,9 +220,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._dense = self.task.has_step_reward
         self._prompt_ids: list[int] = []
         self._completion: list[int] = []
-        self._turn: list[int] = []  # what was sampled since the last reply
+        self._start = 0  # where the turn begins,
+        self._end = self.max_completion_tokens  # and where it ends if nothing else ends it
+        self._turns: list[Turn] = []
         self._replies: list[EnvReply] = []
-        self._replied = 0  # tokens of the replies
         self._known: Sequence[EnvReply] | None = None  # replies that were given beforehand
         self._address: Sequence[int] | None = None  # of what the task replies by chance
         self._problem: Problem | None = None  # None unless an episode is under way
@@ -271,52 +272,47 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             token = -1
         if self._problem is None or not 0 <= token < self.vocab_size:
             self._refuse(action)
-        if self.has_turns:
-            return self._step_in_turns(token)
         completion = self._completion
         completion.append(token)
         observation = token if self.obs_mode == "token" else self._observe([token])
         reward = self._step_reward(completion) if self._dense else 0.0
-        stopped = self.ends_turn(completion)
-        if stopped or len(completion) >= self.max_completion_tokens:
-            score, info = self._finish("stop" if stopped else "length")
-            return observation, reward + score, True, False, info
-        return observation, reward, False, False, {}
+        stopped = self.ends_turn(completion, self._start)
+        if not stopped and len(completion) < self._end:
+            return observation, reward, False, False, {}
+        if self.has_turns:
+            return self._end_turn(token, stopped, reward)
+        text = self._text(completion) if self._verdict is None else ""
+        score, info = self._finish("stop" if stopped else "length", text)
+        return observation, reward + score, True, False, info
 
     def _reset_turns(self, known: Sequence[EnvReply] | None, address: Sequence[int] | None) -> None:
-        self._turn, self._replies, self._replied = [], [], 0
-        self._known, self._address = known, address
+        self._turns, self._replies, self._known, self._address = [], [], known, address
+        self._start, self._end = 0, self.room(len(self._prompt_ids), 0)
 
-    def _step_in_turns(self, token: int) -> tuple[Observation, float, bool, bool, Info]:
-        """`step` in a task that replies."""
-        completion = self._completion
-        completion.append(token)
-        self._turn.append(token)
-        reward = self._step_reward(completion) if self._dense else 0.0
-        made = self._next_reply() if (ended := self.ends_turn(self._turn)) else None
+    def _end_turn(
+        self, token: int, ended: bool, reward: float
+    ) -> tuple[Observation, float, bool, bool, Info]:
+        """What a step returns after which no token of the same turn may follow."""
+        completion, replies = self._completion, self._replies
+        self._turns.append(Turn(self._text(completion[self._start :])))
+        made = self._next_reply() if ended else None
+        info: Info = {}
         if made is not None:
             reward += made.reply.reward
-            self._replies.append(made)
+            replies.append(made)
+            self._turns[-1] = replace(self._turns[-1], reply=made.reply)
+            info = {"reply": made.reply}
             if made.finish is None:
-                self._replied += len(made.ids)
-                self._turn = []
-                info = {
-                    "reply_ids": list(made.ids),
-                    "reply_tokens": len(made.ids),
-                    "reply": made.reply,
-                    "turn": len(self._replies),
-                }
+                at = self._start = len(completion)
+                self._end = at + self.room(len(self._prompt_ids), at, replies)
+                info["reply_ids"] = list(made.ids)
+                info["reply_tokens"] = len(made.ids)
+                info["turn"] = len(replies)
                 return self._observe([token, *made.ids]), reward, False, False, info
-        if not ended and self._room(len(self._prompt_ids), len(completion), self._replied):
-            return self._observe([token]), reward, False, False, {}
-        observation = self._observe([token])
-        finish = self._finish_reason(completion, self._replies)
-        turns = self.turns_of(completion, self._replies)
-        score, info = self._finish(finish)
-        info["turns"] = turns
-        if made is not None:
-            info["reply"] = made.reply
-        return observation, reward + score, True, False, info
+        turns = self._turns
+        score, last = self._finish(self._finish_reason(completion, replies), turns)
+        info.update(last, turns=turns)
+        return self._observe([token]), reward + score, True, False, info
 
     def _next_reply(self) -> EnvReply | None:
         """What is replied to the turn that has ended: as it is known, or as the task says."""
@@ -335,9 +331,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         assert problem is not None
         if self._address is None:
             self._address = (int(self.np_random.integers(2**62)), problem.row, 0, 0)
-        return self._reply(
-            problem, self._prompt_ids, self._completion, self._replies, self._address
-        )
+        episode = self._prompt_ids, self._completion, self._replies
+        return self._reply(problem, self._turns, *episode, self._address)
 
     def reply_to(
         self,
@@ -365,26 +360,28 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             TaskError: If the task fails, or returns what is no reply.
         """
         problem, prompt = self._served(row)
-        turn = completion[replies[-1].at if replies else 0 :]
-        if not turn or not self.ends_turn(turn):
+        start = replies[-1].at if replies else 0
+        if len(completion) <= start or not self.ends_turn(completion, start):
             raise ValueError(
                 f"The model's turn {len(replies) + 1} of row {row} has not ended: a reply comes "
                 "after an EOS token or a stop string."
             )
         if not self.has_turns:
             return None
-        return self._reply(problem, prompt, completion, replies, address)
+        turns = self.turns_of(completion, replies)
+        return self._reply(problem, turns, prompt, completion, replies, address)
 
     def _reply(
         self,
         problem: Problem,
+        turns: Sequence[Turn],
         prompt: Sequence[int],
         completion: Sequence[int],
         replies: Sequence[EnvReply],
         address: Sequence[int],
     ) -> EnvReply | None:
-        turns, at = self.turns_of(completion, replies), len(completion)
-        reply = asked(self.task, problem, turns, address)
+        at = len(completion)
+        reply = asked(self.task, problem, list(turns), address)
         if reply is None:
             return None
         if reply.over:
@@ -418,10 +415,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             replies: What was replied so far.
         """
         sampled = completion if isinstance(completion, int) else len(completion)
-        return self._room(prompt_length, sampled, sum(len(reply.ids) for reply in replies))
-
-    def _room(self, prompt: int, sampled: int, replied: int) -> int:
-        left = self.max_context_tokens - prompt - sampled - replied
+        taken = prompt_length + sampled + sum(len(reply.ids) for reply in replies)
+        left = self.max_context_tokens - taken
         return max(0, min(self.max_completion_tokens - sampled, left))
 
     def turns_of(self, completion: Sequence[int], replies: Sequence[EnvReply]) -> list[Turn]:
@@ -443,8 +438,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         """Why an episode is over."""
         if replies and replies[-1].finish is not None:
             return replies[-1].finish
-        turn = completion[replies[-1].at if replies else 0 :]
-        if turn and self.ends_turn(turn):
+        start = replies[-1].at if replies else 0
+        if len(completion) > start and self.ends_turn(completion, start):
             return "stop"
         return "length" if len(completion) >= self.max_completion_tokens else "context"
 
@@ -632,16 +627,17 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             return int(options["row"])
         return int(self.np_random.integers(len(self.task)))
 
-    def _finish(self, reason: str) -> tuple[float, Info]:
+    def _finish(self, reason: str, said: str | Sequence[Turn]) -> tuple[float, Info]:
+        """Score and info of an episode, whose text or turns are graded unless they are already."""
         assert self._problem is not None
         if self._verdict is None:
-            if self.has_turns:
-                episode = [self._problem], [self._completion], [self._replies]
-                [self._verdict] = self._grade_turns(*episode)
+            cut = [reason != "stop"]
+            if isinstance(said, str):
+                grades = grades_of(self.task, [self._problem], [said], cut)
+                self._verdict = Verdict(said, grades[0])
             else:
-                text = self._text(self._completion)
-                grades = grades_of(self.task, [self._problem], [text], [reason != "stop"])
-                self._verdict = Verdict(text, grades[0])
+                grades = grades_of_turns(self.task, [self._problem], [said], cut)
+                self._verdict = Verdict(transcript(said), grades[0])
         self._problem = None
         info = {
             "finish_reason": reason,
@@ -658,11 +654,11 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         lengths = range(1, len(ids) + 1)
         return next((n for n in lengths if self.ends_turn(ids[:n])), len(ids))
 
-    def ends_turn(self, completion: Sequence[int]) -> bool:
-        """Whether the last token ends what the model says, which did not end before."""
-        return completion[-1] in self.eos_token_ids or ends_with_stop(
-            self.tokenizer, completion, self.stop
-        )
+    def ends_turn(self, completion: Sequence[int], start: int = 0) -> bool:
+        """Whether the last token ends the turn that begins at `start`, which did not end before."""
+        if completion[-1] in self.eos_token_ids:
+            return True
+        return bool(self.stop) and ends_with_stop(self.tokenizer, completion, self.stop, start)
 
     def _text(self, completion: Sequence[int]) -> str:
         return decode_completion(self.tokenizer, completion, self.eos_token_ids)

@@ -331,7 +331,7 @@ def check_chat_template_kwargs(
 
 
 def ends_with_stop(
-    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str]
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], stop: Sequence[str], start: int = 0
 ) -> bool:
     """Whether the last token of a completion completes one of the stop strings.
 
@@ -339,12 +339,13 @@ def ends_with_stop(
         tokenizer: What decodes.
         ids: The completion so far; no stop string stands in it before its last token.
         stop: The strings.
+        start: Where the turn begins whose end is looked for.
     """
     if not stop or not ids:
         return False
     # A token has at least a byte, so that a stop string lies in as many tokens as it has bytes.
     longest = max(len(string.encode()) for string in stop) + 1
-    text = decode_completion(tokenizer, ids[-longest:], ())
+    text = decode_completion(tokenizer, ids[max(start, len(ids) - longest) :], ())
     return any(string in text for string in stop)
 
 
