@@ -20,7 +20,7 @@ import transformers
 
 from benchmarks.run import ROOT, git, machine
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.cli.estimates import learner_memory, model_shape, size
+from rllib_distrl.algorithm.estimates import learner_memory, model_shape, size
 from rllib_distrl.experiments.pages import renew_table
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.model.lora import count_adapter_parameters

@@ -38,6 +38,7 @@ MODULES = {
     "algorithms.sampling": "rollout.groups",
     "algorithms.validation_clock": "rllib_traps",
     "checkpoints": "runs.checkpoints",
+    "cli.estimates": "algorithm.estimates",
     "cli.critic": "cli.checkpoints",
     "cli.disk": "cli.checks",
     "cli.eval_data": "cli.eval",

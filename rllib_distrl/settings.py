@@ -42,6 +42,9 @@ Choice = str | dict[str, Any]
 Schedule = list[list[float]]
 """RLlib's: [[env step, value], ...], linear between them."""
 
+MOST_MICRO_BATCH_TOKENS = 16_384
+"""``micro_batch_tokens`` where memory allows (our choice)."""
+
 _NO_VLLM = (
     "rollout.engine is 'vllm', but vLLM is not installed here. On a machine with a GPU: "
     "pip install 'rllib-distrl[vllm]'. On CPU it needs an environment of its own: see "
@@ -170,16 +173,19 @@ def _must_be(annotation: Any, field: Any, error: Mapping[str, Any]) -> str:
     choices = literal_choices(annotation)
     if choices and error["type"] == "literal_error":
         return _not_among(error["input"], choices)
-    words = in_words(toml_types(annotation) or frozenset({type(error["input"])}))
+    kinds = toml_types(annotation) or frozenset({type(error["input"])})
+    words = in_words(kinds - {str} if choices else kinds)
     if error["type"] == "finite_number":
         words = "a finite number"
     bounds = _bounds(field.metadata or _inner_metadata(annotation))
     if isinstance(error["input"], str) and dict in (toml_types(annotation) or ()):
         words += f" such as {{name = {error['input']!r}}}"
-    none = ", or left out" if type(None) in typing.get_args(annotation) else ""
+    others = list(map(repr, choices))
+    others += ["left out"] if type(None) in typing.get_args(annotation) else []
+    or_else = f", or {' or '.join(others)}" if others else ""
     if error["type"].startswith(("greater", "less")):
         words = ""
-    return "it must be " + " ".join(filter(None, (words, bounds))) + f"{none}."
+    return "it must be " + " ".join(filter(None, (words, bounds))) + f"{or_else}."
 
 
 def _inner_metadata(annotation: Any) -> list[Any]:
@@ -524,6 +530,11 @@ class SweepSettings(Settings):
     """Iterations between the changes of "pbt"."""
 
 
+def micro_batch_budget(micro_batch_tokens: int | str) -> int:
+    """Tokens; of a configuration that was not validated, in which ``auto`` stands yet, the most."""
+    return MOST_MICRO_BATCH_TOKENS if micro_batch_tokens == "auto" else int(micro_batch_tokens)
+
+
 class TrainingSettings(Settings):
     """`[training]`: the method, beside what RLlib's own ``training`` takes.
 
@@ -557,8 +568,10 @@ class TrainingSettings(Settings):
     weights, top-p, top-k): importance weights or none."""
     importance_bound: Annotated[FiniteFloat, Field(gt=1)] = 2.0
     """C: weights are cut at C, or masked outside of [1/C, C]."""
-    micro_batch_tokens: Count = 16_384
-    """Token places in one forward and backward pass, attention's padding included."""
+    micro_batch_tokens: Count | Literal["auto"] = "auto"
+    """Token places in one forward and backward pass, attention's padding included. ``auto``: 16,384
+    where memory allows by the estimate of ``distrl explain``, or else as many as it allows, but at
+    least the longest sequence."""
     max_sampling_rounds: Count = 1
     """Above 1, groups whose returns are all equal are sampled anew with other prompts, in so many
     rounds at most (DAPO's dynamic sampling). A critic then learns the law of those that are kept,

@@ -12,6 +12,11 @@ from rllib_distrl.settings import EvalSettings, RunSettings, Settings, TrainingS
 from tests.helpers import distrl_config
 
 REFUSED = [
+    (
+        TrainingSettings,
+        {"micro_batch_tokens": "most"},
+        "training.micro_batch_tokens is 'most'; it must be an integer >= 1, or 'auto'.",
+    ),
     (RunSettings, {"iterations": 0}, "run.iterations is 0; it must be >= 1."),
     (RunSettings, {"iterations": 1.5}, "run.iterations is 1.5; it must be an integer >= 1."),
     (RunSettings, {"iterations": "8"}, "run.iterations is '8'; it must be an integer >= 1."),

@@ -37,6 +37,7 @@ from ray.rllib.utils.metrics import (
 from rllib_distrl.algorithm.batches import Batches
 from rllib_distrl.algorithm.cluster import check_cluster, why_no_runner_starts
 from rllib_distrl.algorithm.critic_pretraining import pretrain
+from rllib_distrl.algorithm.estimates import largest_micro_batch
 from rllib_distrl.algorithm.export import export_policy
 from rllib_distrl.algorithm.restoring import (
     SETTINGS,
@@ -218,7 +219,8 @@ class DistRLConfig(AlgorithmConfig):
     def validate(self) -> None:
         """Checks everything that can be checked before anything starts.
 
-        Without a seed one is drawn here, so that every process has the same.
+        Without a seed one is drawn here, so that every process has the same, and a number takes
+        the place of ``micro_batch_tokens = "auto"``.
 
         Raises:
             ValueError: with what was got, what is allowed and what to do.
@@ -232,6 +234,8 @@ class DistRLConfig(AlgorithmConfig):
             self.seed = secrets.randbelow(2**31)
         settings = env_settings(self.model_config["model"], self.rollout_settings, "token")
         set_env_settings(self, settings)
+        if self.micro_batch_tokens == "auto":
+            self.micro_batch_tokens = largest_micro_batch(self)
 
 
 class DistRL(Algorithm):

@@ -258,9 +258,10 @@ def _check_batches(config: Any) -> None:
             f"{rollout.num_generations} completions / {learners} learner(s)). "
             "minibatch_size counts sequences; leave it out for one minibatch."
         )
-    if config.micro_batch_tokens <= rollout.max_completion_tokens:
+    budget = config.micro_batch_tokens
+    if budget != "auto" and budget <= rollout.max_completion_tokens:
         raise ValueError(
-            f"micro_batch_tokens={config.micro_batch_tokens} cannot hold one sequence: a "
+            f"micro_batch_tokens={budget} cannot hold one sequence: a "
             f"completion alone may have {rollout.max_completion_tokens} tokens. Raise it."
         )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rllib_distrl.cli.estimates import size
+from rllib_distrl.algorithm.estimates import size
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import TrainingStopped, list_checkpoints
 from rllib_distrl.runs.folder import RunFolder

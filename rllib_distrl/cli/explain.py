@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +11,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from rllib_distrl.cli.checks import check_problems
-from rllib_distrl.cli.estimates import (
+from rllib_distrl.algorithm.estimates import (
+    UNKNOWN_PROMPT,
     ModelShape,
+    Needs,
+    Room,
     Updates,
     count_updates,
-    learner_memory,
-    machine_memory,
-    runner_memory,
+    longest_prompt,
     shape_of,
     size,
     too_large,
 )
+from rllib_distrl.cli.checks import check_problems
 from rllib_distrl.cli.ray_session import silence_libraries
 from rllib_distrl.recipe import Recipe, load_recipe
 
 _PROMPTS_MEASURED = 64
-_UNKNOWN_PROMPT = 8_192  # tokens of a prompt that is longer than most
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,16 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     console = Console()
     for line in check_problems(recipe, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-    console.print(_iteration_table(recipe, updates, prompts))
-    learner, runner = _memory(recipe, config, updates, prompts.limit, shape)
-    console.print(_memory_table(recipe, config, shape, learner, runner))
-    memory = machine_memory()
-    problem = None if on_a_cluster() else too_large(learner, runner, config, memory)
-    console.print(f"[bold red]{problem}[/]" if problem else f"This machine has {size(memory)}.")
+    console.print(_iteration_table(recipe, config, updates, prompts))
+    longest = prompts.limit + recipe.rollout.max_completion_tokens
+    needs = Needs.of(config, recipe.rollout, shape, longest)
+    console.print(_memory_table(recipe, config, shape, needs))
+    if room := Room.here(config):
+        gpu = f", its GPU {size(room.gpu)}" if room.gpu else ""
+        problem = too_large(needs, config, room)
+        console.print(
+            f"[bold red]{problem}[/]" if problem else f"This machine has {size(room.machine)}{gpu}."
+        )
     console.print("A prompt as the model reads it:")
     console.print(prompts.example, style="cyan", markup=False, highlight=False, soft_wrap=True)
     ends = f"A completion ends with {' or '.join(map(repr, prompts.ends))}."
@@ -106,7 +109,9 @@ def _prompt_lengths(config: Any) -> PromptLengths:
     )
 
 
-def _iteration_table(recipe: Recipe, updates: Updates, prompts: PromptLengths) -> Table:
+def _iteration_table(
+    recipe: Recipe, config: Any, updates: Updates, prompts: PromptLengths
+) -> Table:
     rollout, limit = recipe.rollout, recipe.rollout.max_completion_tokens
     rows = {
         "prompts": f"{rollout.prompts_per_iteration}, of {prompts.mean:.1f} tokens on average "
@@ -116,6 +121,7 @@ def _iteration_table(recipe: Recipe, updates: Updates, prompts: PromptLengths) -
         "tokens": f"at most {updates.timesteps:,} = {updates.episodes} x {limit}",
         "minibatch": f"{updates.minibatch_sequences} sequences "
         f"= at most {updates.minibatch_timesteps:,} timesteps",
+        "micro-batch": said_of_micro_batches(recipe, config),
         "epochs": str(updates.epochs),
         "optimiser steps": f"{updates.steps} = {updates.epochs} x "
         f"{updates.steps // updates.epochs} minibatches per learner",
@@ -136,7 +142,8 @@ def _iteration_table(recipe: Recipe, updates: Updates, prompts: PromptLengths) -
     table.add_column("per iteration")
     table.add_column("")
     for name, text in rows.items():
-        table.add_row(name, text)
+        if text is not None:
+            table.add_row(name, text)
     return table
 
 
@@ -164,63 +171,41 @@ def check_memory(recipe: Recipe, config: Any) -> None:
     Raises:
         ValueError: With what is needed, what there is, and what to do.
     """
-    if on_a_cluster():
+    room = Room.here(config)
+    if room is None:
         return
-    updates = count_updates(config, recipe.rollout)
     shape = shape_of(recipe.run.model)
-    # Prompts are rendered only where it could matter: with the longest ones it would not fit.
-    crude = _memory(recipe, config, updates, _UNKNOWN_PROMPT, shape)
-    if too_large(*crude, config, machine_memory()) is None:
-        return
-    exact = _memory(recipe, config, updates, _prompt_lengths(config).limit, shape)
-    if problem := too_large(*exact, config, machine_memory()):
-        raise ValueError(problem)
+
+    def problem(prompt_tokens: int) -> str | None:
+        longest = prompt_tokens + recipe.rollout.max_completion_tokens
+        return too_large(Needs.of(config, recipe.rollout, shape, longest), config, room)
+
+    # The env is made only where it could matter: with the longest prompts it would not fit.
+    if problem(UNKNOWN_PROMPT) and (found := problem(longest_prompt(config))):
+        raise ValueError(found)
 
 
-def on_a_cluster() -> bool:
-    """Whether Ray has other machines than this one."""
-    return bool(os.environ.get("RAY_ADDRESS"))
-
-
-def _memory(
-    recipe: Recipe, config: Any, updates: Updates, prompt_tokens: int, shape: ModelShape
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes by part, of each learner and of each env runner."""
-    longest = prompt_tokens + recipe.rollout.max_completion_tokens
-    from rllib_distrl.method.heads import head_stage
-
-    settings = config.model_config
-    minibatch_tokens = updates.minibatch_sequences * longest
-    learner = learner_memory(
-        shape,
-        critic=settings.get("critic", "separate"),
-        critic_outputs=head_stage(settings)().n_outputs if "head" in settings else 1,
-        micro_batch_tokens=min(
-            settings.get("micro_batch_tokens", minibatch_tokens), minibatch_tokens
-        ),
-        precision=settings.get("precision", "fp32"),
-        activation_checkpointing=settings.get("activation_checkpointing", False),
-        adapter_parameters=_adapter_parameters(recipe, settings),
-        reference=_keeps_reference(config),
-        on_gpu=config.num_gpus_per_learner > 0,
-    )
-    rows = min(recipe.rollout.max_batch_size, updates.episodes)
-    return learner, runner_memory(shape, rows=rows, tokens=longest)
+def said_of_micro_batches(recipe: Recipe, config: Any) -> str | None:
+    """How many token places the learner computes at once; None for RLlib's own algorithms."""
+    if not hasattr(config, "micro_batch_tokens"):
+        return None
+    said = f"at most {config.micro_batch_tokens:,} token places"
+    automatic = recipe.tables.get("training", {}).get("micro_batch_tokens", "auto") == "auto"
+    return f"{said} (auto: what memory allows)" if automatic else said
 
 
 def _memory_table(
     recipe: Recipe,
     config: Any,
     shape: ModelShape,
-    learner: Mapping[str, int],
-    runner: Mapping[str, int],
+    needs: Needs,
 ) -> Table:
     title = f"Memory: {recipe.run.model}, {shape.parameters:,} parameters"
     table = Table(title=title, title_justify="left")
     table.add_column("part")
     table.add_column("memory", justify="right")
-    _add_parts(table, f"each of {max(config.num_learners, 1)} learner(s)", learner)
-    _add_parts(table, f"each of {max(config.num_env_runners, 1)} env runner(s)", runner)
+    _add_parts(table, f"each of {max(config.num_learners, 1)} learner(s)", needs.learner)
+    _add_parts(table, f"each of {max(config.num_env_runners, 1)} env runner(s)", needs.runner)
     return table
 
 
@@ -239,21 +224,6 @@ def said_of_weights(recipe: Recipe, config: Any) -> list[str]:
     if lora := config.model_config.get("lora"):
         lines.append(without_adapter(lora, model_config))
     return [line for line in lines if line]
-
-
-def _adapter_parameters(recipe: Recipe, settings: Mapping[str, Any]) -> int | None:
-    from rllib_distrl.model.loading import load_config
-    from rllib_distrl.model.lora import count_adapter_parameters
-
-    lora = settings.get("lora")
-    return count_adapter_parameters(lora, load_config(recipe.run.model)) if lora else None
-
-
-def _keeps_reference(config: Any) -> bool:
-    """Whether a stage of ours reads a reference policy; stock algorithms have none."""
-    from rllib_distrl.method.pipeline import Method
-
-    return hasattr(config, "rollout_settings") and "ref_logp" in Method.from_config(config).needs
 
 
 def _add_parts(table: Table, title: str, parts: Mapping[str, int]) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rllib_distrl.cli.checks import check_problems, check_room, naming_a_full_disk
 from rllib_distrl.cli.display import warn
 from rllib_distrl.cli.errors import Interrupted
-from rllib_distrl.cli.explain import check_memory, said_of_weights
+from rllib_distrl.cli.explain import check_memory, said_of_micro_batches, said_of_weights
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import measure
 from rllib_distrl.cli.ray_session import check_address, silence_libraries
@@ -134,6 +134,8 @@ def _check(
     check_address()
     connect_trackers(recipe.run.trackers)
     problems = [*check_problems(recipe, config), *said_of_weights(recipe, config)]
+    if micro_batches := said_of_micro_batches(recipe, config):
+        problems.append(f"Micro-batches have {micro_batches}.")
     resolve(recipe.run.model)  # builds a built-in one, or says that its cache cannot be written to
     return recipe, path, problems
 

@@ -34,7 +34,7 @@ from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.loss_terms import Controllers
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.sequences import from_columns
-from rllib_distrl.settings import TrainingSettings
+from rllib_distrl.settings import TrainingSettings, micro_batch_budget
 
 TRAINING_ITERATION = "training_iteration"
 
@@ -100,7 +100,7 @@ class DistRLLearner(TorchLearner):
             gamma=config.gamma,
             init_value=self.settings.init_value,
             width=rollout.max_completion_tokens,
-            budget=self.settings.micro_batch_tokens,
+            budget=micro_batch_budget(self.settings.micro_batch_tokens),
             seed=seed,
             all_reduce=identity if self._alone else _all_reduce,
             all_gather=identity if self._alone else _all_gather,
@@ -322,7 +322,7 @@ class DistRLLearner(TorchLearner):
         for optimizer in self._optimizer_parameters:
             optimizer.zero_grad(set_to_none=True)
         learners = max(self.config.num_learners, 1)
-        budget = self.settings.micro_batch_tokens
+        budget = micro_batch_budget(self.settings.micro_batch_tokens)
         parts = self.policy_module.micro_batches(from_columns(whole), budget)
         loss_per_module: dict[str, Tensor] = {}
         for number, rows in enumerate(parts):

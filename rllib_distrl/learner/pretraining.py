@@ -23,7 +23,7 @@ from rllib_distrl.maths.losses import weighted_sum
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.heads import check_targets
 from rllib_distrl.model.sequences import from_columns
-from rllib_distrl.settings import PretrainingSettings
+from rllib_distrl.settings import PretrainingSettings, micro_batch_budget
 
 LOSS, EXPLAINED_VARIANCE = "critic_pretraining_loss", "critic_pretraining_explained_variance"
 TOKENS = "critic_pretraining_tokens"
@@ -96,7 +96,8 @@ def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> 
 def _backward(learner: DistRLLearner, whole: dict[str, Any]) -> float:
     """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
     module, total = learner.policy_module, 0.0
-    for rows in module.micro_batches(from_columns(whole), learner.settings.micro_batch_tokens):
+    budget = micro_batch_budget(learner.settings.micro_batch_tokens)
+    for rows in module.micro_batches(from_columns(whole), budget):
         part = micro_batch(whole, rows)
         outputs = module.value_outputs({}, module._critic_states(from_columns(part)))
         losses = critic_loss(learner.method.head, outputs, part[ROLLOUTS])

@@ -33,9 +33,8 @@ from rllib_distrl.model.sequences import (
     from_incremental_obs,
     from_prompts,
 )
-from rllib_distrl.settings import RolloutSettings
+from rllib_distrl.settings import RolloutSettings, micro_batch_budget
 
-DEFAULT_MICRO_BATCH_TOKENS = 16_384
 POLICY_PREFIX = "policy."
 
 
@@ -62,8 +61,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.policy: Any = load_model(self.model_config["model"])
         self.temperature = float(self.model_config.get("temperature", 1.0))
         self.critic_kind = self.model_config.get("critic", "separate")
-        self.micro_batch_tokens = int(
-            self.model_config.get("micro_batch_tokens", DEFAULT_MICRO_BATCH_TOKENS)
+        self.micro_batch_tokens = micro_batch_budget(
+            self.model_config.get("micro_batch_tokens", "auto")
         )
         self.precision = self.model_config.get("precision", "fp32")
         # Env runners sample with the merged weights and know nothing of adapters.

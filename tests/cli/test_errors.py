@@ -70,15 +70,15 @@ def test_gpus_that_are_not_there_are_not_waited_for(recipe: Path, tmp_path: Path
 def test_a_run_beyond_the_machines_memory(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rllib_distrl.cli.explain.machine_memory", lambda: 2**24)
+    monkeypatch.setattr("rllib_distrl.algorithm.estimates.machine_memory", lambda: 2**22)
     out = tmp_path / "out"
     result = CliRunner().invoke(app, ["train", str(recipe), "--out", str(out)])
     assert result.exit_code == 2
-    assert "this machine has 16.0 MiB" in " ".join(result.stderr.split())
+    assert "this machine has 4.0 MiB" in " ".join(result.stderr.split())
     assert not out.exists()
     explained = CliRunner().invoke(app, ["explain", str(recipe)])
     assert explained.exit_code == 0
-    assert "this machine has 16.0 MiB" in " ".join(explained.output.split())
+    assert "this machine has 4.0 MiB" in " ".join(explained.output.split())
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.cli.estimates import (
+from distrl_envs.tokenizers import VOCABULARY
+from rllib_distrl.algorithm import estimates
+from rllib_distrl.algorithm.estimates import (
+    ACTIVATIONS,
+    Needs,
+    Room,
     count_updates,
     learner_memory,
     machine_memory,
@@ -19,9 +23,11 @@ from rllib_distrl.cli.estimates import (
     size,
     too_large,
 )
+from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.model.builtin import SPECS
-from rllib_distrl.model.loading import load_config
+from rllib_distrl.model.loading import load_config, load_model
 from rllib_distrl.settings import RolloutSettings
+from tests.helpers import TINY, distrl_config
 
 QWEN = Qwen2Config(
     vocab_size=112,
@@ -84,7 +90,7 @@ def test_weights_gradients_and_moments() -> None:
     assert parts["Adam moments"] == 8 * (shape.parameters + critic)
     shared = learner_memory(shape, critic="shared", critic_outputs=16, micro_batch_tokens=1000)
     assert shared["critic weights"] == 4 * 65 * 16
-    assert 2 * shared["activations of a micro-batch"] == parts["activations of a micro-batch"]
+    assert 2 * shared[ACTIVATIONS] == parts[ACTIVATIONS]
 
 
 def test_adapters_leave_moments_for_themselves_alone() -> None:
@@ -110,7 +116,7 @@ def test_a_chunk_of_logits_is_larger_on_a_gpu() -> None:
 def test_checkpointing_keeps_a_block_and_the_inputs_of_all() -> None:
     shape = model_shape(QWEN)
     settings = {"critic": "none", "critic_outputs": 0, "micro_batch_tokens": 1000}
-    name = "activations of a micro-batch"
+    name = ACTIVATIONS
     plain = learner_memory(shape, **settings)[name]
     again = learner_memory(shape, activation_checkpointing=True, **settings)[name]
     assert again == plain // 3 + 3 * 1000 * 64 * 4
@@ -137,7 +143,7 @@ def test_activations_are_near_what_torch_keeps() -> None:
     parts = learner_memory(
         model_shape(QWEN), critic="none", critic_outputs=0, micro_batch_tokens=400
     )
-    assert 0.5 < parts["activations of a micro-batch"] / measured < 2.0
+    assert 0.5 < parts[ACTIVATIONS] / measured < 2.0
 
 
 def test_kv_cache() -> None:
@@ -173,15 +179,90 @@ QWEN_7B = Qwen2Config(
 def test_a_model_of_seven_billion_is_refused_where_it_cannot_fit(settings, gib, remedy) -> None:
     shape = model_shape(QWEN_7B)
     assert shape.parameters == 7_615_616_512
-    learner = learner_memory(shape, critic_outputs=16, **settings)
-    runner = runner_memory(shape, rows=64, tokens=2_048)
     config = algorithm_config("DistRL")
-    found = too_large(learner, runner, config, gib * 2**30)
+    found = too_large(needs_of(shape, **settings), config, Room(gib * 2**30))
     if remedy is None:
         assert found is None
     else:
         assert found is not None and remedy in found
         assert f"this machine has {gib}.0 GiB" in found
+
+
+def needs_of(shape, *, longest=1_024, **settings) -> Needs:
+    learner = learner_memory(shape, critic_outputs=16, **settings)
+    runner = runner_memory(shape, rows=64, tokens=2_048)
+    return Needs(learner, runner, settings["micro_batch_tokens"], longest)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "gib", "longest", "words"),
+    [
+        (1, 80, 1_024, "Weights, gradients and moments of one learner alone are 114"),
+        (1, 141, 1_024, "GPU has 141.0 GiB. Activations of a micro-batch of 16,384 token places"),
+        (1, 141, 1_024, ": lower micro_batch_tokens, or set activation_checkpointing"),
+        (1, 141, 16_384, "so lower max_prompt_tokens or [rollout] max_completion_tokens, or set"),
+        (0.5, 200, 1_024, "0.5 of a GPU has 100.0 GiB"),
+        (1, 400, 1_024, None),
+    ],
+)  # fmt: skip
+def test_a_learner_on_a_gpu_is_compared_with_that_gpu(gpus, gib, longest, words) -> None:
+    needs = needs_of(
+        model_shape(QWEN_7B), critic="none", micro_batch_tokens=16_384, longest=longest, on_gpu=True
+    )
+    config = algorithm_config("DistRL").learners(num_learners=1, num_gpus_per_learner=gpus)
+    found = too_large(needs, config, Room(200 * 2**30, gib * 2**30))
+    assert found is None if words is None else words in found
+    assert too_large(needs, config, Room(200 * 2**30)) is None  # A GPU of unknown size.
+
+
+def test_a_model_saved_in_bfloat16_learns_in_float32(tmp_path) -> None:
+    config = Qwen2Config(**{**QWEN.to_dict(), "dtype": "bfloat16"})
+    model = AutoModelForCausalLM.from_config(config)
+    assert model.dtype == torch.bfloat16
+    model.save_pretrained(tmp_path)
+    shape = shape_of(str(tmp_path))
+    assert shape == model_shape(QWEN)
+    learns = sum(p.nbytes for p in load_model(str(tmp_path)).parameters())
+    parts = learner_memory(
+        shape, critic="none", critic_outputs=0, micro_batch_tokens=9, reference=True
+    )
+    assert parts["policy weights"] == parts["reference weights"] == learns
+    low = runner_memory(shape, rows=256, tokens=34, dtype="bfloat16")
+    assert (low["policy weights"], low["engine's weights"]) == (learns, learns // 2)
+    assert low["KV cache"] == 2 * 3 * 256 * 34 * 32 * 2
+
+
+def test_the_micro_batch_is_the_largest_that_leaves_a_tenth_of_the_memory(monkeypatch) -> None:
+    def chosen(mib: float, **training) -> int:
+        monkeypatch.setattr(estimates, "machine_memory", lambda: int(mib * 2**20))
+        config = distrl_config(**training)
+        config.validate()
+        assert config.model_config["micro_batch_tokens"] == config.micro_batch_tokens
+        return config.micro_batch_tokens
+
+    config = distrl_config(micro_batch_tokens=100)
+    config.validate()
+    longest = estimates.longest_prompt(config) + config.rollout_settings.max_completion_tokens
+    assert longest == 7 + 24
+    assert chosen(1_000) == 16_384
+    assert chosen(1_000, micro_batch_tokens=77) == chosen(1, micro_batch_tokens=77) == 77
+    assert chosen(1) == longest  # Nothing less can be; `distrl train` refuses to start.
+    # Of one token: 8 streams, 2 keys and values and 4 x inner of each of the blocks, twice.
+    spec = SPECS[TINY.removeprefix("builtin:")]
+    width, inner = spec.hidden_size, spec.intermediate_size
+    token = 2 * spec.num_layers * (10 * width + 4 * inner) * 4 + 2 * 4 * len(VOCABULARY)
+    shape = shape_of(TINY)
+    needs = Needs.of(config, config.rollout_settings, shape, longest, budget=100)
+    rest = sum(needs.learner.values()) + sum(needs.runner.values()) - 100 * token
+    assert chosen((rest + 200 * token + 9) / 0.9 / 2**20) == 200
+    assert chosen((rest + 200 * token - 9) / 0.9 / 2**20) == 199
+    of_learner = rest - sum(needs.runner.values()) + 200 * token
+    monkeypatch.setattr(estimates, "gpu_memory", lambda: int(of_learner / 0.8) + 9)
+    config.learners(num_gpus_per_learner=1)
+    monkeypatch.setattr(estimates, "machine_memory", lambda: 2**30)
+    assert estimates.largest_micro_batch(config) == 200
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert chosen(1) == 16_384  # Of other machines nothing is known.
 
 
 def test_the_machines_memory_is_positive_and_no_more_than_there_is() -> None:
