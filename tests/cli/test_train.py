@@ -260,6 +260,7 @@ def test_explain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert result.exit_code == 0, result.stderr
     shown = ("-> ", "A completion ends with '<eos>'.")
     told = ("32 = 8 prompts x 4 completions", "2 = 1 x 2 minibatches", "KV cache", "Adam")
+    told += ("at most 16,384 token places (auto",)
     for words in (*told, *shown):
         assert words in result.stdout
     assert not ray.is_initialized()
