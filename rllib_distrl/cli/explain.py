@@ -75,9 +75,8 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     if room := Room.here(config):
         gpu = f", its GPU {size(room.gpu)}" if room.gpu else ""
         problem = too_large(needs, config, room)
-        console.print(
-            f"[bold red]{problem}[/]" if problem else f"This machine has {size(room.machine)}{gpu}."
-        )
+        said = problem or f"This machine has {size(room.machine)}{gpu}."
+        console.print(said, style="bold red" if problem else None, markup=False, highlight=False)
     console.print("A prompt as the model reads it:")
     console.print(prompts.example, style="cyan", markup=False, highlight=False, soft_wrap=True)
     ends = f"A completion ends with {' or '.join(map(repr, prompts.ends))}."
