@@ -310,7 +310,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
                 info["turn"] = len(replies)
                 return self._observe([token, *made.ids]), reward, False, False, info
         turns = self._turns
-        score, last = self._finish(self._finish_reason(completion, replies), turns)
+        score, last = self._finish(self.finish_reason(completion, replies), turns)
         info.update(last, turns=turns)
         return self._observe([token]), reward + score, True, False, info
 
@@ -434,8 +434,13 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             turns.append(Turn(self._text(completion[start:])))
         return turns
 
-    def _finish_reason(self, completion: Sequence[int], replies: Sequence[EnvReply]) -> str:
-        """Why an episode is over."""
+    def finish_reason(self, completion: Sequence[int], replies: Sequence[EnvReply]) -> str:
+        """Why an episode of turns is over, as its last step says.
+
+        Args:
+            completion: All that was sampled.
+            replies: What was replied, in order.
+        """
         if replies and replies[-1].finish is not None:
             return replies[-1].finish
         start = replies[-1].at if replies else 0
@@ -581,7 +586,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     ) -> list[Verdict]:
         episodes = list(zip(completions, replies, strict=True))
         turns = [self.turns_of(*episode) for episode in episodes]
-        truncated = [self._finish_reason(*episode) != "stop" for episode in episodes]
+        truncated = [self.finish_reason(*episode) != "stop" for episode in episodes]
         grades = grades_of_turns(self.task, problems, turns, truncated)
         return [Verdict(transcript(t), grade) for t, grade in zip(turns, grades, strict=True)]
 

@@ -10,7 +10,13 @@ from distrl_envs.task import Task, distinct_rows
 from rllib_distrl.algorithm.weight_sync import runner_weights
 from rllib_distrl.learner.token_table import read_tokens
 from rllib_distrl.method.prompt_samplers import PromptRequest
-from rllib_distrl.method.token_table import QUANTILES, TOKEN_NUMBERS, TokenTable
+from rllib_distrl.method.token_table import (
+    QUANTILES,
+    REPLY_AT,
+    REPLY_TEXTS,
+    TOKEN_NUMBERS,
+    TokenTable,
+)
 from rllib_distrl.model.token_texts import single_texts, token_texts
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.groups import SamplingError, shards_of
@@ -128,6 +134,7 @@ def _frame(
         problem = task.problem(first["row"])
         ids = np.asarray(episode.actions.data, dtype=np.int64)
         grade = last["grade"]
+        texts, replies = _texts(tokenizer, first, ids.tolist())
         rows.append(
             {
                 "problem": number,
@@ -141,12 +148,30 @@ def _frame(
                 "finish_reason": last["finish_reason"],
                 "answer": grade.answer,
                 "token": ids.astype(np.int32),
-                "text": token_texts(tokenizer, first["prompt_ids"], ids.tolist()),
+                "text": texts,
+                REPLY_AT: np.array([at for at, _ in replies], dtype=np.int32),
+                REPLY_TEXTS: [text for _, text in replies],
                 "top_texts": [vocabulary[i] for i in columns["top_ids"].ravel().tolist()],
                 **{name: _flat(columns[name]) for name in _PER_TOKEN if name in columns},
             }
         )
-    return pd.DataFrame(rows)
+    frame = pd.DataFrame(rows)
+    if not frame[REPLY_AT].map(len).any():
+        frame = frame.drop(columns=[REPLY_AT, REPLY_TEXTS])
+    return frame
+
+
+def _texts(
+    tokenizer: Any, first: dict[str, Any], ids: list[int]
+) -> tuple[list[str], list[tuple[int, str]]]:
+    """Texts of the sampled tokens, and of the replies among them with their places."""
+    texts, replies, before, start = [], [], list(first["prompt_ids"]), 0
+    for at, reply in first.get("replies", ()):
+        turn = ids[start:at]
+        texts += token_texts(tokenizer, before, turn)
+        replies.append((at, "".join(token_texts(tokenizer, turn, reply))))
+        before, start = list(reply), at
+    return texts + token_texts(tokenizer, before, ids[start:]), replies
 
 
 def _flat(column: np.ndarray) -> np.ndarray:

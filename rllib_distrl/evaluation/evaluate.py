@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distrl_envs.task import Task, distinct_rows
 from distrl_envs.tasks.data_task import DataTask
+from distrl_envs.turns import context_limit
 from rllib_distrl.engine.protocol import RolloutEngine, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weights import check_engine
@@ -150,12 +151,14 @@ def evaluate_model(
         task: Task = env.get_wrapper_attr("task")
         _check_split(task, settings.split)
         loaded = _load(model, settings) if isinstance(model, str) else model
+        limits = _turn_limits(loaded, env.unwrapped, env_config or {})
         sampler, weights = _sampler(loaded, env.unwrapped, settings, engine)
         info = {
             "env_id": env_id,
             "env_config": _plain(env_config or {}),
             **_identity(settings),
             "max_tokens": sampler.params.max_tokens,
+            **limits,
             "task": task.name,
             "weights": weights,
         }
@@ -171,6 +174,17 @@ def evaluate_model(
         return EvalResult(frame, settings, folder, info, equivalent)
     finally:
         env.close()
+
+
+def _turn_limits(model: PreTrainedModel, env: Any, env_config: Mapping[str, Any]) -> dict[str, int]:
+    """Limits of episodes with replies, kept within the model's window; {} without replies."""
+    if not env.has_turns:
+        return {}
+    given, most = env_config.get("max_context_tokens"), env.max_context_tokens
+    env.max_context_tokens = context_limit(given, most, env.max_prompt_tokens, _window(model))
+    return {
+        name: getattr(env, name) for name in ("max_turns", "max_reply_tokens", "max_context_tokens")
+    }
 
 
 def _sampler(

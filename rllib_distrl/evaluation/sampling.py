@@ -236,10 +236,17 @@ class Sampler:
             grades = grades_of(self.task, [p.problem for p, _ in jobs], texts, truncated)
         return [
             _record(*job, completion, text)
-            | {"replies": _stored(completion) if self.env.has_turns else None}
+            | self._replied(completion)
             | _graded(grade, self._gradings[job[0].position])
             for job, completion, text, grade in zip(jobs, completions, texts, grades, strict=True)
         ]
+
+    def _replied(self, completion: Completion) -> dict[str, Any]:
+        """The columns of `store.SCHEMA` that an environment decides which replies."""
+        if not self.env.has_turns:
+            return {"replies": None}
+        reason = self.env.finish_reason(completion.tokens.tolist(), completion.replies)
+        return {"replies": _stored(completion), "finish_reason": reason}
 
 
 def _stored(completion: Completion) -> list[dict[str, Any]]:
@@ -273,12 +280,6 @@ def _graded(grade: Grade, grading: str) -> dict[str, Any]:
     }
 
 
-def _finish_reason(completion: Completion) -> str:
-    """Why it ended; the last reply says so where it ended an episode of turns."""
-    last = completion.replies[-1].finish if completion.replies else None
-    return last or completion.finish_reason
-
-
 def _record(prompted: Prompted, sample: int, completion: Completion, text: str) -> dict[str, Any]:
     """One row of `store.SCHEMA`, its grade aside."""
     collapsed = " ".join(text.split())
@@ -292,6 +293,6 @@ def _record(prompted: Prompted, sample: int, completion: Completion, text: str) 
         "token_ids": completion.tokens.tolist(),
         "text_hash": blake2b(collapsed.encode(), digest_size=8).hexdigest(),
         "tokens": len(completion.tokens),
-        "finish_reason": _finish_reason(completion),
+        "finish_reason": completion.finish_reason,
         "logp_sum": float(completion.logps.sum(dtype="float64")),
     }

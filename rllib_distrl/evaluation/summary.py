@@ -21,7 +21,7 @@ from rllib_distrl.maths.pass_k import (
 
 CORRECT, WRONG, NO_ANSWER = "correct", "wrong", "no_answer"
 SAME = 1e-9
-TRUNCATED = "length"
+TRUNCATED = ("length", "context")
 _COUNTS = ("distinct_correct", "tokens")  # columns that may be above 1
 
 
@@ -97,9 +97,9 @@ class SampleTable:
         counts = [distinct_correct(s, m) for s, m in zip(column.tolist(), marks, strict=True)]
         return np.asarray(counts, dtype=np.float64)
 
-    def share(self, column: str, value: str) -> FloatArray:
-        """(P,) share of samples whose ``column`` equals ``value``."""
-        return (self._arranged(column) == value).mean(axis=1)
+    def share(self, column: str, *values: str) -> FloatArray:
+        """(P,) share of samples whose ``column`` is one of ``values``."""
+        return np.isin(self._arranged(column), values).mean(axis=1)
 
     def mean(self, column: str) -> FloatArray:
         """(P,) means of a numeric column."""
@@ -140,7 +140,7 @@ def per_problem(
         majority = table.majority(ks, equivalent)
         columns |= {f"maj@{k}": majority[:, j] for j, k in enumerate(ks)}
     columns["distinct_correct"] = table.distinct(distinct_by)
-    columns["truncated"] = table.share("finish_reason", TRUNCATED)
+    columns["truncated"] = table.share("finish_reason", *TRUNCATED)
     columns["unparsable"] = table.share("status", NO_ANSWER)
     columns["tokens"] = table.mean("tokens")
     return pd.DataFrame(columns)

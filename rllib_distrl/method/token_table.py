@@ -40,6 +40,8 @@ TOKEN_NUMBERS = (
 )
 # Columns with several entries per token, stored flat, token after token.
 QUANTILES, TOP_IDS, TOP_TEXTS, TOP_LOGPS = "quantiles", "top_ids", "top_texts", "top_logps"
+# What an environment replied, which is nothing that was sampled.
+REPLY_AT, REPLY_TEXTS = "reply_at", "reply_texts"
 _METADATA = b"distrl"
 _FORMAT = "distrl-tokens-1"
 
@@ -56,7 +58,9 @@ class TokenTable:
             from there (T x N, flat), ``bonus`` that was added to the advantage, ``advantage``
             before bonus and whitening, ``advantage_used`` after both, ``logp_difference``
             learner minus sampler, and ``top_ids``, ``top_texts``, ``top_logps`` of the likeliest
-            tokens (T x K, flat).
+            tokens (T x K, flat). Where an environment replied, two arrays of R entries:
+            ``reply_at``, how many of the T tokens were sampled before a reply, and
+            ``reply_texts``, the reply as the model read it, the chat template's tokens included.
         info: Where the table comes from: model, environment, iteration and the like.
     """
 
@@ -87,6 +91,17 @@ class TokenTable:
             if len(tokens):
                 return len(flat) // len(tokens)
         return 0
+
+    @property
+    def replies(self) -> list[list[tuple[int, str]]]:
+        """What the environment replied in each completion: after how many tokens, and what."""
+        if not self.has(REPLY_AT):
+            return [[] for _ in range(len(self))]
+        columns = self.completions[REPLY_AT], self.completions[REPLY_TEXTS]
+        return [
+            [(int(at), str(text)) for at, text in zip(ats, texts, strict=True)]
+            for ats, texts in zip(*columns, strict=True)
+        ]
 
     def numbers(self, column: str) -> np.ndarray:
         """One per-token column of all completions in a row: (M,), or (M, N) for quantiles.

@@ -12,6 +12,7 @@ import numpy as np
 
 from rllib_distrl.method.token_table import (
     QUANTILES,
+    REPLY_AT,
     TOKEN_NUMBERS,
     TOP_LOGPS,
     TOP_TEXTS,
@@ -26,6 +27,8 @@ _SNIPPET = 200
 _SPARKLINE = 24
 _LARGEST_HALF = 65504.0
 CORRECT = 1.0
+CUT = ("length", "context")
+"""Why a completion ended that a limit of tokens cut."""
 
 
 def blocks(table: TokenTable) -> Iterator[tuple[slice, str]]:
@@ -78,6 +81,7 @@ def _block(table: TokenTable, rows: slice) -> bytes:
         "lengths": [len(tokens) for tokens in part["token"]],
         "prompts": part["prompt"].tolist(),
         "answers": [_optional(answer) for answer in part["answer"]] if "answer" in part else None,
+        "replies": table.replies[rows] if table.has(REPLY_AT) else None,
         "texts": list(numbers),
         "arrays": [[name, array.dtype.str, len(array)] for name, array in arrays.items()],
     }
@@ -143,7 +147,7 @@ def index(table: TokenTable, cuts: Sequence[slice], title: str, note: str) -> st
         "sample": [int(number) for number in frame["sample"]],
         "score": [round(float(score), 4) for score in frame["score"]],
         "status": frame["status"].astype(str).tolist(),
-        "cut": [reason == "length" for reason in frame["finish_reason"]],
+        "cut": [reason in CUT for reason in frame["finish_reason"]],
         "tokens": table.lengths.tolist(),
         "snippet": [text[:_SNIPPET] for text in frame["completion"]],
         "uncertainty": _per_completion(table, "spread", np.mean),

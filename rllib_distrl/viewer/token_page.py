@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from rllib_distrl.files import write_atomic
-from rllib_distrl.method.token_table import TokenTable, read_token_table
+from rllib_distrl.method.token_table import REPLY_AT, REPLY_TEXTS, TokenTable, read_token_table
 from rllib_distrl.viewer.html import fill, html_page, read_asset
 from rllib_distrl.viewer.token_blocks import blocks, index
 
 # One script in three files: the page's state and data, its drawings, and what people do.
 _SCRIPTS = ("data.js", "drawing.js", "viewer.js")
+_Words = tuple[list[str], list[int], list[str]]
 _WORD = re.compile(r"\s*\S+|\s+$")
 
 
@@ -80,6 +83,32 @@ def table_of_samples(path: str | Path) -> TokenTable:
             "table or the samples of an evaluation."
         )
     frame = pd.read_parquet(path)
-    frame["text"] = [_WORD.findall(text) for text in frame["completion"]]
+    if "replies" in frame and frame["replies"].notna().any():
+        found = map(_words, frame["completion"], frame.pop("replies"))
+        frame["text"], frame[REPLY_AT], frame[REPLY_TEXTS] = zip(*found, strict=True)
+    else:
+        frame["text"] = [_WORD.findall(text) for text in frame["completion"]]
     frame["token"] = [np.zeros(len(words), np.int32) for words in frame["text"]]
     return TokenTable(frame, {"words": True})
+
+
+def _words(transcript: str, replies: Sequence[Mapping[str, Any]] | None) -> _Words:
+    """The words that were sampled; after how many there is a reply, and what it is.
+
+    Args:
+        transcript: As `distrl_envs.turns.transcript` writes it.
+        replies: Those in it, with text and role.
+    """
+    words, places, texts, start = [], [], [], 0
+    for reply in () if replies is None else replies:
+        line = f"\n[{reply['role']}] {reply['text']}"
+        begin = transcript.find(line, start)
+        if not reply["text"] or begin < 0:
+            continue
+        words += _WORD.findall(transcript[start:begin])
+        start = begin + len(line)
+        if transcript.startswith("\n", start):
+            start += 1
+        places.append(len(words))
+        texts.append(transcript[begin:start])
+    return [*words, *_WORD.findall(transcript[start:])], places, texts

@@ -72,6 +72,23 @@ def test_the_table_is_what_an_independent_forward_pass_gives(algo):
     np.testing.assert_allclose(used, (shaped - shaped.mean()) / shaped.std(), atol=1e-3)
 
 
+def test_replies_stand_apart_from_the_sampled_tokens(ray_session):
+    config = distrl_config(prompts=4, generations=2)
+    algo = config.environment(env_config={"task": "tests.rollout.turn_tasks:Talk"}).build_algo()
+    table = inspect_policy(algo, problems=3, num_generations=2)
+    algo.stop()
+    assert max(map(len, table.replies)) == 2
+    for replies, (_, row) in zip(table.replies, table.completions.iterrows(), strict=True):
+        pieces, lines = [text.strip() for text in row["text"]], row["completion"].split("\n")
+        assert len(pieces) == len(row["token"]) == len(row["logp"])
+        start = 0
+        for number, (at, text) in enumerate(replies):
+            assert " ".join(pieces[start:at]) == f"{lines[2 * number]} <eos>".strip()
+            assert text.split() == [*lines[2 * number + 1].split()[1:], ":"]
+            start = at
+        assert " ".join(pieces[start:]).removesuffix("<eos>").strip() == lines[2 * len(replies)]
+
+
 def test_a_stock_algorithm_has_values_and_says_what_it_lacks(ray_session):
     from ray.rllib.algorithms.ppo import PPOConfig
 

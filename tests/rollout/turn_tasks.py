@@ -1,6 +1,7 @@
 """Tasks that reply, for models that know the small tokenizer."""
 
 import time
+from dataclasses import replace
 
 from distrl_envs.task import Grade, Problem, Reply, Task
 from distrl_envs.tokenizers import small_tokenizer
@@ -43,6 +44,22 @@ class Talk(Task):
 
     def tokenizer(self):
         return small_tokenizer()
+
+
+class ShortTalk(Talk):
+    """The same, but a second turn is the last where its reply begins with an odd number.
+
+    With 1, 3 and 5 the reply says so, with 7 and 9 there is none.
+    """
+
+    name = "short_talk"
+
+    def respond(self, problem, turns, draws):
+        reply = super().respond(problem, turns, draws)
+        first = int(reply.text[0])
+        if len(turns) < 2 or first % 2 == 0:
+            return reply
+        return replace(reply, over=True) if first < 6 else None
 
 
 class SlowTalk(Talk):

@@ -19,8 +19,20 @@ HOSTILE = [
 ]
 
 
-def make_table(completions=6, tokens=5, n_quantiles=4, n_top=3, generations=3, seed=0, texts=None):
-    """Completions of `tokens` tokens; token t of completion c reads "c<c>t<t> "."""
+def make_table(
+    completions=6,
+    tokens=5,
+    n_quantiles=4,
+    n_top=3,
+    generations=3,
+    seed=0,
+    texts=None,
+    replies=None,
+):
+    """Completions of `tokens` tokens; token t of completion c reads "c<c>t<t> ".
+
+    `replies` are those of each completion: (after how many tokens, text).
+    """
     rng = np.random.default_rng(seed)
     rows = []
     for c in range(completions):
@@ -54,4 +66,8 @@ def make_table(completions=6, tokens=5, n_quantiles=4, n_top=3, generations=3, s
                 "top_logps": np.tile(np.log([0.5, 0.25, 0.125][:n_top]), n).astype(np.float32),
             }
         )
+    if replies is not None:
+        for row, said in zip(rows, replies, strict=True):
+            row["reply_at"] = np.array([at for at, _ in said], np.int32)
+            row["reply_texts"] = [text for _, text in said]
     return TokenTable(pd.DataFrame(rows), {"algorithm": "DistRL", "iteration": 7})

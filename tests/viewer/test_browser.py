@@ -169,6 +169,62 @@ def test_mouse_clicks_hovers_and_colours(driver, show):
     wait(driver, "document.getElementById('tokens').textContent.startsWith('c4t0')")
 
 
+def test_replies_stand_where_they_came_and_are_no_tokens(driver, show):
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    hostile = "<img src=x onerror='window.hacked = 1'>"
+    replies = [[(2, "too low "), (4, hostile)], [], [(5, "the end")]]
+    show(make_table(completions=3, replies=replies))
+    assert text(driver, "tokens") == f"c0t0 c0t1 too low c0t2 c0t3 {hostile}c0t4 "
+    assert driver.execute_script("return [window.hacked, document.images.length]") == [None, 0]
+    assert "5 tokens in 3 turns" in text(driver, "verdict")
+    first, _ = driver.find_elements("css selector", "#tokens .reply")
+    assert first.get_attribute("title") == "reply of the environment: not sampled"
+    key = driver.find_element("css selector", "#legend .reply-key")
+    assert key.is_displayed() and key.text == "reply of the environment, not sampled"
+    turns, positions = [], []
+    for _ in range(5):
+        turns.append(details(driver)["Turn"])
+        positions.append(
+            driver.execute_script("return document.querySelector('.chosen').innerText")
+        )
+        press(driver, Keys.ARROW_RIGHT)
+    assert turns == ["1 of 3", "1 of 3", "2 of 3", "2 of 3", "3 of 3"]
+    assert [p.strip() for p in positions] == [f"c0t{t}" for t in range(5)]
+    first.click()  # Nothing is known about a reply.
+    ActionChains(driver).move_to_element(driver.find_element("id", "title")).perform()
+    assert text(driver, "chosen") == "c0t4"
+    style = "const s = getComputedStyle(arguments[0]); return [s.backgroundColor, s.borderTopStyle]"
+    seen = {tuple(driver.execute_script(style, first))}
+    press(driver, "2", "4")
+    again = driver.find_element("css selector", "#tokens .reply")
+    seen.add(tuple(driver.execute_script(style, again)))  # The same, whatever colours tokens.
+    [(tint, border)] = seen
+    assert tint.startswith("color(srgb") and border == "dashed"
+    press(driver, Keys.ARROW_DOWN)
+    wait(driver, "current.c === 1")
+    assert text(driver, "tokens") == "c1t0 c1t1 c1t2 c1t3 c1t4 "
+    assert not driver.find_element("css selector", "#legend .reply-key").is_displayed()
+    assert "Turn" not in details(driver)
+    press(driver, Keys.ARROW_DOWN)
+    wait(driver, "current.c === 2")
+    assert text(driver, "tokens").endswith("c2t4 the end")
+
+
+def test_replies_stay_on_their_page(driver, show):
+    from selenium.webdriver.common.keys import Keys
+
+    said = [(1499, "a"), (1500, "b"), (1501, "c"), (1600, "d")]
+    show(make_table(completions=1, tokens=1600, replies=[said]))
+    shown = "return [...document.querySelectorAll('#tokens .reply')].map(r => r.textContent)"
+    assert driver.execute_script(shown) == ["a"]
+    press(driver, Keys.END)
+    assert driver.execute_script(shown) == ["b", "c", "d"]
+    assert text(driver, "chosen") == "c0t1599"
+    assert text(driver, "tokens").startswith("bc0t1500 cc0t1501 ")
+
+
 def test_filters_and_search(driver, show):
     from selenium.webdriver.common.keys import Keys
 

@@ -93,6 +93,50 @@ def test_a_missing_column_says_why():
         bare.numbers("value")
 
 
+def test_replies_are_kept_and_tables_without_them_still_open(tmp_path):
+    replies = [[(2, "\ntoo low\n"), (4, "")], [], [(5, "end")]]
+    table = make_table(completions=3, replies=replies)
+    again = read_token_table(table.to_parquet(tmp_path / "tokens.parquet"))
+    assert again.replies == replies
+    [(_, block)] = blocks(again)
+    header, _ = decode_block(block)
+    assert header["replies"] == [[list(reply) for reply in some] for some in replies]
+    old = read_token_table(make_table(completions=3).to_parquet(tmp_path / "old.parquet"))
+    assert old.replies == [[], [], []]
+    [(_, block)] = blocks(old)
+    assert decode_block(block)[0]["replies"] is None
+
+
+def test_replies_are_found_in_the_transcripts_of_an_evaluation(tmp_path):
+    names = ["problem", "sample", "prompt", "completion", "score", "status", "finish_reason"]
+    frame = make_table(completions=3).completions[names]
+    frame["completion"] = ["3 4\n[user] too low\n5\n[tool] [user] x\n", "one word", "6\n[user] no"]
+    told = {"at": 1, "ids": [1], "reward": 0.0, "status": "ok", "over": False, "finish": None}
+    frame["replies"] = [
+        [
+            {**told, "role": "user", "text": "too low"},
+            {**told, "role": "tool", "text": "[user] x"},
+            {**told, "role": "user", "text": ""},
+        ],
+        [],
+        [{**told, "role": "user", "text": "no"}],
+    ]
+    frame.to_parquet(tmp_path / "samples.parquet")
+    table = table_of_samples(tmp_path / "samples.parquet")
+    assert table.completions["text"].tolist() == [["3", " 4", "5"], ["one", " word"], ["6"]]
+    assert table.lengths.tolist() == [3, 2, 1]
+    assert table.replies == [
+        [(2, "\n[user] too low\n"), (3, "\n[tool] [user] x\n")],
+        [],
+        [(1, "\n[user] no")],
+    ]
+    frame["replies"] = None  # Of a task that does not reply.
+    frame.to_parquet(tmp_path / "samples.parquet")
+    table = table_of_samples(tmp_path / "samples.parquet")
+    assert table.replies == [[], [], []]
+    assert table.completions["text"][2] == ["6", "\n[user]", " no"]
+
+
 def test_other_files_are_refused(tmp_path):
     table = make_table()
     with pytest.raises(ValueError, match="no file"):

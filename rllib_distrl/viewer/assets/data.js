@@ -4,6 +4,7 @@ const $ = (id) => document.getElementById(id);
 const ROW = 34;              // height of a list row in px, as in the style sheet
 const PAGE = 1500;           // tokens shown at once
 const LONGEST_TOKEN = 300;   // letters of a token that are shown
+const LONGEST_REPLY = 4000;  // letters of a reply that are shown
 const CACHE = 24;            // decoded blocks kept
 const TOP_SHARE = 0.1;       // "most uncertain" and "largest bonus": the top tenth
 
@@ -74,7 +75,7 @@ async function load(c) {
   const block = await loadBlock(number), row = c - index.blocks[number][0];
   const before = block.lengths.slice(0, row).reduce((sum, n) => sum + n, 0), n = block.lengths[row];
   const part = (name, width) => block.columns[name]?.subarray(before * width, (before + n) * width);
-  const data = { c, n, prompt: block.prompts[row], answer: block.answers?.[row], id: part("token", 1) };
+  const data = { c, n, prompt: block.prompts[row], answer: block.answers?.[row], replies: block.replies?.[row] ?? [], id: part("token", 1) };
   data.text = Array.from(part("text", 1), (i) => block.texts[i]);
   for (const name of index.columns) data[name] = part(name, name === "quantiles" ? index.n_quantiles : 1);
   if (index.n_top) {
@@ -85,6 +86,9 @@ async function load(c) {
   return data;
 }
 
+// Of an environment that replies; the first turn is 1.
+const turnOf = (data, t) => 1 + data.replies.filter(([at]) => at <= t).length;
+const turnsOf = (data) => turnOf(data, data.n - 1);
 const quantilesAt = (data, t) => data.quantiles.subarray(t * index.n_quantiles, (t + 1) * index.n_quantiles);
 function deviation(values) {
   const mean = values.reduce((a, b) => a + b, 0) / values.length;

@@ -47,6 +47,11 @@ function drawStrip() {
   pen.beginPath();
   steps(ts, width).forEach(([x, t]) => pen.lineTo(x, y(middle(t))));
   pen.stroke();
+  pen.strokeStyle = css("--soft"); pen.lineWidth = 1; pen.setLineDash([2, 2]);
+  for (const [at] of current.replies) {
+    const x = Math.round(stripX(at - 0.5, width)) + 0.5;
+    pen.beginPath(); pen.moveTo(x, 2); pen.lineTo(x, bottom); pen.stroke();
+  }
   const final = index.score[completion];
   pen.strokeStyle = css("--ink"); pen.setLineDash([5, 4]); pen.lineWidth = 1.5;
   pen.beginPath(); pen.moveTo(LEFT, y(final)); pen.lineTo(width - RIGHT, y(final)); pen.stroke(); pen.setLineDash([]);
@@ -112,6 +117,7 @@ function drawDetails(t) {
   $("chosen").textContent = short(current.text[t].replace(/\n/g, "↵"), LONGEST_TOKEN).trim() || "·";
   $("position").textContent = index.info.words ? `word ${t + 1} of ${current.n}` : `token ${t + 1} of ${current.n} · id ${current.id[t]}`;
   const fact = (name, value) => { put(numbers, "dt", name); put(numbers, "dd", value); };
+  if (current.replies.length) fact("Turn", `${turnOf(current, t)} of ${turnsOf(current)}`);
   if (current.logp) fact("Probability", percent(Math.exp(current.logp[t])));
   if (current.value) fact("Value", figures(current.value[t]));
   if (current.quantiles) {

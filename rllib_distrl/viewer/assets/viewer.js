@@ -89,10 +89,11 @@ async function open(c, t = 0) {
   verdict.replaceChildren();
   put(verdict, "b", `${sign} ${words}`, kind);
   put(verdict, "span", `return ${figures(index.score[c], 2)}`);
-  put(verdict, "span", `${data.n.toLocaleString("en")} tokens${index.cut[c] ? ", cut at the limit" : ""}`);
+  put(verdict, "span", `${data.n.toLocaleString("en")} tokens${data.replies.length ? ` in ${turnsOf(data)} turns` : ""}${index.cut[c] ? ", cut at the limit" : ""}`);
   put(verdict, "span", `sample ${index.sample[c]} of problem ${index.problem[c]}`);
   if (!["correct", "wrong"].includes(index.status[c])) put(verdict, "span", `status ${index.status[c]}`);
   if (data.answer && data.answer.trim() !== index.snippet[c].trim()) put(verdict, "span", `answer ${short(data.answer, 120)}`).dir = "auto";
+  for (const key of document.getElementsByClassName("reply-key")) key.hidden = !data.replies.length;
   $("tokens").dir = direction(data.text.slice(0, 400).join(""));
   choose(Math.min(t, Math.max(data.n - 1, 0)), true);
 }
@@ -102,7 +103,7 @@ function choose(t, fresh = false) {
   token = t;
   if (samePage) {
     $("tokens").querySelector(".chosen")?.classList.remove("chosen");
-    $("tokens").children[t % PAGE]?.classList.add("chosen");
+    $("tokens").querySelector(`[data-t="${t}"]`)?.classList.add("chosen");
   } else drawTokens();
   $("tokens").querySelector(".chosen")?.scrollIntoView({ block: "nearest" });
   history.replaceState(null, "", `#${completion}.${token}`);
@@ -112,8 +113,11 @@ function choose(t, fresh = false) {
 function drawTokens() {
   const start = Math.floor(token / PAGE) * PAGE, end = Math.min(start + PAGE, current.n), box = $("tokens");
   const which = MODES[mode], values = usable(which) ? current[which.column] : null;
-  const parts = document.createDocumentFragment();
+  const parts = document.createDocumentFragment(), replied = [...current.replies];
+  const putReplies = (t) => { while (replied.length && replied[0][0] <= t) putReply(parts, replied.shift()[1]); };
+  while (replied.length && replied[0][0] < start) replied.shift();  // on an earlier page
   for (let t = start; t < end; t++) {
+    putReplies(t);
     const text = current.text[t], span = put(parts, "span", undefined, t === token ? "chosen" : "");
     span.dataset.t = t;
     if (text === "") { span.textContent = "·"; span.classList.add("odd"); }
@@ -121,12 +125,20 @@ function drawTokens() {
     else span.textContent = short(text, LONGEST_TOKEN);
     if (values) span.style.backgroundColor = tint(shade(which, values[t]));
   }
+  if (end === current.n) putReplies(end);
   if (!current.n) put(parts, "em", "(no tokens)");
   box.replaceChildren(parts);
   $("pages").hidden = current.n <= PAGE;
   $("page").textContent = `${(start + 1).toLocaleString("en")}–${end.toLocaleString("en")} of ${current.n.toLocaleString("en")} tokens`;
   $("back").disabled = start === 0;
   $("forth").disabled = end === current.n;
+}
+function putReply(parent, text) {
+  const shown = short(text, LONGEST_REPLY), inner = shown.replace(/^\n+|\n+$/g, (ends) => "↵".repeat(ends.length));
+  const reply = put(parent, "span", inner.replace(/\n/g, "↵\n"), text.includes("\n") ? "reply lines" : "reply");
+  reply.dir = "auto";
+  reply.title = "reply of the environment: not sampled";
+  reply.setAttribute("role", "note");
 }
 function drawLegend() {
   const which = MODES[mode], known = usable(which);
