@@ -29,8 +29,12 @@ DATA_TASKS = {
 WRAPPERS = {"tools": "distrl_envs.tasks.tool_task:ToolTask"}
 """The same for tasks that stand around another, which `task=…` in their configuration names."""
 
-GYM_PREFIX = "reasoning_gym:"
-"""What stands before the name of one of Reasoning Gym's generators."""
+LIBRARIES = {
+    "reasoning_gym": ("generator", "distrl_envs.tasks.reasoning_gym:ReasoningGymTask"),
+    "gym": ("env_id", "distrl_envs.tasks.text_envs:GymTask"),
+    "textarena": ("env_id", "distrl_envs.tasks.text_envs:TextArenaTask"),
+}
+"""What stands before `:NAME` of another library's, to the argument for NAME and `module:class`."""
 
 
 def make_task(name: str, **config: Any) -> Task:
@@ -38,7 +42,8 @@ def make_task(name: str, **config: Any) -> Task:
 
     Args:
         name: A key of `TASKS`, `DATA_TASKS` or `WRAPPERS`, `reasoning_gym:NAME` for a generator of
-            Reasoning Gym, or `module:class` of one's own.
+            Reasoning Gym, `gym:ID` for an environment of Gymnasium with texts, `textarena:ID` for a
+            game of TextArena, or `module:class` of one's own.
         **config: Arguments of the task: split, seed and whatever else it takes.
 
     Raises:
@@ -46,14 +51,16 @@ def make_task(name: str, **config: Any) -> Task:
         TaskError: If the task's own code fails while it is built.
     """
     known = TASKS | DATA_TASKS | WRAPPERS
-    if name.startswith(GYM_PREFIX):
-        config = {"generator": name.removeprefix(GYM_PREFIX), **config}
-        known = known | {name: "distrl_envs.tasks.reasoning_gym:ReasoningGymTask"}
+    library, _, rest = name.partition(":")
+    if rest and library in LIBRARIES:
+        argument, location = LIBRARIES[library]
+        config = {argument: rest, **config}
+        known = known | {name: location}
     location = known.get(name, name)
     if ":" not in location:
         raise ValueError(
-            f"Got task {name!r}; it must be one of {', '.join(known)}, reasoning_gym:NAME, or "
-            "module:class of your own."
+            f"Got task {name!r}; it must be one of {', '.join(known)}, reasoning_gym:NAME, gym:ID, "
+            "textarena:ID, or module:class of your own."
         )
     factory = load_attribute(location)
     try:
