@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -73,8 +75,9 @@ def test_the_whole_method_is_then_the_critic_free_one(values):
     """Whitening and all, with a critic against without one."""
     quantiles = torch.tensor(values, dtype=D).unsqueeze(-1).expand(-1, -1, 16)
     advantages = []
-    for settings in ({"advantage": {"name": "blended"}},
-                     {"advantage": {"name": "rloo"}, "critic": "none"}):  # fmt: skip
+    blending: dict[str, Any] = {"advantage": {"name": "blended"}}
+    free: dict[str, Any] = {"advantage": {"name": "rloo"}, "critic": "none"}
+    for settings in (blending, free):
         config = distrl_config(generations=2, bonus_coeff=0.0, **settings)
         config.validate()
         with_critic = settings.get("critic") != "none"
