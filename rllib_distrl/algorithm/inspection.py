@@ -156,7 +156,7 @@ def _frame(
             }
         )
     frame = pd.DataFrame(rows)
-    if not frame[REPLY_AT].map(len).any():
+    if not any(map(len, frame[REPLY_AT])):
         frame = frame.drop(columns=[REPLY_AT, REPLY_TEXTS])
     return frame
 

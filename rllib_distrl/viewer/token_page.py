@@ -83,7 +83,7 @@ def table_of_samples(path: str | Path) -> TokenTable:
             "table or the samples of an evaluation."
         )
     frame = pd.read_parquet(path)
-    if "replies" in frame and frame["replies"].notna().any():
+    if "replies" in frame and any(frame["replies"].notna()):
         found = map(_words, frame["completion"], frame.pop("replies"))
         frame["text"], frame[REPLY_AT], frame[REPLY_TEXTS] = zip(*found, strict=True)
     else:
