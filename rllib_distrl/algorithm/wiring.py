@@ -10,7 +10,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from rllib_distrl.algorithm.cluster import check_runner_gpus, cluster_checked
 from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.model.attention import PRECISIONS
-from rllib_distrl.model.builtin import PREFIX
+from rllib_distrl.model.builtin import PREFIX, find_spec
 from rllib_distrl.model.causal_lm_module import CausalLMModule
 from rllib_distrl.model.loading import (
     eos_token_ids,
@@ -44,7 +44,7 @@ def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[st
     """
     settings = {"max_completion_tokens": rollout.max_completion_tokens, "obs_mode": obs_mode}
     if model.startswith(PREFIX):
-        return settings
+        return {**settings, "window": find_spec(model).window}
     config = load_config(model).get_text_config()
     return {
         **settings,

@@ -10,7 +10,7 @@ import inspect
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.functional import cross_entropy
 
 from distrl_envs import task as task_module
-from distrl_envs.task import GeneratedTask
+from distrl_envs.task import GeneratedTask, Problem, Turn
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import EOS, PAD, VOCABULARY, small_tokenizer
 from rllib_distrl.model.cached_folder import CachedFolder, content_key, say
@@ -129,7 +129,8 @@ class BuiltinSpec:
                 inspect.getsource(inspect.getmodule(type(task)) or task_module),
                 inspect.getsource(task_module),
                 *map(
-                    inspect.getsource, (warm_start, example_batches, learning_rate, _train, _loss)
+                    inspect.getsource,
+                    (warm_start, example_batches, _example, learning_rate, _train, _loss),
                 ),
             ],
         }
@@ -142,6 +143,18 @@ SPECS = {
         BuiltinSpec("graph-path", task="graph_path"),
         # Six numbers instead of four: completions of 30 tokens instead of 18.
         BuiltinSpec("countdown-6", task_config={"numbers": 6}, steps=1_600),
+        # Games of several turns, played at random or with mistakes: their form is known.
+        BuiltinSpec(
+            "blackjack",
+            task="blackjack",
+            window=192,
+            hidden_size=32,
+            num_heads=1,
+            intermediate_size=96,
+            steps=300,
+        ),
+        BuiltinSpec("mastermind", task="mastermind", steps=1_200),
+        BuiltinSpec("countdown-check", task="countdown_check", window=160, steps=2_200),
         # For tests and quick looks: knows the form of an answer, seldom the answer.
         BuiltinSpec(
             "countdown-tiny",
@@ -229,7 +242,7 @@ def warm_start(spec: BuiltinSpec, folder: Path) -> dict[str, Any]:
 def example_batches(
     task: GeneratedTask, rng: np.random.Generator, steps: int, batch_size: int
 ) -> Iterator[Batch]:
-    """Random problems with random solutions, as tokens of the small tokenizer.
+    """Random problems with demonstrations of them, as tokens of the small tokenizer.
 
     Args:
         task: Draws the examples.
@@ -238,22 +251,31 @@ def example_batches(
         batch_size: Examples in each, B.
 
     Yields:
-        Tokens (B, S) padded on the right, and whether each is a target (B, S): a token of the
-        completion or its EOS.
+        Tokens (B, S) padded on the right, and whether each is a target (B, S): a token of what
+        the model says, or the EOS of a turn.
     """
-    pad, eos = VOCABULARY[PAD], VOCABULARY[EOS]
     for _ in range(steps):
-        drawn = [task.sample_solved(rng) for _ in range(batch_size)]
-        prompts = [_encode(problem.prompt) for problem, _ in drawn]
-        answers = [[*_encode(solution), eos] for _, solution in drawn]
-        width = max(len(a) + len(b) for a, b in zip(prompts, answers, strict=True))
-        tokens = np.full((batch_size, width), pad, dtype=np.int64)
+        rows = [_example(*task.sample_demonstration(rng)) for _ in range(batch_size)]
+        width = max(len(ids) for ids, _ in rows)
+        tokens = np.full((batch_size, width), VOCABULARY[PAD], dtype=np.int64)
         targets = np.zeros((batch_size, width), dtype=bool)
-        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            end = len(prompt) + len(answer)
-            tokens[row, :end] = prompt + answer
-            targets[row, len(prompt) : end] = True
+        for row, (ids, said) in enumerate(rows):
+            tokens[row, : len(ids)] = ids
+            targets[row, : len(ids)] = said
         yield torch.from_numpy(tokens), torch.from_numpy(targets)
+
+
+def _example(problem: Problem, turns: Sequence[Turn]) -> tuple[list[int], list[bool]]:
+    """An episode's tokens, as `TokenEnv` would have them, and which of them the model says."""
+    ids = _encode(problem.prompt)
+    said, mark = [False] * len(ids), ids[-1]
+    for turn in turns:
+        answer = [*_encode(turn.completion), VOCABULARY[EOS]]
+        ids, said = ids + answer, said + [True] * len(answer)
+        if turn.reply is not None and not turn.reply.over:
+            reply = [*_encode(turn.reply.text), mark]
+            ids, said = ids + reply, said + [False] * len(reply)
+    return ids, said
 
 
 def _encode(text: str) -> list[int]:
