@@ -425,7 +425,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         info = episode.infos[-1]
         if "grade" in info:  # A completion that a wrapper has cut is not graded.
             self.metrics.log_value((STATUS_METRIC, info["grade"].status), 1, reduce="sum")
-        cut = episode.is_truncated or info.get("finish_reason") == "length"
+        cut = episode.is_truncated or info.get("finish_reason") in ("length", "context")
         self.metrics.log_value(TRUNCATED_METRIC, float(cut), reduce="mean")
         return episode
 
