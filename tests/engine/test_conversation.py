@@ -1,53 +1,16 @@
 """Completions of several turns: what is sampled does not depend on how answers come."""
 
-import numpy as np
 import pytest
-import torch
 
-from rllib_distrl.engine import SamplingParams, TorchEngine
-from rllib_distrl.engine.conversation import Answer, converse
-from tests.engine.engine_models import EOS, make_model, make_requests
-
-PARAMS = SamplingParams(max_tokens=24, temperature=1.3)
-ENDS = [EOS, 7, 9, 11, 20, 33]  # turns of some ten tokens
-TURNS = 4
-
-
-class Script:
-    """Answers each turn but the fourth with one to nine tokens that depend on what was sampled."""
-
-    longest = 90
-
-    def __init__(self, lens, *, late=0, stops=None):
-        self.lens, self.late, self.stops = lens, late, stops
-        self.said, self.given, self.asked = {}, [], 0
-
-    def ended(self, place, tokens):
-        said = self.said.setdefault(place, [])
-        over = len(tokens) >= PARAMS.max_tokens or len(said) == TURNS - 1
-        if self.stops is None:
-            assert over or tokens[-1] in ENDS
-        if over:
-            return False
-        ids = [30 + int(token) % 20 for token in tokens[-1 - len(tokens) % 9 :]]
-        if tokens[-1] == 33:
-            ids = []  # over
-        else:
-            said.append((len(tokens), ids))
-        self.given.append(Answer(place, ids, PARAMS.max_tokens))
-        return True
-
-    def ready(self, *, wait):
-        self.asked += 1
-        if self.late and not wait and self.asked % self.late:
-            return []
-        now, self.given = self.given[::-1], []
-        return now
+from rllib_distrl.engine import TorchEngine
+from rllib_distrl.engine.conversation import converse
+from tests.engine.conversations import ENDS, PARAMS, Script, check_logps
+from tests.engine.engine_models import make_model, make_requests
 
 
 def speak(engine, **options):
     requests = make_requests()
-    script = Script([len(r.prompt_ids) for r in requests], **options)
+    script = Script(**options)
     found = dict(converse(engine, requests, PARAMS, script))
     return requests, [found[i] for i in range(len(requests))], script
 
@@ -59,29 +22,13 @@ def engine_of(name, decoder, **options):
     return model, engine
 
 
-def whole_row(request, completion, said):
-    """The row's tokens, and where its sampled ones are."""
-    ids, places, done = list(request.prompt_ids), [], 0
-    for at, reply in [*said, (len(completion.tokens), [])]:
-        places += range(len(ids), len(ids) + at - done)
-        ids += [*completion.tokens[done:at].tolist(), *reply]
-        done = at
-    return ids, places
-
-
 @pytest.mark.parametrize("name", ["qwen2-gqa", "qwen3-gqa", "llama-biases-llama3"])
 @pytest.mark.parametrize("batch", [256, 5])
 def test_logps_are_those_of_a_full_forward_over_all_turns(name, batch):
     model, engine = engine_of(name, "compiled", max_batch_size=batch)
     requests, completions, script = speak(engine)
     assert {len(said) for said in script.said.values()} >= {0, 1, 2, 3}
-    for place, (request, completion) in enumerate(zip(requests, completions, strict=True)):
-        ids, places = whole_row(request, completion, script.said.get(place, []))
-        assert [ids[p] for p in places] == completion.tokens.tolist()
-        with torch.no_grad():
-            logits = model(torch.tensor([ids])).logits[0].double() / PARAMS.temperature
-        want = logits.log_softmax(-1)[[p - 1 for p in places], completion.tokens]
-        np.testing.assert_allclose(completion.logps, want, atol=2e-5)
+    check_logps(model, requests, completions, script, atol=2e-5)
 
 
 @pytest.mark.parametrize("late", [0, 2, 7])

@@ -7,7 +7,9 @@ from scipy import stats
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from rllib_distrl.engine import Request, RolloutEngine, SamplingParams, TorchEngine, content_hash
+from rllib_distrl.engine.conversation import converse
 from rllib_distrl.engine.weights import PROBE_TOLERANCE
+from tests.engine.conversations import PARAMS, Script, check_logps
 from tests.engine.engine_models import EOS, VOCAB, make_requests, reference_logps
 
 pytestmark = pytest.mark.vllm
@@ -74,6 +76,15 @@ def test_logps_equal_a_full_forward_on_ragged_batches(engine, model):
         np.testing.assert_allclose(completion.logps, want, atol=5e-5)
         assert EOS not in completion.tokens[:-1]
         assert (completion.tokens[-1] == EOS) == (completion.finish_reason == "stop")
+
+
+def test_logps_are_those_of_a_full_forward_over_all_turns(engine, model):
+    requests = make_requests()
+    script = Script(stops=lambda place, tokens: len(tokens) % 5 == 0)
+    found = dict(converse(engine, requests, PARAMS, script))
+    assert {len(said) for said in script.said.values()} >= {1, 2, 3}
+    completions = [found[place] for place in range(len(requests))]
+    check_logps(model, requests, completions, script, atol=5e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
