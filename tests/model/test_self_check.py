@@ -101,8 +101,8 @@ def test_a_wrong_path_is_refused_with_what_deviates(tmp_path, monkeypatch):
 
 
 def half_as_sharp(token_logps):
-    def changed(module, policy, states, tokens):
-        return token_logps(module, policy, states * 0.5, tokens)
+    def changed(module, policy, states, *others):
+        return token_logps(module, policy, states * 0.5, *others)
 
     return changed
 
