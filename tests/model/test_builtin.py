@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from distrl_envs.task import distinct_rows
+from distrl_envs.tasks import make_task
 from distrl_envs.tasks.countdown import CountdownTask
 from distrl_envs.tokenizers import EOS, VOCABULARY, small_tokenizer
+from distrl_envs.turns import EnvReply, ReplyTokens, interleaved
 from rllib_distrl.engine.protocol import Request, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.model.builtin import (
@@ -65,6 +67,30 @@ def test_examples_are_solved_problems_padded_on_the_right():
         if row == 0:
             assert (prompt, answer) == (solved[0].prompt, solved[1])
     assert lengths == {2 + 3 + 6, 3 + 3 + 12}
+
+
+@pytest.mark.parametrize("name", ["blackjack", "mastermind", "countdown_check"])
+def test_demonstrations_of_turns_are_the_environments_own_tokens(name):
+    task, tokenizer = make_task(name), small_tokenizer()
+    replies_of = ReplyTokens(tokenizer, task.reply_roles, task.max_reply_tokens)
+    ((tokens, targets),) = example_batches(task, np.random.default_rng(3), 1, 16)
+    rng, turns_of = np.random.default_rng(3), set()
+    for row, said in zip(tokens, targets, strict=True):
+        problem, turns = task.sample_demonstration(rng)
+        prompt = tokenizer.encode(problem.prompt, add_special_tokens=False)
+        completion, replies = [], []
+        for turn in turns:
+            completion += tokenizer.encode(turn.completion, add_special_tokens=False)
+            completion.append(tokenizer.eos_token_id)
+            if turn.reply is not None and not turn.reply.over:
+                ids, _ = replies_of.encode(turn.reply, tokenizer.eos_token_id, prompt[-1])
+                replies.append(EnvReply(len(completion), ids, turn.reply))
+        ids = interleaved(prompt, completion, replies)
+        assert row[: len(ids)].tolist() == ids
+        assert not said[len(ids) :].any()
+        assert row[said].tolist() == completion
+        turns_of.add(len(turns))
+    assert max(turns_of) > 1
 
 
 def test_learning_rate_by_hand():
