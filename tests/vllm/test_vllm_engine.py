@@ -82,7 +82,7 @@ def test_logps_are_those_of_a_full_forward_over_all_turns(engine, model):
     requests = make_requests()
     script = Script(stops=lambda place, tokens: len(tokens) % 5 == 0)
     found = dict(converse(engine, requests, PARAMS, script))
-    assert {len(said) for said in script.said.values()} >= {2, 3}
+    assert max(len(said) for said in script.said.values()) == 3
     completions = [found[place] for place in range(len(requests))]
     check_logps(model, requests, completions, script, atol=5e-5)
 
