@@ -154,7 +154,8 @@ def check_requests(
                 f"{last - request.start} exceed the window of {max_seq_len} tokens. Lower "
                 "max_tokens or shorten the prompts."
             )
-    prompts = [request.prompt_ids for request in requests]
+    # The samples of a prompt share its list.
+    prompts = {id(request.prompt_ids): request.prompt_ids for request in requests}.values()
     if not all(map(len, prompts)):
         raise ValueError("A prompt is empty: give it at least one token.")
     low, high = min(map(min, prompts)), max(map(max, prompts))

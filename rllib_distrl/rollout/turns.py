@@ -1,7 +1,8 @@
 """Sampling where an environment replies: the engine asks, the environment answers."""
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent import futures
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ def sample_episodes(
         engine: Holds the weights.
         requests: Of the environment's prompts; the key names the randomness of replies too.
         params: How to sample.
-        env: The `TokenEnv`. Without turns and stop strings it has nothing to say.
+        env: The `TokenEnv`. Without turns it only says where stop strings end a completion.
 
     Yields:
         The place of a request and its completion.
@@ -62,14 +63,13 @@ class _Replies:
     def __init__(self, env: Any, requests: Sequence[Request], slow: ThreadPoolExecutor | None):
         self.env, self.requests, self.slow = env, requests, slow
         self.longest: int = env.max_context_tokens
-        self.stops = self._stops if env.stop else None
+        self.stops = self._ends_turn if env.stop else None
         self.replies: list[list[EnvReply]] = [[] for _ in requests]
         self._asked: dict[Future[EnvReply | None], tuple[int, int]] = {}
         self._ready: list[Answer] = []
 
     def ended(self, place: int, tokens: np.ndarray) -> bool:
-        own = int(tokens[-1]) in self.env.eos_token_ids
-        if not own and not (self.stops and self.stops(place, tokens)):
+        if not self._ends_turn(place, tokens):
             return False  # A limit has ended it.
         request = self.requests[place]
         known = tuple(self.replies[place])
@@ -87,11 +87,8 @@ class _Replies:
         return now
 
     def _collect(self, *, wait: bool) -> None:
-        if not self._asked:
-            return
-        done = [future for future in self._asked if future.done()]
-        if wait and not done:
-            done = _first_of(self._asked)
+        patience = None if wait else 0
+        done, _ = futures.wait(self._asked, patience, return_when=futures.FIRST_COMPLETED)
         for future in done:
             self._take(*self._asked.pop(future), future.result())
 
@@ -104,11 +101,6 @@ class _Replies:
         limit = sampled + self.env.room(prompt, sampled, self.replies[place])
         self._ready.append(Answer(place, () if reply.finish else reply.ids, limit))
 
-    def _stops(self, place: int, tokens: np.ndarray) -> bool:
+    def _ends_turn(self, place: int, tokens: np.ndarray) -> bool:
         said = self.replies[place]
-        turn = tokens[said[-1].at if said else 0 :].tolist()
-        return self.env.ends_turn(turn)
-
-
-def _first_of(asked: Any) -> list[Any]:
-    return list(wait(asked, return_when=FIRST_COMPLETED).done)
+        return self.env.ends_turn(tokens.tolist(), said[-1].at if said else 0)
