@@ -365,7 +365,7 @@ def _check_controllers(config: Any) -> None:
             raise ValueError(
                 f"controller {spec['name']!r} makes a {type(controller).__name__}, which names no "
                 "setting to move. Name a class like `AdaptiveEntropy` in rllib_distrl/method/"
-                "controllers.py."
+                "loss_terms.py."
             )
     moved = [controller.setting for controller in controllers]
     for setting in moved:
