@@ -165,7 +165,7 @@ def test_messages_for_people() -> None:
     assert message_of(remote) == "the window is 512"
 
 
-def test_help_is_quick_and_imports_neither_torch_nor_ray() -> None:
+def test_help_imports_neither_torch_nor_ray() -> None:
     program = (
         "import sys; from typer.testing import CliRunner\n"
         "from rllib_distrl.cli.app import app\n"
@@ -173,7 +173,5 @@ def test_help_is_quick_and_imports_neither_torch_nor_ray() -> None:
         "assert result.exit_code == 0 and 'explain' in result.output\n"
         "print(sorted({'torch', 'ray', 'transformers'} & sys.modules.keys()))"
     )
-    started = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
-    assert time.perf_counter() - started < 5  # 0.4 s on an idle core

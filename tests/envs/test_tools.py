@@ -162,7 +162,7 @@ def test_what_is_raised_is_told_without_places_of_this_machine():
 def test_code_that_hangs_is_stopped_at_its_deadline(text):
     began = time.monotonic()
     result = PYTHON(text)
-    assert time.monotonic() - began < TIMEOUT + 8.0
+    assert time.monotonic() - began < TIMEOUT + 30.0
     assert result == Result("[timeout: the code ran longer than 2 s and was stopped]", "timeout")
 
 
