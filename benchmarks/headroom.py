@@ -18,11 +18,11 @@ def functionals(law: Law) -> dict[str, float]:
     """Standard deviation, quantiles, and the expected best of four of a law."""
     scores = sorted(law)
     below = np.cumsum([law[score] for score in scores])
-    quantile = {q: scores[int(np.searchsorted(below, q - 1e-12))] for q in (0.1, 0.9)}
+    quantile = {q: scores[int(np.searchsorted(below, q - 1e-12))] for q in (0.25, 0.75)}
     best = float(np.diff(np.concatenate([[0.0], below**BEST_OF])) @ scores)
     second = sum(score**2 * share for score, share in law.items())
     std = max(0.0, second - mean(law) ** 2) ** 0.5
-    return {"std": std, "q10": quantile[0.1], "q90": quantile[0.9], f"best of {BEST_OF}": best}
+    return {"std": std, "q25": quantile[0.25], "q75": quantile[0.75], f"best of {BEST_OF}": best}
 
 
 def blackjack_headroom() -> dict[str, dict[str, float]]:

@@ -14,7 +14,7 @@ from distrl_envs.task import Draws, GeneratedTask, Grade, Problem, Reply, Turn, 
 if TYPE_CHECKING:
     import numpy as np
 
-HIT, STAND, DOUBLE = "+", "=", "*"
+HIT, STAND, DOUBLE = MOVES = "+", "=", "*"
 WORDS = {"hit": HIT, "stand": STAND, "double": DOUBLE}
 WORD = re.compile(r"\b(hit|stand|double)\b", re.IGNORECASE)
 STATE = re.compile(r"(\d+) , ([01]) -> (\d+)$")
@@ -38,17 +38,11 @@ class State(NamedTuple):
         total: Of the player's cards.
         soft: Whether an ace among them counts 11.
         dealer: The dealer's open card.
-        first: Whether no move has been made, so that doubling is allowed.
     """
 
     total: int
     soft: bool
     dealer: int
-    first: bool = True
-
-    def moves(self) -> tuple[str, ...]:
-        """The moves that are allowed."""
-        return (HIT, STAND, DOUBLE) if self.first else (HIT, STAND)
 
     def text(self) -> str:
         """As the model reads it."""
@@ -71,12 +65,12 @@ class BlackjackTask(GeneratedTask):
 
     The prompt `10 6 ; 16 , 0 -> 9 :` has the player's cards; their total; how many aces of them
     count 11; the dealer's card. A turn is one move, `+` (hit), `=` (stand) or `*` (double: one last
-    card at twice the stake, in the first turn only), or the last of the words hit, stand and
-    double in it. A hit is answered by the card and what it makes, `2 ; 18 , 0 -> 9`. Different
-    hands may come to the same total, also across splits.
+    card at twice the stake, in any turn), or the last of the words hit, stand and double in it. A
+    hit is answered by the card and what it makes, `2 ; 18 , 0 -> 9`. Different hands may come to
+    the same total, also across splits.
 
     The score is (stakes won + 2) / 4: 1 for a doubled stake won, .75 for one won, .5 for a draw,
-    .25 for one lost, 0 for a doubled one lost. Anything else than an allowed move ends the hand
+    .25 for one lost, 0 for a doubled one lost. Anything else than a move ends the hand
     with 0, status `malformed`. A hand that is won is `correct`, others are `drawn` or `wrong`.
     """
 
@@ -109,11 +103,10 @@ class BlackjackTask(GeneratedTask):
     def demonstration(
         self, problem: Problem, rng: np.random.Generator, solution: str | None = None
     ) -> list[Turn]:
-        """A hand with moves at random, each that is allowed as likely as the others."""
+        """A hand with moves at random, each as likely as the others."""
 
         def move(problem: Problem, turns: Sequence[Turn]) -> str:
-            moves = self.state(problem, turns).moves()
-            return moves[int(rng.integers(len(moves)))]
+            return MOVES[int(rng.integers(len(MOVES)))]
 
         return played(self, problem, move, rng)
 
@@ -125,8 +118,8 @@ class BlackjackTask(GeneratedTask):
             "ace 11 if that does not make more than 21, else 1. The dealer draws up to 17 and "
             f"stands from there on. Your cards are {' and '.join(map(str, problem.data['cards']))} "
             f"(1 is an ace), {state.total} together, and the dealer shows {state.dealer}. Say hit "
-            "(take a card), stand (no more cards) or double (one last card at twice the stake; in "
-            "your first turn only). After a hit I show: your new card ; your total , how many of "
+            "(take a card), stand (no more cards) or double (one last card at twice the stake). "
+            "After a hit I show: your new card ; your total , how many of "
             "your aces count 11 -> the dealer's card. End each turn with one of the three words."
         )
 
@@ -135,13 +128,13 @@ class BlackjackTask(GeneratedTask):
         if not turns:
             return _dealt(problem.data["cards"], problem.data["dealer"])
         total, soft, dealer = _shown(turns[-1].reply)
-        return State(total, bool(soft), dealer, first=False)
+        return State(total, bool(soft), dealer)
 
     def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
         """The next card, or how the hand ends."""
         state = self.state(problem, turns[:-1])
         move = _move(turns[-1].completion)
-        if move not in state.moves():
+        if move is None:
             return Reply(over=True, status="malformed")
         total, soft, shown = state.total, state.soft, ""
         if move != STAND:
@@ -173,14 +166,13 @@ class BlackjackTask(GeneratedTask):
 
 
 def best_move(state: State) -> str:
-    """The move with the highest expected score; the first of equals, as `State.moves` has them."""
-    return max(state.moves(), key=lambda move: mean(_after(state, move, None)))
+    """The move with the highest expected score; the first of equals, as `MOVES` has them."""
+    return max(MOVES, key=lambda move: mean(_after(state, move, None)))
 
 
 def uniform(state: State) -> Mapping[str, float]:
-    """The policy that makes each allowed move as likely as the others: that of demonstrations."""
-    moves = state.moves()
-    return dict.fromkeys(moves, 1.0 / len(moves))
+    """The policy that makes each move as likely as the others: that of demonstrations."""
+    return dict.fromkeys(MOVES, 1.0 / len(MOVES))
 
 
 def return_law(state: State, policy: Policy | None = None) -> Law:
@@ -208,7 +200,7 @@ def visits(policy: Policy | None = None) -> dict[State, float]:
             for card, share in CARDS.items():
                 total, soft = _with_card(state.total, state.soft, card)
                 if total < MOST and HIT in moves:
-                    after = State(total, soft, state.dealer, False)
+                    after = State(total, soft, state.dealer)
                     met[after] = met.get(after, 0.0) + met[state] * moves[HIT] * share
     return met
 
@@ -227,7 +219,7 @@ def _after(state: State, move: str, policy: Policy | None) -> Law:
     for card, share in CARDS.items():
         total, soft = _with_card(state.total, state.soft, card)
         if move == HIT and total < MOST:
-            laws.append((share, return_law(State(total, soft, state.dealer, False), policy)))
+            laws.append((share, return_law(State(total, soft, state.dealer), policy)))
         else:
             laws.append((share, _standing(total, state.dealer, 2 if move == DOUBLE else 1)))
     return _mixture(laws)
