@@ -597,6 +597,10 @@ class TrainingSettings(Settings):
     critic: Literal["separate", "shared", "detached", "none"] = "separate"
     """Whether the critic has a trunk of its own, the policy's, that without its gradient, or
     whether there is none."""
+    critic_observation: Literal["none", "state", "text"] = "none"
+    """What the critic, and never the policy, sees beside the tokens: ``state``, numbers of the
+    task's verifier at every token (`Task.critic_observation`); ``text``, such as a reference
+    answer, before the rows of a separate critic (`Task.critic_text`)."""
     critic_checkpoint: str | None = None
     """Folder written by ``distrl export --critic`` to start a separate critic from; None: a copy of
     the policy's trunk."""

@@ -33,6 +33,12 @@ PLACE = "place"
 LARGEST_SCORE = 3.4e38
 """Rewards are 32-bit floats."""
 
+MOST_CRITIC_NUMBERS = 16
+"""Most numbers per token that a task may tell a critic."""
+
+CRITIC_OBSERVATIONS = ("none", "state", "text")
+"""What a critic sees beside the tokens: nothing, `Task.critic_observation`, `Task.critic_text`."""
+
 STATUSES = (
     "correct", "wrong", "no_answer", "too_long", "timeout", "worker_died", "unchecked",
     "verifier_error",
@@ -186,6 +192,8 @@ class Task(ABC):
         max_completion_tokens: Default limit including EOS, in tokens of its own tokenizer; of all
             turns together.
         max_reply_tokens: Default limit of each reply, in tokens of its own tokenizer.
+        critic_numbers: Names of what `critic_observation` tells a critic, in order; none where it
+            tells nothing.
     """
 
     name: str = "task"
@@ -200,6 +208,7 @@ class Task(ABC):
     max_prompt_tokens: int = 512
     max_completion_tokens: int = 512
     max_reply_tokens: int = 256
+    critic_numbers: Sequence[str] = ()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -269,6 +278,32 @@ class Task(ABC):
         do not keep or change it.
         """
         return 0.0
+
+    def critic_observation(
+        self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
+    ) -> Sequence[Sequence[float]]:
+        """What the verifier knows of the states of a turn, for the critic; no policy sees it.
+
+        It must be a function of its arguments, that is of what is there before the token is
+        chosen: a critic that sees it then leaves the policy's gradient unbiased (Baisero & Amato
+        2022). Asked only with `critic_observation = "state"`.
+
+        Args:
+            problem: What was asked.
+            turns: The turns before this one, each with its reply.
+            texts: What the turn holds before each of its tokens, decoded; the first is "".
+
+        Returns:
+            For each of `texts` the numbers that `critic_numbers` names, each of about unit size.
+        """
+        raise NotImplementedError
+
+    def critic_text(self, problem: Problem) -> str:
+        """What is put before the tokens that the critic reads, such as a reference answer.
+
+        No policy sees it. Asked only with `critic_observation = "text"`; "" where there is none.
+        """
+        return ""
 
     def instruction(self, problem: Problem) -> str:
         """The prompt for a tokenizer that is not the task's own, in plain language."""
@@ -464,6 +499,13 @@ class GeneratedTask(Task):
         """A random problem of the split with a demonstration, as `sample_solved` has a solution."""
         problem, solution = self.sample_solved(rng)
         return problem, self.demonstration(problem, rng, solution)
+
+    def critic_text(self, problem: Problem) -> str:
+        """A solution, always the same of a problem."""
+        import numpy as np
+
+        seed = int.from_bytes(blake2b(problem.key.encode(), digest_size=8).digest(), "big")
+        return self.solution(problem, np.random.default_rng(seed))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The number-level tokenizer that all generated tasks share."""

@@ -14,12 +14,15 @@ import numpy as np
 from gymnasium import spaces
 
 from distrl_envs.task import (
+    CRITIC_OBSERVATIONS,
     GENERATED_ROWS,
+    MOST_CRITIC_NUMBERS,
     Grade,
     Problem,
     Task,
     TaskError,
     Turn,
+    ask,
     checked_number,
     described,
     grades_of,
@@ -29,6 +32,7 @@ from distrl_envs.tokenizers import (
     check_chat_template_kwargs,
     check_stop,
     decode_completion,
+    encode_marked,
     ends_with_stop,
     is_small,
     load_tokenizer,
@@ -59,6 +63,9 @@ OBS_MODES = ("token", "incremental", "context")
 FOREIGN_TOKENIZER_LIMIT = 512
 """Default token limits of prompt and completion with a tokenizer that is not the task's own."""
 
+MOST_CRITIC_TEXT = 512
+"""Tokens at which a text for the critic is cut, if the model's window does not cut it before."""
+
 # More than a batch has: a runner asks for each prompt to generate, to grade and to replay.
 _KEPT_PROMPTS = 1024
 
@@ -82,7 +89,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     stand, and `truncated` is always False. Before the end the reward is 0 unless the task has
     step rewards.
 
-    `reset` returns `info` with `prompt_ids`, `row` and `problem`; the last step returns `info` with
+    `reset` returns `info` with `prompt_ids`, `row` and `problem` (and, for a critic that is told
+    one, `critic_text_ids`); the last step returns `info` with
     `finish_reason`, `grade` and `completion` (the decoded text).
 
     A task that replies (`has_turns`) is asked whenever EOS or a stop string ends a turn. Where it
@@ -128,6 +136,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         max_turns: int | None = None,
         max_context_tokens: int | None = None,
         max_reply_tokens: int | None = None,
+        critic_observation: str = "none",
     ):
         """Builds the environment of a task.
 
@@ -164,6 +173,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
                 default all that the other limits allow, and what `window` leaves of it.
             max_reply_tokens: Where a reply is cut, what the chat template puts around it included;
                 by default the task's, or 256 with another tokenizer than its own.
+            critic_observation: What a critic, and no policy, may see beside the tokens: "none",
+                "state" (`Task.critic_observation`) or "text" (`Task.critic_text`); nothing that
+                `reset` and `step` let a policy observe depends on it.
 
         Raises:
             ValueError: On any argument out of bounds, a task without problems, a stop string that
@@ -230,6 +242,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._verdict: Verdict | None = None  # of a completion that was graded beforehand
         self._rendered: dict[int, tuple[Problem, list[int]]] = {}
         self._check_prompts(on_long_prompt)
+        self.critic_observation = critic_observation
+        self._critic_room = self._room_of_critic(window)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -257,6 +271,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         elif options.get("replies"):
             raise ValueError(no_replies(self.task, "the reset option replies"))
         info = {"prompt_ids": list(self._prompt_ids), "row": row, "problem": problem}
+        if self.critic_observation == "text":
+            info["critic_text_ids"] = self.critic_text_ids(row)
         return self._observe(self._prompt_ids), info
 
     def step(self, action: SupportsIndex) -> tuple[Observation, float, bool, bool, Info]:
@@ -589,6 +605,95 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         truncated = [self.finish_reason(*episode) != "stop" for episode in episodes]
         grades = grades_of_turns(self.task, problems, turns, truncated)
         return [Verdict(transcript(t), grade) for t, grade in zip(turns, grades, strict=True)]
+
+    def critic_observations(
+        self, row: int, completion: Sequence[int], replies: Sequence[EnvReply] = ()
+    ) -> np.ndarray:
+        """What the task tells a critic of the state before each sampled token.
+
+        Args:
+            row: The row of the problem.
+            completion: All T tokens that were sampled.
+            replies: What was replied, in order.
+
+        Returns:
+            (T, n) float32, a column for each of the task's `critic_numbers`.
+
+        Raises:
+            TaskError: If the task fails, or gives other than n finite numbers per token.
+        """
+        problem, task = self._served(row)[0], self.task
+        found: list[Sequence[float]] = []
+        turns: list[Turn] = []
+        start = 0
+        for reply in (*replies, None):
+            end = len(completion) if reply is None else reply.at
+            turn = completion[start:end]
+            texts = [self._text(turn[:length]) for length in range(len(turn))]
+            if texts:
+                found += ask(task, "critic_observation", problem, tuple(turns), texts)
+            turns.append(Turn(self._text(turn), reply.reply if reply is not None else None))
+            start = end
+        return self._checked_observations(problem, found, len(completion))
+
+    def _checked_observations(self, problem: Problem, found: Any, tokens: int) -> np.ndarray:
+        numbers = len(self.task.critic_numbers)
+        try:
+            array = np.asarray(found, dtype=np.float32)
+        except (TypeError, ValueError):
+            array = np.full(0, np.nan, dtype=np.float32)
+        if array.shape != (tokens, numbers) or not np.isfinite(array).all():
+            raise TaskError(
+                f"{described(self.task, 'critic_observation')} on row {problem.row} returned "
+                f"{found!r:.80}; it must return, for each of the texts, {numbers} finite numbers: "
+                f"{', '.join(self.task.critic_numbers)}."
+            )
+        return array
+
+    def critic_text_ids(self, row: int) -> list[int]:
+        """The task's text for the critic as tokens, cut where the model's window asks for it."""
+        problem = self._served(row)[0]
+        text = ask(self.task, "critic_text", problem)
+        if not isinstance(text, str):
+            what = f"{described(self.task, 'critic_text')} on row {problem.row}"
+            raise TaskError(f"{what} returned {text!r:.80}; it must return a text.")
+        marked = mark_special(self.tokenizer, text)
+        return list(encode_marked(self.tokenizer, marked, special=False))[: self._critic_room]
+
+    def _room_of_critic(self, window: int | None) -> int:
+        """Most tokens of a text for the critic.
+
+        Raises:
+            ValueError: If the task tells a critic nothing of what is asked for, or there is no room
+                for it.
+        """
+        wanted, task = self.critic_observation, self.task
+        if wanted not in CRITIC_OBSERVATIONS:
+            raise ValueError(
+                f"Got critic_observation {wanted!r}; it must be one of "
+                f"{', '.join(CRITIC_OBSERVATIONS)}."
+            )
+        method = {"state": "critic_observation", "text": "critic_text"}.get(wanted)
+        if method and getattr(type(task), method) is getattr(Task, method):
+            raise ValueError(
+                f"Got critic_observation={wanted!r}, but the task {task.name!r} has no method "
+                f"{method}: leave critic_observation out, or give the task one."
+            )
+        if wanted == "state" and not 1 <= len(task.critic_numbers) <= MOST_CRITIC_NUMBERS:
+            raise ValueError(
+                f"The task {task.name!r} names {len(task.critic_numbers)} critic_numbers; it must "
+                f"name 1 to {MOST_CRITIC_NUMBERS} of what its method critic_observation gives."
+            )
+        room = MOST_CRITIC_TEXT
+        if window is not None:
+            room = min(room, int(window) - self.max_context_tokens)
+        if wanted == "text" and room < 1:
+            raise ValueError(
+                f"Got critic_observation='text', but episodes of up to {self.max_context_tokens} "
+                f"tokens fill the model's window of {window}: the critic has no room for a text. "
+                "Lower max_prompt_tokens or max_completion_tokens."
+            )
+        return room
 
     def _served(self, row: int) -> tuple[Problem, list[int]]:
         """Problem and prompt of a row; those of the rows served last are kept."""

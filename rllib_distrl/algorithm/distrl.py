@@ -171,6 +171,7 @@ class DistRLConfig(AlgorithmConfig):
         return {
             "critic": self.critic,
             "critic_checkpoint": self.critic_checkpoint,
+            "critic_observation": self.critic_observation,
             "head": self.head,
             "n_quantiles": self.n_quantiles,
             "head_center": self.head_center,
@@ -233,6 +234,8 @@ class DistRLConfig(AlgorithmConfig):
         if self.seed is None:
             self.seed = secrets.randbelow(2**31)
         settings = env_settings(self.model_config["model"], self.rollout_settings, "token")
+        if self.critic_observation != "none":
+            settings["critic_observation"] = self.critic_observation
         set_env_settings(self, settings)
         if self.micro_batch_tokens == "auto":
             self.micro_batch_tokens = largest_micro_batch(self)

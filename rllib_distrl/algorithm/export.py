@@ -15,7 +15,7 @@ from rllib_distrl.algorithm.weight_sync import hugging_face_names, runner_weight
 from rllib_distrl.model.builtin import PREFIX
 from rllib_distrl.model.causal_lm import trunk_name
 from rllib_distrl.model.causal_lm_module import POLICY_PREFIX
-from rllib_distrl.model.critics import HEAD, TRUNK, save_critic
+from rllib_distrl.model.critics import PARTS, TRUNK, save_critic
 from rllib_distrl.model.loading import (
     GENERATION_CONFIG,
     load_config,
@@ -100,7 +100,7 @@ def export_critic(algo: Any, path: str | Path) -> None:
     component = f"{COMPONENT_LEARNER}/{COMPONENT_RL_MODULE}"
     state = algo.learner_group.get_state(components=component)[COMPONENT_LEARNER]
     tensors: Any = convert_to_torch_tensor(state[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID])
-    critic = {name: t for name, t in tensors.items() if name.startswith((TRUNK, HEAD))}
+    critic = {name: t for name, t in tensors.items() if name.startswith(PARTS)}
     if not critic:
         raise ValueError(f"{type(algo).__name__} has no critic to export.")
     settings = algo.config.model_config
@@ -118,6 +118,7 @@ def export_critic(algo: Any, path: str | Path) -> None:
         n_quantiles=settings.get("n_quantiles", 1),
         head_center=settings.get("head_center", "mean"),
         trunk_config=load_config(settings["model"]).to_dict(),
+        critic_observation=settings.get("critic_observation", "none"),
     )
 
 

@@ -51,7 +51,8 @@ def _statistic(config: Any) -> str:
 
 PARTS = (
     Part("a critic", lambda c: c.critic != "none",
-         ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "vf_loss_coeff",
+         ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "critic_observation",
+          "vf_loss_coeff",
           "head", "n_quantiles", "target", "gamma")),
     Part("a separate critic", lambda c: c.critic == "separate", ("critic_checkpoint",)),
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),

@@ -158,6 +158,7 @@ def _check_critic_checkpoint(config: Any) -> None:
         head=config.head,
         n_quantiles=config.n_quantiles,
         head_center=config.head_center,
+        critic_observation=config.critic_observation,
     )
 
 
@@ -221,6 +222,12 @@ def _check_method(config: Any) -> None:
         raise ValueError(
             f"critic_warmup_iterations is {config.critic_warmup_iterations}, but there is no "
             "critic. Set it to 0."
+        )
+    if config.critic_observation == "text" and config.critic in ("shared", "detached"):
+        raise ValueError(
+            f"critic_observation is 'text', but critic is {config.critic!r}: the policy's trunk "
+            "would read what only the critic may see. Set critic = 'separate', or "
+            "critic_observation = 'state'."
         )
     EnsembleSettings(**config.ensemble)
     DistanceSettings(**config.distance)

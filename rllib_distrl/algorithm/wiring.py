@@ -30,8 +30,8 @@ from rllib_distrl.settings import RolloutSettings
 # What `CausalLMModule` reads, whatever the algorithm.
 _MODEL_KEYS = frozenset(
     {
-        "activation_checkpointing", "critic", "critic_checkpoint", "lora", "max_seq_len",
-        "micro_batch_tokens", "model", "precision", "rollout", "seed", "temperature",
+        "activation_checkpointing", "critic", "critic_checkpoint", "critic_observation", "lora",
+        "max_seq_len", "micro_batch_tokens", "model", "precision", "rollout", "seed", "temperature",
     }
 )  # fmt: skip
 
@@ -75,8 +75,9 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
         return config.rollout(**rollout.to_dict())
     _check_algorithm(config)
     check_contract(config)
-    set_env_settings(config, env_settings(model, rollout, obs_mode="incremental"))
     check_model_config(config)
+    told = _told_to_critic(config)
+    set_env_settings(config, {**env_settings(model, rollout, obs_mode="incremental"), **told})
     _check_minibatches(config, rollout)
     check_runner_gpus(config)
     check_export(model)
@@ -117,6 +118,27 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             **given,
         },
     )
+
+
+def _told_to_critic(config: Any) -> dict[str, Any]:
+    """What the environment must know of ``critic_observation`` in a stock algorithm's module.
+
+    RLlib's learner connectors carry what stands in the columns of an episode; a text stands in its
+    infos, of which they make nothing.
+    """
+    wanted = given_model_config(config).get("critic_observation", "none")
+    if wanted not in ("none", "state"):
+        raise ValueError(
+            f"rl_module(model_config=...) has critic_observation = {wanted!r}; with RLlib's own "
+            "algorithms it must be 'none' or 'state': their learner connectors do not carry a "
+            "text. Use 'state', or one of ours, which take 'text' in training()."
+        )
+    if wanted != "none" and given_model_config(config).get("critic") == "none":
+        raise ValueError(
+            f"rl_module(model_config=...) has critic_observation = {wanted!r}, but critic is "
+            "'none'. Leave critic_observation out, or choose a critic."
+        )
+    return {} if wanted == "none" else {"critic_observation": wanted}
 
 
 def check_model_config(config: Any) -> None:

@@ -11,7 +11,14 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.engine.protocol import SamplingParams
-from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, REPLY_TOKENS
+from rllib_distrl.model.sequences import (
+    CRITIC_OBSERVATIONS,
+    CRITIC_TEXT_IDS,
+    CRITIC_TEXT_LENS,
+    INPUT_IDS,
+    PROMPT_LENS,
+    REPLY_TOKENS,
+)
 
 GROUPS = "groups"
 PROMPTS = "prompts"
@@ -24,8 +31,9 @@ class SequencesFromEpisodes(ConnectorV2):
     ``input_ids`` (B, S) prompt, sampled tokens with the environment's replies among them, right
     padding; ``prompt_lens`` (B,); ``actions``, ``action_logp``, ``rewards`` (B, T) of sampled
     tokens alone; ``loss_mask`` (B, T) bool; ``reply_tokens`` (B, T), see `Sequences`; ``groups``
-    (B,), equal for completions of one served prompt; ``prompts`` (B,), its row in the task. The
-    order of episodes is kept.
+    (B,), equal for completions of one served prompt; ``prompts`` (B,), its row in the task. Where
+    the environment tells a critic more, ``critic_observations`` (B, T, n), or ``critic_text_ids``
+    (B, L) and ``critic_text_lens`` (B,). The order of episodes is kept.
     """
 
     def __call__(
@@ -118,7 +126,27 @@ def _columns(episodes: list[Any]) -> dict[str, np.ndarray]:
         Columns.LOSS_MASK: np.arange(steps) < lens[:, None],
         GROUPS: _groups(episodes),
         PROMPTS: np.array([episode.infos[0]["row"] for episode in episodes]),
+        **_of_critic(episodes, steps),
     }
+
+
+def _of_critic(episodes: list[Any], steps: int) -> dict[str, np.ndarray]:
+    """What only the critic sees, if every episode has it."""
+    found: dict[str, np.ndarray] = {}
+    if all(CRITIC_OBSERVATIONS in episode.extra_model_outputs for episode in episodes):
+        told = [episode.extra_model_outputs[CRITIC_OBSERVATIONS].data for episode in episodes]
+        observations = np.zeros((len(told), steps, told[0].shape[1]), dtype=np.float32)
+        for row, numbers in enumerate(told):
+            observations[row, : len(numbers)] = numbers
+        found[CRITIC_OBSERVATIONS] = observations
+    if all(CRITIC_TEXT_IDS in episode.infos[0] for episode in episodes):
+        texts = [episode.infos[0][CRITIC_TEXT_IDS] for episode in episodes]
+        lens = np.array([len(text) for text in texts])
+        ids = np.zeros((len(texts), int(lens.max())), dtype=np.int64)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = text
+        found |= {CRITIC_TEXT_IDS: ids, CRITIC_TEXT_LENS: lens}
+    return found
 
 
 def _groups(episodes: list[Any]) -> np.ndarray:

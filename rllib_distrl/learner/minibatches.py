@@ -13,6 +13,9 @@ from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import Stage
 from rllib_distrl.model.sequences import (
+    CRITIC_OBSERVATIONS,
+    CRITIC_TEXT_IDS,
+    CRITIC_TEXT_LENS,
     INPUT_IDS,
     PROMPT_LENS,
     REPLY_TOKENS,
@@ -120,10 +123,16 @@ def micro_batch(whole: dict[str, Any], rows: Tensor) -> dict[str, Any]:
 
 def model_inputs(sequences: Sequences) -> dict[str, Tensor]:
     """What `CausalLMModule` reads of a batch."""
+    of_critic = {
+        CRITIC_OBSERVATIONS: sequences.observations,
+        CRITIC_TEXT_IDS: sequences.text_ids,
+        CRITIC_TEXT_LENS: sequences.text_lens,
+    }
     return {
         INPUT_IDS: sequences.input_ids,
         PROMPT_LENS: sequences.prompt_lens,
         REPLY_TOKENS: sequences.reply_tokens,
         Columns.ACTIONS: sequences.actions,
         Columns.LOSS_MASK: sequences.mask,
+        **{name: column for name, column in of_critic.items() if column is not None},
     }

@@ -21,11 +21,13 @@ from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, s
 from rllib_distrl.method.heads import Head, head_stage
 from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
 from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
-from rllib_distrl.model.critics import load_critic
+from rllib_distrl.model.critics import ObservationHead, load_critic
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.model.lora import add_adapters, merged_state, trunk_beside
 from rllib_distrl.model.self_check import prepare_policy
 from rllib_distrl.model.sequences import (
+    CRITIC_OBSERVATIONS,
+    CRITIC_TEXT_IDS,
     INPUT_IDS,
     SampledTokenDistribution,
     Sequences,
@@ -46,6 +48,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     ``detached``: those without their gradient; ``none``), ``temperature`` of the sampling
     distribution, ``micro_batch_tokens``, ``precision`` (``fp32``, or ``bf16``: autocast of the
     trunks over float32 weights, with float32 logits), ``activation_checkpointing``,
+    ``critic_observation`` (``state``: the critic's head also reads the column
+    ``critic_observations``; ``text``: a separate critic's rows begin with ``critic_text_ids``),
     ``lora`` (see `lora.check_lora`; a separate critic then has adapters of its own on the same
     frozen weights) and ``seed``, ``critic_checkpoint`` (a folder of `critic_folder` to start the
     separate critic from), and ``max_seq_len`` for RLlib's own connectors.
@@ -61,6 +65,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.policy: Any = load_model(self.model_config["model"])
         self.temperature = float(self.model_config.get("temperature", 1.0))
         self.critic_kind = self.model_config.get("critic", "separate")
+        self.critic_observation = self.model_config.get("critic_observation", "none")
         self.micro_batch_tokens = micro_batch_budget(
             self.model_config.get("micro_batch_tokens", "auto")
         )
@@ -91,6 +96,9 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.value_head = nn.Linear(hidden_size, self.n_value_outputs)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
+        if self.critic_observation == "state":
+            seed = int(self.model_config.get("seed") or 0)
+            self.observation_head = ObservationHead(hidden_size, self.n_value_outputs, seed)
         if checkpoint := self.model_config.get("critic_checkpoint"):
             load_critic(self, checkpoint)
 
@@ -110,12 +118,13 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def critic_parameters(self) -> list[nn.Parameter]:
         """Parameters that only the critic uses."""
-        parts = [getattr(self, name) for name in ("critic", "value_head") if hasattr(self, name)]
+        names = "critic", "value_head", "observation_head"
+        parts = [getattr(self, name) for name in names if hasattr(self, name)]
         return [parameter for part in parts for parameter in part.parameters()]
 
     def get_non_inference_attributes(self) -> list[str]:
         """What an env runner does without."""
-        return ["critic", "value_head", "target_policy"]
+        return ["critic", "value_head", "observation_head", "target_policy"]
 
     def get_state(self, *args: Any, inference_only: bool = False, **kwargs: Any) -> dict[str, Any]:
         """RLlib's state; for env runners the policy with its adapters merged in."""
@@ -188,6 +197,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             ValueError: if one row alone exceeds the budget.
         """
         budget = budget or self.micro_batch_tokens
+        if self.critic_observation == "text":
+            sequences = sequences.behind_text  # the longer of the rows that are computed
         if not packs_rows(self.policy):
             return split_by_token_budget(sequences.lengths, budget)
         prompt = first_of_prompt(sequences.input_ids, sequences.prompt_lens)
@@ -294,11 +305,33 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def _critic_states(
         self, sequences: Sequences, policy_states: torch.Tensor | None = None
     ) -> torch.Tensor:
+        """(B, T, H) states for the value head, with what the critic alone is told behind them."""
         if self.critic_kind == "separate":
-            return self._states(self.critic, sequences)
-        if policy_states is None:
-            policy_states = self._states(self.policy, sequences)
-        return policy_states.detach() if self.critic_kind == "detached" else policy_states
+            states = self._states(self.critic, self._as_critic_reads(sequences))
+        else:
+            if policy_states is None:
+                policy_states = self._states(self.policy, sequences)
+            states = policy_states.detach() if self.critic_kind == "detached" else policy_states
+        if self.critic_observation != "state":
+            return states
+        if sequences.observations is None:
+            raise ValueError(self._not_told(CRITIC_OBSERVATIONS))
+        return self.observation_head.joined(states, sequences.observations)
+
+    def _as_critic_reads(self, sequences: Sequences) -> Sequences:
+        if self.critic_observation != "text":
+            return sequences
+        if sequences.text_ids is None:
+            raise ValueError(self._not_told(CRITIC_TEXT_IDS))
+        return sequences.behind_text
+
+    def _not_told(self, column: str) -> str:
+        return (
+            f"critic_observation is {self.critic_observation!r}, but the batch has no {column}: "
+            "its episodes come from an environment that does not tell them. Sample with "
+            f"env_config = {{critic_observation = {self.critic_observation!r}}}, which our "
+            "algorithms set by themselves."
+        )
 
     def compute_values(
         self, batch: dict[str, Any], embeddings: torch.Tensor | None = None
@@ -315,7 +348,11 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     ) -> torch.Tensor:
         """Raw outputs of the value head (B, T, n_value_outputs), in its weights' float32."""
         if embeddings is not None:
-            return self.value_head(embeddings.to(self.value_head.weight.dtype))
+            embeddings = embeddings.to(self.value_head.weight.dtype)
+            if self.critic_observation != "state":
+                return self.value_head(embeddings)
+            states = embeddings[..., : self.value_head.in_features]
+            return self.value_head(states) + self.observation_head(embeddings)
         sequences = self.sequences(batch)
         outputs = sequences.actions.new_zeros(
             *sequences.actions.shape, self.n_value_outputs, dtype=self.value_head.weight.dtype

@@ -17,14 +17,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
+from torch.nn.functional import gelu, layer_norm, linear, pad, scaled_dot_product_attention
 
+from distrl_envs.task import MOST_CRITIC_NUMBERS
 from rllib_distrl.method.heads import head_identity
 
 FORMAT = "distrl-critic-1"
 CONFIG, WEIGHTS = "config.json", "critic.safetensors"
-TRUNK, HEAD = "critic.", "value_head."
+TRUNK, HEAD, OBSERVED = "critic.", "value_head.", "observation_head."
 """Prefixes of the names in the file, which are those in `CausalLMModule`."""
+PARTS = TRUNK, HEAD, OBSERVED
+OBSERVATION_WIDTH = 64
+"""Hidden units of what reads a critic's observations (our choice)."""
 
 
 def save_critic(
@@ -35,6 +39,7 @@ def save_critic(
     n_quantiles: int,
     head_center: str,
     trunk_config: Mapping[str, Any],
+    critic_observation: str = "none",
 ) -> None:
     """Writes a critic.
 
@@ -45,6 +50,7 @@ def save_critic(
         n_quantiles: N.
         head_center: What the centre of the head is: `mean` or `median`.
         trunk_config: Of the trunk, as Transformers writes it.
+        critic_observation: What it sees beside the tokens, as in `[training]`.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,6 +60,7 @@ def save_critic(
     config = {
         "format": FORMAT,
         **head_identity({"head": head, "n_quantiles": n_quantiles, "head_center": head_center}),
+        **({} if critic_observation == "none" else {"critic_observation": critic_observation}),
         "trunk": dict(trunk_config),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -78,16 +85,22 @@ def read_critic_config(path: str | Path) -> dict[str, Any]:
 
 
 def check_critic(
-    path: str | Path, *, head: str | Mapping[str, Any], n_quantiles: int, head_center: str
+    path: str | Path,
+    *,
+    head: str | Mapping[str, Any],
+    n_quantiles: int,
+    head_center: str,
+    critic_observation: str = "none",
 ) -> None:
     """Checks that a critic predicts what a module with these settings does.
 
     Raises:
-        ValueError: If the folder holds no critic, or one with another head.
+        ValueError: If the folder holds no critic, or one with another head or other observations.
     """
     config = read_critic_config(path)
-    config = {"head": "quantile", **config}
+    config = {"head": "quantile", "critic_observation": "none", **config}
     wanted = head_identity({"head": head, "n_quantiles": n_quantiles, "head_center": head_center})
+    wanted["critic_observation"] = critic_observation
     for name, value in wanted.items():
         if (saved := config.get(name)) != value:
             raise ValueError(
@@ -112,11 +125,7 @@ def load_critic(module: nn.Module, path: str | Path) -> None:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"The critic in {file} cannot be read: {error}") from None
-    own = {
-        name: tensor
-        for name, tensor in module.state_dict().items()
-        if name.startswith((TRUNK, HEAD))
-    }
+    own = {name: tensor for name, tensor in module.state_dict().items() if name.startswith(PARTS)}
     for name in sorted(own.keys() | tensors.keys()):
         shapes = [tuple(t[name].shape) if name in t else "missing" for t in (tensors, own)]
         if shapes[0] != shapes[1]:
@@ -127,6 +136,41 @@ def load_critic(module: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+class ObservationHead(nn.Module):
+    """What a critic's raw outputs gain from numbers that it alone is told.
+
+    Two layers on state and numbers together, so that what a number means may depend on the tokens.
+    The last one starts at zero: the critic then says what it would say without. Its form is our
+    choice.
+    """
+
+    def __init__(self, n_states: int, n_outputs: int, seed: int):
+        """Draws the first layer.
+
+        Args:
+            n_states: H, width of the states.
+            n_outputs: Of the value head.
+            seed: Of the weights, equal on all learners; torch's own generator is left alone.
+        """
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        n_inputs = n_states + MOST_CRITIC_NUMBERS
+        drawn = torch.randn(OBSERVATION_WIDTH, n_inputs, generator=generator)
+        self.inputs = nn.Parameter(drawn / math.sqrt(n_inputs))
+        self.bias = nn.Parameter(torch.zeros(OBSERVATION_WIDTH))
+        self.output = nn.Parameter(torch.zeros(n_outputs, OBSERVATION_WIDTH))
+
+    @staticmethod
+    def joined(states: Tensor, observations: Tensor) -> Tensor:
+        """(B, T, H + MOST_CRITIC_NUMBERS) float32, of states and observations (B, T, n)."""
+        missing = MOST_CRITIC_NUMBERS - observations.shape[-1]
+        return torch.cat([states.float(), pad(observations, (0, missing))], dim=-1)
+
+    def forward(self, joined: Tensor) -> Tensor:
+        """(B, T, n_outputs), of `joined`."""
+        return linear(gelu(linear(joined, self.inputs, self.bias)), self.output)
 
 
 class _Blocks(nn.Module):

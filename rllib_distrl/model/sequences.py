@@ -15,6 +15,9 @@ from rllib_distrl.maths.packing import Packing, pack
 INPUT_IDS = "input_ids"
 PROMPT_LENS = "prompt_lens"
 REPLY_TOKENS = "reply_tokens"
+CRITIC_OBSERVATIONS = "critic_observations"
+CRITIC_TEXT_IDS = "critic_text_ids"
+CRITIC_TEXT_LENS = "critic_text_lens"
 N_INPUTS = 2
 """Of `SampledTokenDistribution`: logp and entropy."""
 
@@ -36,6 +39,9 @@ class Sequences:
         mask: (B, T) bool, True where ``actions`` holds a token.
         reply_tokens: (B, T) int64, tokens of replies between the prompt and each sampled token;
             in the padding as at the row's last token.
+        observations: (B, T, n) float32, what the critic alone is told of each state; or None.
+        text_ids: (B, L) int64 right-padded tokens before the row, for the critic alone; or None.
+        text_lens: (B,) int64, of ``text_ids``.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +49,9 @@ class Sequences:
     actions: torch.Tensor
     mask: torch.Tensor
     reply_tokens: torch.Tensor
+    observations: torch.Tensor | None = None
+    text_ids: torch.Tensor | None = None
+    text_lens: torch.Tensor | None = None
 
     @property
     def lengths(self) -> torch.Tensor:
@@ -82,7 +91,25 @@ class Sequences:
             self.actions[index, :steps],
             mask[:, :steps],
             self.reply_tokens[index, :steps],
+            None if self.observations is None else self.observations[index, :steps],
+            None if self.text_ids is None else self.text_ids[index],
+            None if self.text_lens is None else self.text_lens[index],
         )
+
+    @cached_property
+    def behind_text(self) -> "Sequences":
+        """The rows as the critic reads them: with its text as the beginning of their prompts."""
+        if self.text_ids is None or self.text_lens is None:
+            return self
+        lengths = self.text_lens + self.lengths
+        place = torch.arange(int(lengths.max()), device=lengths.device) - self.text_lens[:, None]
+        in_text = (place + self.text_lens[:, None]).clamp(max=max(self.text_ids.shape[1] - 1, 0))
+        in_row = place.clamp(min=0, max=self.input_ids.shape[1] - 1)
+        ids = self.input_ids.gather(1, in_row)
+        if self.text_ids.shape[1]:
+            ids = torch.where(place < 0, self.text_ids.gather(1, in_text), ids)
+        prompt_lens = self.prompt_lens + self.text_lens
+        return Sequences(ids, prompt_lens, self.actions, self.mask, self.reply_tokens)
 
 
 def from_columns(batch: dict[str, Any]) -> Sequences:
@@ -98,6 +125,9 @@ def from_columns(batch: dict[str, Any]) -> Sequences:
         actions,
         batch[Columns.LOSS_MASK],
         torch.zeros_like(actions) if replied is None else replied,
+        batch.get(CRITIC_OBSERVATIONS),
+        batch.get(CRITIC_TEXT_IDS),
+        batch.get(CRITIC_TEXT_LENS),
     )
 
 
@@ -112,7 +142,7 @@ def from_incremental_obs(batch: dict[str, Any]) -> Sequences:
         batch: ``obs`` (B, T, 1 + max_prompt_tokens) and ``actions`` (B, T).
 
     Returns:
-        Sequences whose mask is True at every step.
+        Sequences whose mask is True at every step, with ``critic_observations`` if they are there.
 
     Raises:
         ValueError: if a row does not begin with its prompt (a cut episode).
@@ -141,7 +171,8 @@ def from_incremental_obs(batch: dict[str, Any]) -> Sequences:
         reply = batch[Columns.OBS][row, before + 1, 2 : count + 1].long()
         input_ids[row, end - count + 1 : end] = reply
     mask = torch.ones_like(actions, dtype=torch.bool)
-    return Sequences(input_ids, prompt_lens, actions, mask, reply_tokens)
+    told = batch.get(CRITIC_OBSERVATIONS)
+    return Sequences(input_ids, prompt_lens, actions, mask, reply_tokens, told)
 
 
 def from_prompts(batch: dict[str, Any], policy: Any) -> Sequences:

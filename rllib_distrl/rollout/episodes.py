@@ -10,6 +10,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.token_env import Verdict
 from rllib_distrl.engine.protocol import Completion, Request
+from rllib_distrl.model.sequences import CRITIC_OBSERVATIONS
 
 # Gets the name of an RLlib callback and the episode.
 Hook = Callable[[str, SingleAgentEpisode], None]
@@ -85,10 +86,10 @@ def build_episode(
         ``sampling``, what wrappers add, and with replies ``replies``: pairs of how many tokens were
         sampled before one and its tokens; extra model outputs: ``action_logp``,
         ``action_dist_inputs`` (logp, and entropy, which is NaN where the engine was not asked for
-        it) and the weights' version.
+        it) and the weights' version; ``critic_observations`` (T, n) where the env tells them.
     """
     steps = len(played.rewards)
-    outputs = _outputs(completion, weights_seq_no)
+    outputs = _outputs(env, request, completion, weights_seq_no)
     return SingleAgentEpisode(
         observations=_column(played.observations),
         observation_space=env.observation_space,
@@ -124,7 +125,7 @@ def play_watched(
         hook: called with ``on_episode_created`` before the reset, ``on_episode_start`` after it
             and ``on_episode_step`` after each step, and the episode as it is then.
     """
-    outputs = _outputs(completion, weights_seq_no)
+    outputs = _outputs(env, request, completion, weights_seq_no)
     episode = SingleAgentEpisode(
         observation_space=env.observation_space,
         action_space=env.action_space,
@@ -173,18 +174,27 @@ def _first_info(
     return {**kept, "row": row, "sample": sample, "visit": visit, "sampling": sampling}
 
 
-def _outputs(completion: Completion, weights_seq_no: int) -> dict[str, np.ndarray]:
+def _outputs(
+    env: Any, request: Request, completion: Completion, weights_seq_no: int
+) -> dict[str, np.ndarray]:
     logps = np.asarray(completion.logps, dtype=np.float32)
     entropies = (
         np.full_like(logps, np.nan)
         if completion.entropies is None
         else np.asarray(completion.entropies, dtype=np.float32)
     )
-    return {
+    outputs = {
         Columns.ACTION_LOGP: logps,
         Columns.ACTION_DIST_INPUTS: np.stack([logps, entropies], axis=-1),
         WEIGHTS_SEQ_NO: np.full(len(logps), weights_seq_no),
     }
+    token_env = env.unwrapped
+    if token_env.critic_observation == "state":
+        tokens = np.asarray(completion.tokens).tolist()
+        outputs[CRITIC_OBSERVATIONS] = token_env.critic_observations(
+            request.key[1], tokens, completion.replies
+        )
+    return outputs
 
 
 def _check_end(

@@ -42,6 +42,7 @@ def watch_batches(algo):
 def test_a_bf16_learner_with_adapters_proves_its_weights(build, dtype):
     config = distrl_config(
         precision="bf16",
+        critic_observation="state",
         activation_checkpointing=True,
         importance_correction="truncated",
         regularisers=[{"name": "kl", "coeff": 0.1}],

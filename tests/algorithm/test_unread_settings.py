@@ -31,6 +31,7 @@ ELSEWHERE = {
     "critic_lr": (1e-2, {"critic": "none"}),
     "critic_warmup_iterations": (3, {"critic": "none"}),
     "critic_pretraining": ({"rollouts": 64}, {"critic": "none"}),
+    "critic_observation": ("state", {"critic": "none"}),
     "critic_checkpoint": ("folder", {"critic": "shared"}),
     "init_value": (0.5, {"critic": "none"}),
     "init_spread": (0.3, {"n_quantiles": 1}),

@@ -1,5 +1,6 @@
+import math
 from collections import Counter
-from itertools import islice
+from itertools import islice, permutations
 
 import numpy as np
 import pytest
@@ -258,3 +259,51 @@ def test_partial_credit_does_not_change_the_problems():
 def test_only_a_solution_gets_full_partial_credit(text):
     grade = CountdownTask(partial_credit=True).grade(PROBLEM, text)
     assert grade.score == 1.0 if grade.status == "correct" else 0.0 <= grade.score <= 0.7 + 1e-12
+
+
+def test_what_a_critic_is_told_of_an_answer_by_hand():
+    # Behind 3 * 4 these are legal: 2 + 12, 12 + 2, 12 - 2, 2 * 12, 12 * 2; two of the five give 14.
+    task = CountdownTask(numbers=3)
+    problem = Problem(0, "2 3 4 -> 14 :", {"numbers": (2, 3, 4), "target": 14}, "")
+    said = {
+        # text: valid, reachable, success, steps, place
+        "3 * 4": (1, 1, 2 / 5, 0, 3 / 5),
+        "3 * 4 =": (1, 1, 2 / 5, 0, 4 / 5),
+        "3 * 4 = 12": (1, 1, 2 / 5, 1 / 2, 1),
+        "3 * 4 = 12 ,": (1, 1, 2 / 5, 1 / 2, 0),
+        "3 * 4 = 12 , 12": (1, 1, 1 / 3, 1 / 2, 1 / 5),  # of 12 + 2, 12 - 2, 12 * 2
+        "3 * 4 = 12 , 2": (1, 1, 1 / 2, 1 / 2, 1 / 5),  # of 2 + 12, 2 * 12: 2 - 12 is not legal
+        "3 * 4 = 12 , 12 -": (1, 0, 0, 1 / 2, 2 / 5),
+        "3 * 4 = 12 , 12 + 2 = 14": (1, 1, 1, 1, 1),
+        "3 * 4 = 12 , 12 + 2 = 14 ,": (0, 0, 0, 1, 0),  # nothing is left to combine
+        "3 * 4 = 13": (0, 0, 0, 1 / 2, 1),
+        "2 - 3": (0, 0, 0, 0, 3 / 5),  # negative
+        "3 4": (0, 0, 0, 0, 0),
+        "<answer>3 * 4 = 12\n12 +": (1, 1, 1, 1 / 2, 2 / 5),
+    }
+    found = task.critic_observation(problem, (), list(said))
+    for text, row, wanted in zip(said, found, said.values(), strict=True):
+        valid, reachable, success, log_success, steps, place = row
+        assert (valid, reachable, success, steps, place) == pytest.approx(wanted), text
+        assert log_success == pytest.approx(math.log(success) / 10 if success else -2.0), text
+    assert len(task.critic_numbers) == len(found[0])
+
+
+def test_success_of_uniform_play_is_the_share_of_games_that_win():
+    task = CountdownTask(numbers=3)
+    problem = task.problem(4)
+    rng, wins, games = np.random.default_rng(0), 0, 4000
+    for _ in range(games):
+        pool = list(problem.data["numbers"])
+        while len(pool) > 1:
+            legal = [
+                (i, j, value)
+                for i, j in permutations(range(len(pool)), 2)
+                for value in (pool[i] + pool[j], pool[i] - pool[j], pool[i] * pool[j])
+                if 0 <= value <= 99
+            ]
+            i, j, value = legal[rng.integers(len(legal))]
+            pool = [n for k, n in enumerate(pool) if k not in (i, j)] + [value]
+        wins += pool[0] == problem.data["target"]
+    (row,) = task.critic_observation(problem, (), [""])
+    assert row[2] == pytest.approx(wins / games, abs=4 * math.sqrt(row[2] / games))

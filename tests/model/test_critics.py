@@ -74,6 +74,8 @@ def test_a_critic_that_does_not_fit_is_refused(trained, tmp_path):
         distrl_config(critic_checkpoint=path).validate()
     with pytest.raises(ValueError, match=r"head_center='mean', the settings say 'median'"):
         distrl_config(critic_checkpoint=path, n_quantiles=4, head_center="median").validate()
+    with pytest.raises(ValueError, match=r"critic_observation='none', the settings say 'state'"):
+        distrl_config(critic_checkpoint=path, n_quantiles=4, critic_observation="state").validate()
     with pytest.raises(ValueError, match=r"critic is 'shared'.*critic = 'separate'"):
         distrl_config(critic_checkpoint=path, n_quantiles=4, critic="shared").validate()
     with pytest.raises(ValueError, match=r"holds no critic.*distrl export RUN OUT --critic"):

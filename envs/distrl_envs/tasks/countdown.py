@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from math import exp, log
 from operator import add, mul, sub
 from typing import TYPE_CHECKING
 
-from distrl_envs.task import Draws, GeneratedTask, Grade, Problem
+from distrl_envs.task import Draws, GeneratedTask, Grade, Problem, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,9 +25,17 @@ FEWEST_NUMBERS, MOST_NUMBERS = 2, 6
 STEPS_CREDIT, CLOSENESS_CREDIT = 0.3, 0.4
 CLOSE = 20  # further from the target is not close at all
 STEP = re.compile(r"([0-9]{1,4})\s*([-+*])\s*([0-9]{1,4})\s*=\s*([0-9]{1,4})")
+BEGUN = re.compile(
+    r"(?:([0-9]{1,4})(?:\s*([-+*])(?:\s*([0-9]{1,4})(?:\s*(=)(?:\s*([0-9]{1,4}))?)?)?)?)?"
+)
+"""A step as far as it is written; its parts are the groups."""
+PARTS = 5
 TAGGED = "<answer>", "</answer>"
+LEAST_LOG, LOG_SCALE = -20.0, 10.0
+"""Where a critic's log success is cut, and what divides it."""
 
 Step = tuple[int, str, int, int]
+Pool = tuple[int, ...]
 
 
 class CountdownTask(GeneratedTask):
@@ -37,6 +47,7 @@ class CountdownTask(GeneratedTask):
     """
 
     name = "countdown"
+    critic_numbers = ("valid", "reachable", "success", "log_success", "steps", "place")
 
     def __init__(
         self,
@@ -134,6 +145,42 @@ class CountdownTask(GeneratedTask):
             return Grade(score, "too_long", answer)
         return Grade(score, "wrong" if STEP.search(text) else "no_answer", answer)
 
+    def critic_observation(
+        self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """How the answer stands.
+
+        Whether a right answer may begin so, whatever the target; whether the target can still be
+        reached; the probability p that uniform play reaches it (each legal step that goes on from
+        here as likely as the others), and max(log p, -20) / 10; the share of steps that are
+        written; and the share of the step's five parts that are.
+
+        Within answer tags what stands in them counts. A number of several digits counts as it is
+        written so far.
+        """
+        numbers, target = tuple(problem.data["numbers"]), problem.data["target"]
+        found = []
+        for text in texts:
+            steps, part, due = _begun(_answer_text(text.translate(SPELLINGS)))
+            right, pool = _play(steps or (), numbers)
+            chances: list[float] = []
+            if steps is not None and right == len(steps):
+                chances = _chances(tuple(sorted(pool)), target, part, due)
+            chance = sum(chances) / len(chances) if chances else 0.0
+            done = len(steps or ())
+            written = len(part) if due else PARTS
+            found.append(
+                (
+                    float(bool(chances)),
+                    float(chance > 0),
+                    chance,
+                    log(max(chance, exp(LEAST_LOG))) / LOG_SCALE,
+                    done / (self.numbers - 1),
+                    written / PARTS,
+                )
+            )
+        return found
+
     def _partial(self, right: int, pool: Sequence[int], target: int) -> float:
         """The credit for `right` steps that leave `pool`, without the target."""
         score = STEPS_CREDIT * right / (self.numbers - 1)
@@ -162,13 +209,35 @@ def _answer_text(completion: str) -> str:
     return next((text for text in reversed(answers) if STEP.search(text)), answers[-1])
 
 
-def _parse(text: str) -> list[Step] | None:
-    """The steps of an answer, or None where anything in it is not a step."""
+def _pieces(text: str) -> list[str]:
+    """What stands between commas or line ends."""
     lines = [line for line in map(str.strip, text.splitlines()) if line]
     lines = [line.removesuffix(",") for line in lines[:-1]] + lines[-1:]
+    return [piece.strip() for piece in ",".join(lines).split(",")]
+
+
+def _parse(text: str) -> list[Step] | None:
+    """The steps of an answer, or None where anything in it is not a step."""
+    return _steps(_pieces(text))
+
+
+def _begun(text: str) -> tuple[list[Step] | None, tuple[str, ...], bool]:
+    """The steps of an answer that may go on, the parts of one that is begun, and if one is due.
+
+    The steps are None where anything is neither a step nor the beginning of one.
+    """
+    *whole, last = _pieces(text)
+    begun = BEGUN.fullmatch(last)
+    parts = tuple(part for part in begun.groups() if part is not None) if begun else ()
+    if len(parts) == PARTS:
+        return _steps([*whole, last]), (), False
+    return (_steps(whole) if begun else None), parts, True
+
+
+def _steps(pieces: Sequence[str]) -> list[Step] | None:
     steps: list[Step] = []
-    for piece in ",".join(lines).split(","):
-        match = STEP.fullmatch(piece.strip())
+    for piece in pieces:
+        match = STEP.fullmatch(piece)
         if match is None:
             return None
         left, symbol, right, value = match.groups()
@@ -189,6 +258,37 @@ def _play(steps: Sequence[Step], numbers: Sequence[int]) -> tuple[int, list[int]
             return done, pool
         pool = [*rest, value]
     return len(steps), pool
+
+
+@lru_cache(maxsize=1 << 16)
+def _moves(pool: Pool) -> tuple[tuple[tuple[str, str, str], Pool], ...]:
+    """The legal steps of ordered numbers, and the ordered numbers that each leaves."""
+    found = []
+    for i, left in enumerate(pool):
+        for j, right in enumerate(pool):
+            for symbol, operate in OPERATORS.items() if i != j else ():
+                if 0 <= (value := operate(left, right)) <= LARGEST_VALUE:
+                    rest = [pool[k] for k in range(len(pool)) if k not in (i, j)]
+                    step = str(left), symbol, str(right)
+                    found.append((step, tuple(sorted([*rest, value]))))
+    return tuple(found)
+
+
+@lru_cache(maxsize=1 << 16)
+def _success(pool: Pool, target: int) -> float:
+    """The probability that uniform legal steps lead to the target."""
+    if len(pool) == 1:
+        return float(pool[0] == target)
+    ends = [_success(rest, target) for _, rest in _moves(pool)]
+    return sum(ends) / len(ends) if ends else 0.0
+
+
+def _chances(pool: Pool, target: int, part: Sequence[str], due: bool) -> list[float]:
+    """The probabilities of success after each legal step that begins so; none: there is no such."""
+    if not due:
+        return [_success(pool, target)]
+    given = tuple(str(int(word)) if word.isdigit() else word for word in part)[:3]
+    return [_success(rest, target) for step, rest in _moves(pool) if step[: len(given)] == given]
 
 
 def _search(pool: list[int], target: int, rng: np.random.Generator) -> list[Step] | None:
