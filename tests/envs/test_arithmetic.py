@@ -116,3 +116,22 @@ def test_the_instruction_asks_for_what_the_grader_reads():
     stated = TASK.instruction(SUM).rpartition("as in: ")[2]
     made = Problem(0, "", {"result": 42}, "")
     assert TASK.grade(made, stated).score == 1.0
+
+
+def test_what_a_critic_is_told_by_hand():
+    data = {"left": 47, "symbol": "+", "right": 25, "result": 72}
+    problem = Problem(0, "4 7 + 2 5 :", data, "2|25+47")
+    # The right working has 18 words: 7 + 5 + 0 = 2 , 4 + 2 + 1 = 7 -> 7 2
+    said = {
+        # text: agrees, words of the working, answering, right, digits of the result
+        "": (1, 0, 0, 0, 0),
+        "7 + 5 + 0 = 2 , 4": (1, 9, 0, 0, 0),
+        "7 + 5 + 0 = 3 ,": (0, 6, 0, 0, 0),
+        "7 + 5 + 0 = 2 , 4 + 2 + 1 = 7 ->": (1, 16, 1, 1, 0),
+        "7 + 5 + 0 = 2 , 4 + 2 + 1 = 7 -> 7": (1, 17, 1, 1, 1),
+        "-> 7 2": (0, 0, 1, 1, 2),
+        "-> 8": (0, 0, 1, 0, 0),
+    }
+    found = ArithmeticTask(digits=2).critic_observation(problem, (), list(said))
+    for row, (agrees, words, *flags, digits) in zip(found, said.values(), strict=True):
+        assert row == pytest.approx((agrees, words / 18, *flags, digits / 2))

@@ -1,5 +1,6 @@
 """Tasks that reply: Blackjack with its law, Mastermind, and Countdown with a checking tool."""
 
+import math
 from collections import Counter
 
 import numpy as np
@@ -23,6 +24,7 @@ from distrl_envs.tasks.blackjack import (
 from distrl_envs.tasks.countdown_check import CountdownCheckTask
 from distrl_envs.tasks.mastermind import MastermindTask, all_codes, feedback, feedback_of_all
 from distrl_envs.tokenizers import EOS, VOCABULARY, small_tokenizer
+from distrl_envs.turns import EnvReply
 from tests.envs.byte_tokenizer import byte_tokenizer
 
 GAMES = ("blackjack", "mastermind", "countdown_check")
@@ -554,3 +556,44 @@ def test_the_price_and_the_answer_are_settings():
     assert turns[0].reply.reward == -0.1
     assert task.grade_turns(NUMBERS, turns, truncated=False).score == pytest.approx(0.5)
     assert "up to 1 times, each for 0.1" in task.instruction(NUMBERS)
+
+
+def test_what_a_critic_is_told_of_a_hand():
+    first, moved = BLACKJACK.critic_observation(HAND, (), ["", "+"])
+    hand = (16 / 21, 0, 9 / 10, 1)  # total, soft, dealer, first turn
+    assert first == pytest.approx((*hand, 0, 0, 0, 0, 0))
+    assert moved == pytest.approx((*hand, 1, 0, 0, 0, 0))
+    turns = (Turn("+", Reply("2 ; 18 , 0 -> 9")),)
+    later, doubled = BLACKJACK.critic_observation(HAND, turns, ["", "*"])
+    assert later == pytest.approx((18 / 21, 0, 9 / 10, 0, 0, 0, 0, 0, 1 / 18))
+    assert doubled == pytest.approx((18 / 21, 0, 9 / 10, 0, 0, 0, 1, 1, 1 / 18))  # not allowed
+
+
+def test_what_a_critic_is_told_of_a_code():
+    # 1 1 2 is right in two places. Of the 15 codes that give that answer 10 begin with 1, and one,
+    # 1 2 2, with 1 2.
+    turns = (Turn("1 1 2", Reply("2 , 0")),)
+    start, one, two = MASTERMIND.critic_observation(CODE, turns, ["", "1", "1 2"])
+    left = math.log(15) / math.log(216)
+    assert start == pytest.approx((1 / 6, left, 0, 0, 1))
+    assert one == pytest.approx((1 / 6, left, 1 / 3, 1 / 3, 10 / 15))
+    assert two == pytest.approx((1 / 6, left, 2 / 3, 2 / 3, 1 / 15))
+    assert MASTERMIND.critic_observation(CODE, (), [""])[0][:2] == (0, 1)
+
+
+@pytest.mark.parametrize("name", GAMES)
+def test_a_critic_is_told_of_every_sampled_token_over_the_turns(name):
+    env = TokenEnv(name, critic_observation="state")
+    rng = np.random.default_rng(0)
+    turns = env.task.demonstration(env.task.problem(0), rng)
+    tokens, replies = [], []
+    for turn in turns:
+        tokens += [VOCABULARY[word] for word in turn.completion.split()] + [EOS_ID]
+        if len(replies) < len(turns) - 1:
+            ids = env.tokenizer.encode(turn.reply.text, add_special_tokens=False)
+            replies.append(EnvReply(len(tokens), tuple(ids), turn.reply))
+    numbers = env.critic_observations(0, tokens, replies)
+    assert numbers.shape == (len(tokens), len(env.task.critic_numbers))
+    start = replies[-1].at if replies else 0
+    text = env.task.critic_observation(env.task.problem(0), turns[: len(replies)], [""])
+    assert numbers[start].tolist() == pytest.approx(text[0])

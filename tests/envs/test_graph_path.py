@@ -150,3 +150,30 @@ def test_the_instruction_names_edges_and_ends():
     example = _problem(0, [(1, 2), (2, 3)], 1, 3)
     assert TASK.grade(example, text.rpartition("as in: ")[2]).score == 1.0
     assert isinstance(example, Problem)
+
+
+def test_what_a_critic_is_told_of_a_path_by_hand():
+    said = {
+        # text: valid, arrived, reachable, distance, length (of 8 nodes)
+        "": (1, 0, 1, 3, 0),
+        "3": (1, 0, 1, 2, 1),
+        "3 -> 7 ->": (1, 0, 1, 1, 2),
+        "3 7 12": (1, 1, 1, 0, 3),
+        "3 7 12 40": (1, 0, 0, 0, 4),  # past the end, which may not be visited twice
+        "7": (0, 0, 0, 0, 1),
+        "3 12": (0, 0, 0, 0, 2),
+        "Go round.\n3 5": (1, 0, 1, 1, 2),
+    }
+    found = TASK.critic_observation(SQUARE, (), list(said))
+    for row, (*flags, distance, length) in zip(found, said.values(), strict=True):
+        assert row == pytest.approx((*flags, distance / 8, length / 8))
+
+
+def test_the_distance_is_that_of_the_shortest_of_all_paths():
+    task = GraphPathTask(nodes=6)
+    for row in range(10):
+        problem = task.problem(row)
+        data = problem.data
+        shortest = min(map(len, all_paths(data["edges"], data["start"], data["end"])))
+        ((*_, distance, _),) = task.critic_observation(problem, (), [str(data["start"])])
+        assert distance == pytest.approx((shortest - 1) / 6)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from distrl_envs.task import Draws, GeneratedTask, Grade, Problem
+from distrl_envs.task import Draws, GeneratedTask, Grade, Problem, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +29,7 @@ class ArithmeticTask(GeneratedTask):
     """
 
     name = "arithmetic"
+    critic_numbers = ("agrees", "working", "answering", "right", "digits")
 
     def __init__(self, split: str = "train", seed: int = 0, digits: int = 3):
         """Chooses the split, the seed and how many digits a number has.
@@ -84,6 +86,31 @@ class ArithmeticTask(GeneratedTask):
         if truncated:
             return Grade(0.0, "too_long", answer)
         return Grade(0.0, "no_answer" if answer is None else "wrong", answer)
+
+    def critic_observation(
+        self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """How working and answer stand.
+
+        Whether all that is written agrees with the right working; the share of it that is written
+        before the first difference; whether an arrow has come, whether the digits behind the last
+        one begin the result, and how many of its digits there are, as a share.
+        """
+        data, found = problem.data, []
+        right, result = self.critic_text(problem).split(), str(data["result"])
+        for text in texts:
+            words = text.replace("→", ARROW).split()
+            same = next(
+                (n for n, (a, b) in enumerate(zip(words, right, strict=False)) if a != b),
+                min(len(words), len(right)),
+            )
+            _, arrow, tail = " ".join(words).rpartition(ARROW)
+            digits = tail.replace(" ", "")
+            begins = bool(arrow) and result.startswith(digits)
+            share = len(digits) / len(result) if begins else 0.0
+            agrees, working = float(same == len(words)), same / len(right)
+            found.append((agrees, working, float(bool(arrow)), float(begins), share))
+        return found
 
     def _number(self, draws: Draws) -> int:
         number = 0

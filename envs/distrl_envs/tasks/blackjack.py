@@ -76,6 +76,9 @@ class BlackjackTask(GeneratedTask):
 
     name = "blackjack"
     names_answers = False
+    critic_numbers = (
+        "total", "soft", "dealer", "first", "hit", "stand", "double", "illegal", "turn",
+    )  # fmt: skip
     max_turns = 18  # 17 hits at most stay below 21
     max_prompt_tokens = 9
     max_completion_tokens = 2 * max_turns  # a move and EOS each
@@ -129,6 +132,24 @@ class BlackjackTask(GeneratedTask):
             return _dealt(problem.data["cards"], problem.data["dealer"])
         total, soft, dealer = _shown(turns[-1].reply)
         return State(total, bool(soft), dealer)
+
+    def critic_observation(
+        self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """The hand and the move of this turn.
+
+        The total / 21, whether an ace of it counts 11, the dealer's card / 10, whether this is the
+        first turn; whether the turn says to hit, to stand, to double, or something that is not
+        allowed; the number of turns before it as a share of `max_turns`.
+        """
+        state, found = self.state(problem, turns), []
+        hand = (state.total / MOST, float(state.soft), state.dealer / 10, float(state.first))
+        for text in texts:
+            move = _move(text)
+            said = [float(move == word) for word in (HIT, STAND, DOUBLE)]
+            illegal = float(bool(text.strip()) and move not in state.moves())
+            found.append((*hand, *said, illegal, len(turns) / self.max_turns))
+        return found
 
     def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
         """The next card, or how the hand ends."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import TYPE_CHECKING, Any
 
-from distrl_envs.task import Draws, GeneratedTask, Grade, Problem
+from distrl_envs.task import Draws, GeneratedTask, Grade, Problem, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,6 +18,8 @@ FEWEST_NODES, MOST_NODES = 4, 20
 NODE = r"[0-9]{1,3}"
 BETWEEN = r"(?:[ \t]*(?:->|,)[ \t]*|[ \t]+)"
 PATH = re.compile(f"{NODE}(?:{BETWEEN}{NODE})*")
+BEGUN = re.compile(f"(?:{NODE}(?:{BETWEEN}{NODE})*[ \\t]*(?:->|-|,)?)?")
+"""A path as far as it is written."""
 
 Edge = tuple[int, int]
 
@@ -31,6 +33,7 @@ class GraphPathTask(GeneratedTask):
     """
 
     name = "graph_path"
+    critic_numbers = ("valid", "arrived", "reachable", "distance", "length")
 
     def __init__(
         self, split: str = "train", seed: int = 0, nodes: int = 8, edges: int | None = None
@@ -109,7 +112,7 @@ class GraphPathTask(GeneratedTask):
 
         Nodes are separated by blanks, commas or arrows.
         """
-        last = completion.strip().rpartition("\n")[2].replace("→", "->").strip().removesuffix(".")
+        last = _last_line(completion)
         path = [int(node) for node in re.findall(NODE, last)] if PATH.fullmatch(last) else None
         answer = " ".join(map(str, path)) if path is not None else None
         if path is not None and _leads(path, problem.data):
@@ -117,6 +120,36 @@ class GraphPathTask(GeneratedTask):
         if truncated:
             return Grade(0.0, "too_long", answer)
         return Grade(0.0, "no_answer" if path is None else "wrong", answer)
+
+    def critic_observation(
+        self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """How the path on the last line stands.
+
+        Whether it is a simple path from the start along edges; whether it is at the end; whether
+        the end can be reached without visiting a node twice; the fewest further nodes on the way
+        there and the nodes so far, as shares of all nodes.
+        """
+        data, found = problem.data, []
+        for text in texts:
+            line = _last_line(text)
+            path = [int(node) for node in re.findall(NODE, line)]
+            valid = BEGUN.fullmatch(line) is not None and _begins(path, data)
+            distance = _distance(path, data) if valid else None
+            found.append(
+                (
+                    float(valid),
+                    float(valid and path[-1:] == [data["end"]]),
+                    float(distance is not None),
+                    0.0 if distance is None else distance / self.nodes,
+                    len(path) / self.nodes,
+                )
+            )
+        return found
+
+
+def _last_line(text: str) -> str:
+    return text.strip().rpartition("\n")[2].replace("→", "->").strip().removesuffix(".")
 
 
 def _problem(row: int, edges: Sequence[Edge], start: int, end: int) -> Problem:
@@ -129,10 +162,34 @@ def _problem(row: int, edges: Sequence[Edge], start: int, end: int) -> Problem:
 
 
 def _leads(path: Sequence[int], data: Mapping[str, Any]) -> bool:
-    ends = path[0] == data["start"] and path[-1] == data["end"]
-    simple = len(set(path)) == len(path)
+    return path[-1] == data["end"] and _begins(path, data)
+
+
+def _begins(path: Sequence[int], data: Mapping[str, Any]) -> bool:
+    """Whether it is a simple path from the start along edges; an empty one is."""
+    simple = len(set(path)) == len(path) and path[:1] in ([], [data["start"]])
     known = {frozenset(edge) for edge in data["edges"]}
-    return ends and simple and all(frozenset(step) in known for step in pairwise(path))
+    return simple and all(frozenset(step) in known for step in pairwise(path))
+
+
+def _distance(path: Sequence[int], data: Mapping[str, Any]) -> int | None:
+    """The fewest nodes that lead on from a simple path to the end; None: none do."""
+    neighbours = _neighbours(data["edges"])
+    seen = set(path or [data["start"]])
+    at, steps = {path[-1] if path else data["start"]}, 0 if path else 1
+    while at and data["end"] not in at:
+        at = {node for here in at for node in neighbours.get(here, []) if node not in seen}
+        seen |= at
+        steps += 1
+    return steps if at else None
+
+
+def _neighbours(edges: Sequence[Edge]) -> dict[int, list[int]]:
+    found: dict[int, list[int]] = {}
+    for a, b in edges:
+        found.setdefault(a, []).append(b)
+        found.setdefault(b, []).append(a)
+    return found
 
 
 def _walk(
@@ -142,10 +199,7 @@ def _walk(
 
     Nodes found to be dead ends are not tried again, so that the work is linear in the edges.
     """
-    neighbours: dict[int, list[int]] = {}
-    for a, b in edges:
-        neighbours.setdefault(a, []).append(b)
-        neighbours.setdefault(b, []).append(a)
+    neighbours = _neighbours(edges)
     path, visited = [start], {start}
     while path and path[-1] != end:
         ahead = [node for node in neighbours.get(path[-1], []) if node not in visited]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import product
+from math import log
 from typing import TYPE_CHECKING
 
 from distrl_envs.task import Draws, GeneratedTask, Grade, Problem, Reply, Turn, played
@@ -42,6 +43,7 @@ class MastermindTask(GeneratedTask):
 
     name = "mastermind"
     names_answers = False
+    critic_numbers = ("turn", "codes", "written", "right", "possible")
     max_prompt_tokens = max_reply_tokens = 4
 
     def __init__(
@@ -117,6 +119,45 @@ class MastermindTask(GeneratedTask):
             "where one number is right where it stands and two more are in the code at another "
             "place. To what is no guess I answer - and it counts as one."
         )
+
+    def critic_observation(
+        self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
+    ) -> list[tuple[float, ...]]:
+        """How the game stands, the code being known.
+
+        The guesses that are spent, as a share; log(codes that the replies still allow) / log(all
+        codes); how many numbers of this turn's guess are written and how many of these are right
+        where they stand, as shares; the share of the allowed codes that begin so.
+        """
+        code, allowed = problem.data["code"], all_codes(self.places, self.numbers)
+        for turn in turns:
+            if (guess := self._guess(turn.completion)) is not None:
+                told = feedback(guess, code)
+                would_be = dict(
+                    zip(
+                        all_codes(self.places, self.numbers),
+                        feedback_of_all(guess, self.numbers),
+                        strict=True,
+                    )
+                )
+                allowed = tuple(one for one in allowed if would_be[one] == told)
+        left = log(len(allowed)) / log(self.numbers**self.places)
+        found = []
+        for text in texts:
+            guess = tuple(map(int, re.findall(r"[0-9]{1,2}", text.rpartition("<guess>")[2])))
+            guess = guess[: self.places]
+            right = sum(a == b for a, b in zip(guess, code, strict=False))
+            possible = sum(one[: len(guess)] == guess for one in allowed) / len(allowed)
+            found.append(
+                (
+                    len(turns) / self.guesses,
+                    left,
+                    len(guess) / self.places,
+                    right / self.places,
+                    possible,
+                )
+            )
+        return found
 
     def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
         """What the last guess tells; the game ends with the code or the last guess."""

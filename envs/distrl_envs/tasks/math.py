@@ -124,6 +124,10 @@ class MathTask(DataTask):
             for grade, cut in zip(best, truncated, strict=True)
         ]
 
+    def critic_text(self, problem: Problem) -> str:
+        """The gold answer, or several where each is right."""
+        return f"Reference answer: {' or '.join(problem.data['answer'])}\n\n"
+
     def same_answer(self, one: str, other: str) -> bool:
         """Whether two answers are the same mathematical object."""
         return self.grader.same_answer(one, other)
