@@ -559,14 +559,15 @@ def test_the_price_and_the_answer_are_settings():
 
 
 def test_what_a_critic_is_told_of_a_hand():
-    first, moved = BLACKJACK.critic_observation(HAND, (), ["", "+"])
-    hand = (16 / 21, 0, 9 / 10, 1)  # total, soft, dealer, first turn
+    first, moved, no_move = BLACKJACK.critic_observation(HAND, (), ["", "+", "7"])
+    hand = (16 / 21, 0, 9 / 10)  # total, soft, dealer
     assert first == pytest.approx((*hand, 0, 0, 0, 0, 0))
     assert moved == pytest.approx((*hand, 1, 0, 0, 0, 0))
+    assert no_move == pytest.approx((*hand, 0, 0, 0, 1, 0))
     turns = (Turn("+", Reply("2 ; 18 , 0 -> 9")),)
     later, doubled = BLACKJACK.critic_observation(HAND, turns, ["", "*"])
-    assert later == pytest.approx((18 / 21, 0, 9 / 10, 0, 0, 0, 0, 0, 1 / 18))
-    assert doubled == pytest.approx((18 / 21, 0, 9 / 10, 0, 0, 0, 1, 1, 1 / 18))  # not allowed
+    assert later == pytest.approx((18 / 21, 0, 9 / 10, 0, 0, 0, 0, 1 / 18))
+    assert doubled == pytest.approx((18 / 21, 0, 9 / 10, 0, 0, 1, 0, 1 / 18))
 
 
 def test_what_a_critic_is_told_of_a_code():

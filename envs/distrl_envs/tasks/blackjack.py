@@ -76,9 +76,7 @@ class BlackjackTask(GeneratedTask):
 
     name = "blackjack"
     names_answers = False
-    critic_numbers = (
-        "total", "soft", "dealer", "first", "hit", "stand", "double", "illegal", "turn",
-    )  # fmt: skip
+    critic_numbers = ("total", "soft", "dealer", "hit", "stand", "double", "malformed", "turn")
     max_turns = 18  # 17 hits at most stay below 21
     max_prompt_tokens = 9
     max_completion_tokens = 2 * max_turns  # a move and EOS each
@@ -138,17 +136,17 @@ class BlackjackTask(GeneratedTask):
     ) -> list[tuple[float, ...]]:
         """The hand and the move of this turn.
 
-        The total / 21, whether an ace of it counts 11, the dealer's card / 10, whether this is the
-        first turn; whether the turn says to hit, to stand, to double, or something that is not
-        allowed; the number of turns before it as a share of `max_turns`.
+        The total / 21, whether an ace of it counts 11, the dealer's card / 10; whether the turn
+        says to hit, to stand, to double, or something that is no move; the number of turns before
+        it as a share of `max_turns`.
         """
         state, found = self.state(problem, turns), []
-        hand = (state.total / MOST, float(state.soft), state.dealer / 10, float(state.first))
+        hand = (state.total / MOST, float(state.soft), state.dealer / 10)
         for text in texts:
             move = _move(text)
             said = [float(move == word) for word in (HIT, STAND, DOUBLE)]
-            illegal = float(bool(text.strip()) and move not in state.moves())
-            found.append((*hand, *said, illegal, len(turns) / self.max_turns))
+            malformed = float(bool(text.strip()) and move is None)
+            found.append((*hand, *said, malformed, len(turns) / self.max_turns))
         return found
 
     def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
