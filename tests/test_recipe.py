@@ -12,7 +12,11 @@ from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.recipe_schema import builder_parameters, check_value, nearest, toml_types
 
 # Those of a pretrained model need its package: tests/pretrained builds them.
-CONFIGS = sorted((Path(__file__).parents[1] / "configs" / "countdown").rglob("*.toml"))
+CONFIGS = sorted(
+    path
+    for folder in ("countdown", "games")
+    for path in (Path(__file__).parents[1] / "configs" / folder).glob("*.toml")
+)
 MINIMAL = """
 [run]
 algorithm = "PPO"
