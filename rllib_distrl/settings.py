@@ -622,7 +622,8 @@ class TrainingSettings(Settings):
     quantile_loss: Annotated[str, _named_in("quantiles", "PAIRINGS")] = "pairwise"
     """Each quantile against every target, or ``matched``: against its own."""
     target: Choice = "comonotone"
-    """``comonotone`` (D-GAE), ``mixture``, ``sample_replacement`` or ``monte_carlo``."""
+    """``comonotone`` (D-GAE), ``mixture``, ``sample_replacement``, ``expected_value`` or
+    ``monte_carlo``."""
     critic_lambda: Share = 0.95
     """Lambda of the critic's targets."""
     head_center: Annotated[str, _named_in("quantiles", "HEAD_CENTERS")] = "mean"
@@ -668,3 +669,5 @@ class TrainingSettings(Settings):
     """Stages that move a coefficient between iterations."""
     prompt_sampler: dict[str, Any] = {"name": "without_replacement"}
     """``{name, ...}`` of what chooses each iteration's prompts."""
+    allocator: dict[str, Any] = {"name": "equal"}
+    """``{name, ...}`` of what shares an iteration's completions out among its prompts."""

@@ -11,6 +11,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.algorithm.weight_sync import WeightSync
 from rllib_distrl.learner.step import NonFiniteError
+from rllib_distrl.method.allocators import Allocator
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptSampler
 from rllib_distrl.rollout.groups import Group, GroupSampling, SampledGroups
 
@@ -19,6 +20,8 @@ logger = logging.getLogger(__name__)
 NUM_SAMPLING_ROUNDS = "num_sampling_rounds"
 NUM_DROPPED_GROUPS = "num_dropped_groups"
 NUM_STALE_EPISODES = "num_stale_episodes_dropped"
+DEAD_GROUP_SHARE = "dead_group_share"
+"""Of the batch's groups, those whose returns are all equal."""
 NUM_ENV_RUNNERS = "num_env_runners"
 """How many runners have contributed to the batch."""
 WEIGHTS_VERSION_LAG = "weights_version_lag"
@@ -35,11 +38,19 @@ class Batches:
     Args:
         weight_sync: the runners, and the policy that they sample with.
         prompt_sampler: chooses the prompts.
+        allocator: shares the completions out among them.
         config: of the algorithm.
     """
 
-    def __init__(self, weight_sync: WeightSync, prompt_sampler: PromptSampler, config: Any):
+    def __init__(
+        self,
+        weight_sync: WeightSync,
+        prompt_sampler: PromptSampler,
+        allocator: Allocator,
+        config: Any,
+    ):
         self._weight_sync, self._prompt_sampler = weight_sync, prompt_sampler
+        self._allocator = allocator
         self._rollout = config.rollout_settings
         self._max_rounds: int = config.max_sampling_rounds
         self._max_failures: int = config.num_consecutive_env_runner_failures_tolerance
@@ -64,7 +75,11 @@ class Batches:
         prompts = self._prompt_sampler.next(n_prompts or self._rollout.prompts_per_iteration)
         sync = self._weight_sync
         self._sampling = GroupSampling(
-            sync.fleet, sync.local_runner, prompts, self._rollout.num_generations
+            sync.fleet,
+            sync.local_runner,
+            prompts,
+            self._allocator.allocate(prompts),
+            sync.sampling_temperature(),
         )
         self._sampling.start()
 
@@ -93,6 +108,7 @@ class Batches:
             raise
         return batch, {
             **counts,
+            DEAD_GROUP_SHARE: 1.0 - sum(map(is_informative, batch.groups)) / len(batch.groups),
             NUM_STALE_EPISODES: batch.n_stale_episodes,
             NUM_ENV_RUNNERS: len(batch.episodes_per_runner),
             WEIGHTS_VERSION_LAG: self._lag(batch),

@@ -65,6 +65,7 @@ from rllib_distrl.rollout.groups import Group, SampledGroups, shards_of
 from rllib_distrl.settings import RolloutSettings, TrainingSettings, signature_of
 
 PROMPT_SAMPLER = "prompt_sampler"
+ALLOCATOR = "allocator"
 CRITIC_PRETRAINED = "critic_pretrained"
 WEIGHTS_PROBE_ERROR = "weights_probe_error"
 
@@ -246,6 +247,7 @@ class DistRL(Algorithm):
 
     Attributes:
         prompt_sampler: chooses the prompts of all runners.
+        allocator: shares an iteration's completions out among its prompts.
         between_iterations: whether the state is that of a whole iteration, fit to be saved.
     """
 
@@ -288,6 +290,8 @@ class DistRL(Algorithm):
         n_rows = self._check_task()
         sampler = registry.resolve(PROMPT_SAMPLER, self.config.prompt_sampler)
         self.prompt_sampler = sampler(n_rows, self.config.seed)
+        allocator = registry.resolve(ALLOCATOR, self.config.allocator)
+        self.allocator = allocator(self.config.rollout_settings.num_generations, self.config.seed)
         self._critic_pretrained = self.config.critic_pretraining is None
         self._refused_in_a_row = 0
         self._warn_of_mismatch = MismatchWarning(self.config)
@@ -313,7 +317,7 @@ class DistRL(Algorithm):
     @cached_property
     def batches(self) -> Batches:
         """What runners are sampling."""
-        return Batches(self.weight_sync, self.prompt_sampler, self.config)
+        return Batches(self.weight_sync, self.prompt_sampler, self.allocator, self.config)
 
     @property
     def fleet(self) -> EnvRunnerFleet:
@@ -364,7 +368,9 @@ class DistRL(Algorithm):
             self._pretrain_critic()
             batch = self.sample_groups()
             self.between_iterations = False
-            self.prompt_sampler.update(batch.prompt_results())
+            results = batch.prompt_results()
+            self.prompt_sampler.update(results)
+            self.allocator.update(results)
             overlap = self.config.rollout_settings.max_staleness > 0
             if overlap:
                 with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
@@ -495,6 +501,7 @@ class DistRL(Algorithm):
         """RLlib's state, the prompt sampler's behind the last batch learned, what is checked."""
         state = super().get_state(*args, **kwargs)
         state[PROMPT_SAMPLER] = self.batches.prompts_learned
+        state[ALLOCATOR] = self.allocator.get_state()
         state[SETTINGS] = module_settings(self.config)
         state[WEIGHTS] = self.weight_sync.contents()
         state[CRITIC_PRETRAINED] = self._critic_pretrained
@@ -511,6 +518,8 @@ class DistRL(Algorithm):
         self.batches.drop()
         if PROMPT_SAMPLER in state:  # First: it may refuse.
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
+        if state.get(ALLOCATOR):
+            self.allocator.set_state(state[ALLOCATOR])
         super().set_state(state)
         self._refused_in_a_row = 0
         self._restored_weights = state.get(WEIGHTS)

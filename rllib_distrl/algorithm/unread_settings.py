@@ -91,7 +91,7 @@ def check_all_settings_are_read(config: Any) -> None:
     """
     method = Method.from_config(config)
     head = () if config.critic == "none" else (head_stage(TrainingSettings.of(config).to_dict()),)
-    _check_own_settings((*method.stages, *head))
+    _check_own_settings((*method.stages, *method.controllers, *head))
     taken = {name for stage in method.stages for name in taken_from_training(stage)}
     read = taken | {name for part in PARTS if part.present(config) for name in part.reads}
     default = type(config)()

@@ -12,9 +12,11 @@ from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
 from rllib_distrl.algorithm.wiring import check_model_config, check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_factor, lr_schedule_settings
+from rllib_distrl.method.allocators import EQUAL
 from rllib_distrl.method.heads import head_stage
+from rllib_distrl.method.loss_terms import TEMPERATURE
 from rllib_distrl.method.pipeline import OPTIMISM, Method
-from rllib_distrl.method.registry import Stage, resolve
+from rllib_distrl.method.registry import Stage, resolve, smallest_group
 from rllib_distrl.model.critics import check_critic
 from rllib_distrl.model.loading import load_config
 from rllib_distrl.model.lora import check_lora
@@ -314,11 +316,42 @@ def _check_stages(config: Any) -> None:
         _check_needs(stage, config)
         stage.check_fits(config)
     _check_controllers(config)
+    _check_allocator(config)
     sampler = resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks settings' bounds.
     if not hasattr(sampler, "next"):
         raise ValueError(
             f"prompt_sampler {config.prompt_sampler!r} makes a {type(sampler).__name__}, which has "
             "no next(n). docs/tasks.md says what a sampler is."
+        )
+
+
+def _check_allocator(config: Any) -> None:
+    """What holds with groups of one size alone."""
+    stage = resolve("allocator", config.allocator)
+    if not hasattr(stage(config.rollout_settings.num_generations, 0), "allocate"):
+        raise ValueError(
+            f"allocator {config.allocator!r} has no allocate(prompts). Name a class like "
+            "`SqrtVariance` in rllib_distrl/method/allocators.py."
+        )
+    if stage.name == EQUAL:
+        return
+    alone = "makes groups of different sizes, and"
+    if (config.num_learners or 0) > 1:
+        raise ValueError(
+            f"allocator {stage.name!r} {alone} every one of num_learners={config.num_learners} "
+            "needs as many sequences. Set num_learners to 0 or 1, or allocator = 'equal'."
+        )
+    if config.max_sampling_rounds > 1:
+        raise ValueError(
+            f"allocator {stage.name!r} {alone} max_sampling_rounds={config.max_sampling_rounds} "
+            "fills a batch with groups of one size. Set max_sampling_rounds = 1, or allocator = "
+            "'equal'."
+        )
+    if config.minibatch_size and Method.from_config(config).keeps_groups_whole:
+        raise ValueError(
+            f"allocator {stage.name!r} {alone} policy_loss {config.policy_loss['name']!r} needs "
+            f"whole groups in minibatches of minibatch_size={config.minibatch_size}. Leave "
+            "minibatch_size out, or set allocator = 'equal'."
         )
 
 
@@ -357,11 +390,16 @@ def _check_needs(stage: Stage, config: Any) -> None:
             f"{what} compares returns of whole completions, which are not discounted, but gamma "
             f"is {config.gamma}. Set gamma = 1.0, or use advantage 'gae' or 'reinforce_pp'."
         )
-    group = config.rollout_settings.num_generations
+    group = smallest_group(config)
     if "groups" in stage.needs and group < 2:
+        equal = resolve("allocator", config.allocator).name == EQUAL
         raise ValueError(
-            f"{what} compares the completions of a prompt, but num_generations is {group}. "
-            "Set [rollout] num_generations >= 2."
+            f"{what} compares the completions of a prompt, but "
+            + (
+                f"num_generations is {group}. Set [rollout] num_generations >= 2."
+                if equal
+                else f"the allocator's n_min is {group}. Set n_min >= 2."
+            )
         )
 
 
@@ -378,6 +416,8 @@ def _check_controllers(config: Any) -> None:
     for setting in moved:
         if moved.count(setting) > 1:
             raise ValueError(f"Two controllers move {setting}. Keep one of them.")
+        if setting == TEMPERATURE:  # It starts at the recipe's.
+            continue
         loss = Method.from_config(config).policy_loss
         if getattr(config, setting) != getattr(type(config)(), setting) or setting in loss.given:
             raise ValueError(

@@ -79,6 +79,7 @@ class WeightSync:
     ):
         self._learner_group = learner_group
         self._dtype = RolloutSettings.of(config.model_config).dtype
+        self._controlled = bool(config.controllers)
         self._learners_stamps: list[Any] = []
         self.local_runner: Any = env_runner_group.local_env_runner
         self.check_probes = ProbeCheck(learner_group, config.model_config, config.sample_timeout_s)
@@ -129,9 +130,20 @@ class WeightSync:
                 self.check_probes({"The local env runner": held.probe})
         self.fleet.sync(update, weights)
 
+    def sampling_temperature(self) -> float | None:
+        """At which the learners' controllers want the next batch; None: as `[rollout]` says."""
+        if not self._controlled:
+            return None
+        results = self._learner_group.foreach_learner(_temperature_of)
+        return next(result.get() for result in results)
+
     def _stamps(self) -> list[Any]:
         results = self._learner_group.foreach_learner(_stamp_of)
         return [result.get() for result in results]
+
+
+def _temperature_of(learner: Any) -> Any:
+    return getattr(learner, "sampling_temperature", None)
 
 
 def _stamp_of(learner: Any) -> Any:

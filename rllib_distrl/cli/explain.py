@@ -26,8 +26,10 @@ from rllib_distrl.algorithm.estimates import (
 from rllib_distrl.cli.checks import check_problems
 from rllib_distrl.cli.ray_session import silence_libraries
 from rllib_distrl.recipe import Recipe, load_recipe
+from rllib_distrl.settings import TrainingSettings
 
 _PROMPTS_MEASURED = 64
+_EQUAL = TrainingSettings.defaults()["allocator"]
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,13 @@ def _iteration_table(
     recipe: Recipe, config: Any, updates: Updates, prompts: PromptLengths
 ) -> Table:
     rollout, limit = recipe.rollout, recipe.rollout.max_completion_tokens
+    equal = getattr(config, "allocator", _EQUAL) == _EQUAL
     rows = {
         "prompts": f"{rollout.prompts_per_iteration}, of {prompts.mean:.1f} tokens on average "
         f"(longest of {_PROMPTS_MEASURED}: {prompts.longest}; limit {prompts.limit})",
         "episodes": f"{updates.episodes} = {rollout.prompts_per_iteration} prompts x "
-        f"{rollout.num_generations} completions",
+        f"{rollout.num_generations} completions"
+        f"{'' if equal else ' on average'}",
         "tokens": f"at most {updates.timesteps:,} = {updates.episodes} x {limit}",
         "minibatch": f"{updates.minibatch_sequences} sequences "
         f"= at most {updates.minibatch_timesteps:,} timesteps",

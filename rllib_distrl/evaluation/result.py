@@ -2,15 +2,17 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rllib_distrl.evaluation.measures import distinct_n
 from rllib_distrl.evaluation.store import (
     LIGHT_COLUMNS,
     SCHEMA,
@@ -91,7 +93,30 @@ class EvalResult:
             self._ks(k),
             distinct_by=self.settings.distinct_by,
             equivalent=self.equivalent,
+            further=self._diversity(),
         )
+
+    def _diversity(self) -> dict[str, np.ndarray]:
+        """(P,) dist-3 and dist-4 of each problem, where some completion is long enough."""
+        if self.folder is not None:
+            parts = (
+                read_part(part, ("problem", "token_ids")).to_pandas()
+                for part in sample_parts(self.folder)
+            )
+        else:
+            parts = iter([self.frame] if "token_ids" in self.frame else [])
+        groups: dict[int, list[Any]] = {
+            int(number): list(some["token_ids"])
+            for part in parts
+            for number, some in _by_problem(part)
+        }
+        found = {
+            f"dist-{n}": np.array([distinct_n(groups[number], n) for number in sorted(groups)])
+            for n in (3, 4)
+        }
+        # A problem of shorter completions has no grams, and an interval would have no meaning.
+        return {name: column for name, column in found.items()
+                if len(column) and np.isfinite(column).all()}  # fmt: skip
 
     def curve(self, label: str, ks: Sequence[int] | None = None) -> Curve:
         """pass@k with its interval, for plots; see `maths.pass_k.pass_k_curve`."""
@@ -121,6 +146,11 @@ class EvalResult:
 
     def _ks(self, k: Sequence[int] | None) -> tuple[int, ...]:
         return self.settings.ks if k is None else tuple(k)
+
+
+def _by_problem(frame: pd.DataFrame) -> Iterator[tuple[int, Any]]:
+    grouped: Any = frame.groupby("problem")
+    yield from grouped
 
 
 def load_result(folder: Path | str) -> EvalResult:

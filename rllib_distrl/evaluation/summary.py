@@ -1,13 +1,14 @@
 """From a table of graded samples to the numbers of an evaluation."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from rllib_distrl.evaluation.measures import best_of_n_kl, dead_groups
 from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
 from rllib_distrl.maths.pass_k import (
     FloatArray,
@@ -152,6 +153,7 @@ def summarise(
     *,
     distinct_by: Literal["answer", "completion"] = "answer",
     equivalent: Equivalence | None = None,
+    further: Mapping[str, FloatArray] | None = None,
     level: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -162,15 +164,24 @@ def summarise(
         ks: the k of pass@k and maj@k, each at most n.
         distinct_by: what tells correct solutions apart.
         equivalent: compares normalised answers in votes; equality when None.
+        further: (P,) columns of other measures.
         level: of the intervals.
         seed: of the bootstrap.
 
     Returns:
         ``{"avg@64": 0.41, "pass@1": …, …, "problems": 200, "samples": 64, "status": {…},
-        "scores": [lowest, highest], "intervals": {"avg@64": [low, high], …}}``; shares and
-        probabilities in [0, 1].
+        "scores": [lowest, highest], "intervals": {"avg@64": [low, high], …}, "best_of_n": {"8":
+        {"kl": 1.2, "score": 0.6}, …}}``; shares and probabilities in [0, 1]. ``dead@k`` is the
+        share of groups of k that are all right or all wrong; ``kl``, in nats, the most that the
+        best of n is away from the policy.
     """
     problems = per_problem(frame, ks, distinct_by=distinct_by, equivalent=equivalent)
+    best = "best" if f"best@{ks[0]}" in problems else "pass"
+    table = SampleTable(frame)
+    for k in (k for k in ks if k > 1):
+        problems[f"dead@{k}"] = dead_groups(table.n, table.correct, k)
+    for name, column in (further or {}).items():
+        problems[name] = column
     intervals = {
         name: bootstrap_interval(
             column, level=level, seed=seed, shares=_is_share(str(name), column)
@@ -184,6 +195,9 @@ def summarise(
     scores = frame["score"].to_numpy()
     result["scores"] = [float(scores.min()), float(scores.max())]
     result["status"] = dict(Counter(frame["status"].tolist()).most_common())
+    result["best_of_n"] = {
+        str(k): {"kl": best_of_n_kl(k), "score": result[f"{best}@{k}"]} for k in ks
+    }
     result["intervals"] = {
         name: [float(low[0]), float(high[0])] for name, (low, high) in intervals.items()
     }

@@ -116,6 +116,11 @@ class DistRLLearner(TorchLearner):
         return self._refusals.last
 
     @property
+    def sampling_temperature(self) -> float | None:
+        """At which a controller wants the next batch; None: as `[rollout]` says."""
+        return self._controllers.temperature
+
+    @property
     def weights_stamp(self) -> int:
         """Another number after each change of the weights, whoever has made it."""
         return sum(parameter._version for parameter in self.policy_module.parameters())
@@ -202,6 +207,19 @@ class DistRLLearner(TorchLearner):
         timesteps = timesteps or {}
         self.before_gradient_based_update(timesteps=timesteps)
         episodes = self._episodes(training_data, kwargs)
+        with self.policy_module.at_temperature(self._sampled_at(episodes)):
+            self._learn(episodes, timesteps, num_epochs, minibatch_size, shuffle_batch_per_epoch)
+        self.after_gradient_based_update(timesteps=timesteps)
+        return None if _no_metrics_reduce else self.metrics.reduce()
+
+    def _learn(
+        self,
+        episodes: list[SingleAgentEpisode],
+        timesteps: dict[str, Any],
+        num_epochs: int,
+        minibatch_size: int | None,
+        shuffle: bool,
+    ) -> None:
         columns = self.columns(episodes)
         one_step = num_epochs == 1 and (minibatch_size or len(episodes)) >= len(episodes)
         single_step = one_step and self._alone
@@ -218,14 +236,12 @@ class DistRLLearner(TorchLearner):
             rollouts,
             num_epochs,
             self.config.seed or 0,
-            shuffle=shuffle_batch_per_epoch and not single_step,
+            shuffle=shuffle and not single_step,
             whole_groups=self.method.keeps_groups_whole,
         )
         parts = minibatches(columns, rollouts, orders, minibatch_size, self.method.aggregation)
         steps = self._take_steps(parts, coefficients, found.forward)
         self._report(rollouts, steps, coefficients)
-        self.after_gradient_based_update(timesteps=timesteps)
-        return None if _no_metrics_reduce else self.metrics.reduce()
 
     def _episodes(
         self, training_data: TrainingData | None, given: dict[str, Any]
@@ -238,8 +254,14 @@ class DistRLLearner(TorchLearner):
         data.solve_refs()
         episodes: list[Any] = data.episodes or []
         corrected = self.method.importance_correction is not None
-        check_behaviour(episodes, self.config.rollout_settings.temperature, corrected)
+        check_behaviour(episodes, self._sampled_at(episodes), corrected)
         return episodes
+
+    def _sampled_at(self, episodes: Sequence[SingleAgentEpisode]) -> float:
+        """Temperature of the distribution that learns: a controller's, or the recipe's."""
+        if self._controllers.moves_temperature and episodes:
+            return float(episodes[0].infos[0]["sampling"]["temperature"])
+        return self.config.rollout_settings.temperature
 
     def columns(self, episodes: Sequence[SingleAgentEpisode]) -> dict[str, Tensor]:
         """What the learner connector makes of episodes, on the learner's device."""
@@ -260,7 +282,11 @@ class DistRLLearner(TorchLearner):
         """Those of the loss in this iteration: scheduled, or moved by controllers."""
         steps_sampled = timesteps.get(NUM_ENV_STEPS_SAMPLED_LIFETIME, 0)
         scheduled = float(self._entropy_coeff.update(timestep=steps_sampled))
-        return {"entropy_coeff": scheduled, **self._controllers.update(rollouts)}
+        module = self.policy_module
+        moved = self._controllers.update(
+            rollouts, module.temperature, module.policy.get_output_embeddings().weight.shape[0]
+        )
+        return {"entropy_coeff": scheduled, **moved}
 
     def _take_steps(
         self,

@@ -334,10 +334,40 @@ def monte_carlo(
     return returns_to_go(rewards, loss_mask, gamma).to(quantiles.dtype).unsqueeze(-1)
 
 
+def expected_value(
+    quantiles: Float[Tensor, "B T N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float = 1.0,
+    lambda_: float = 0.95,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "B T 1"]:
+    """The λ-return of the law's mean, y_t = V(s_t) + A_t, V = mean_i θ_i: one sample of less noise.
+
+    Expected value substitution of DSAC-T (arXiv 2310.05858): the law of the next state is replaced
+    by its mean, so that the critic learns the law of λ-returns, which is that of the return at
+    λ = 1 alone and narrower below. Its twin critics and its scaling of the loss are not here.
+
+    Args:
+        quantiles: Θ_i(s_t).
+        rewards: r_t.
+        loss_mask: True where a token counts.
+        gamma: γ.
+        lambda_: λ.
+        generator: Unused.
+    """
+    del generator
+    values = zero_padding(quantiles.detach(), loss_mask).mean(-1)
+    y = values + gae(values, rewards, loss_mask, gamma, lambda_)
+    return zero_padding(y, loss_mask).unsqueeze(-1)
+
+
 TARGETS: dict[str, Callable[..., Tensor]] = {
     "comonotone": comonotone,
     "mixture": mixture,
     "mixture_mean": partial(mixture, projection="bin_mean"),
     "sample_replacement": sample_replacement,
     "monte_carlo": monte_carlo,
+    "expected_value": expected_value,
 }

@@ -17,10 +17,10 @@ from rllib_distrl.maths.group_calibration import (
     logit_shift,
     shifted_edges,
 )
-from rllib_distrl.maths.statistics import zero_padding
+from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch, forget_oldest
 from rllib_distrl.method.formula import of_batch, takes_settings_of
-from rllib_distrl.method.registry import demand, logp_at, register
+from rllib_distrl.method.registry import demand, logp_at, register, smallest_group
 from rllib_distrl.settings import Count, NotNegative, Positive, Share
 
 _F = TypeVar("_F", bound=Callable[..., Tensor])
@@ -227,10 +227,12 @@ register("advantage", "opo", fits=_opo_fits)(of_batch(group_maths.opo, per_row=T
 
 def _maxk_fits(config: Any, *, k: int) -> None:
     demand(config, "advantage 'maxk'", whiten_advantages=False)
-    group = config.rollout_settings.num_generations
+    group = smallest_group(config)
     if not 1 <= k <= group:
-        raise ValueError(f"advantage 'maxk' has k = {k}, but a group has {group} completions. "
-                         "Choose 1 <= k <= num_generations.")  # fmt: skip
+        raise ValueError(
+            f"advantage 'maxk' has k = {k}, but a group has {group} completions at the least. "
+            "Choose 1 <= k <= num_generations, or n_min of the allocator."
+        )
 
 
 register("advantage", "maxk", fits=_maxk_fits)(of_batch(group_maths.maxk, per_row=True))
@@ -266,6 +268,48 @@ def blended(batch: SequenceBatch, *, lambda_: float = 0.95) -> Tensor:
     batch.metrics["blended_critic_weight"] = float(weight)
     of_critic = critic_maths.gae(values, batch.rewards, mask, 1.0, lambda_)
     return torch.where(weight > 0, torch.lerp(of_group, of_critic, weight), of_group)
+
+
+def _value_mix_fits(config: Any, **_: Any) -> None:
+    demand(config, "advantage 'value_mix'", gamma=1.0)
+
+
+@register("advantage", "value_mix", needs=("values",), fits=_value_mix_fits)
+def value_mix(
+    batch: SequenceBatch, *, weight: Share = 0.5, decay: Share = 0.99, lambda_: float = 0.95
+) -> Tensor:
+    """GAE on (1 − w) V + w V_prior, w = weight · decay^{k−1}: a young critic is leant on less.
+
+    V_prior is the prompt's mean return at its earlier visits, and before any the batch's mean, less
+    what has been rewarded so far. What the prior is and its schedule are our choice; with weight 0
+    it is `gae`. Remembers the last 100,000 prompts. Logged: `value_mix_weight`.
+
+    Args:
+        batch: With `prompt`; returns undiscounted.
+        weight: w in the first iteration.
+        decay: Of w per iteration.
+        lambda_: λ.
+
+    Returns:
+        (B, T).
+    """
+    returns, mask = batch.returns, batch.loss_mask
+    rows = torch.ones_like(returns, dtype=torch.bool)
+    mean = float(masked_mean(returns, rows, batch.all_reduce))
+    seen: dict[int, list[float]] = batch.memory.setdefault("value_mix", {})
+    prompts = batch.column("prompt")
+    known = (seen.get(prompt, [mean, 1.0]) for prompt in prompts.tolist())
+    prior = returns.new_tensor([total / count for total, count in known])
+    told = torch.stack([prompts.double(), returns.double()], dim=1)
+    for prompt, value in batch.all_gather(told).tolist():
+        total, count = seen.pop(int(prompt), [0.0, 0.0])
+        seen[int(prompt)] = [total + value, count + 1.0]
+    forget_oldest(seen)
+    w = batch.metrics["value_mix_weight"] = weight * decay ** (batch.k - 1)
+    rewards = zero_padding(batch.rewards, mask)
+    to_come = prior.unsqueeze(1) - (rewards.cumsum(1) - rewards)
+    values = zero_padding(batch.column("values"), mask).lerp(to_come.to(batch.rewards.dtype), w)
+    return critic_maths.gae(zero_padding(values, mask), batch.rewards, mask, 1.0, lambda_)
 
 
 def unused_of_group(settings: Mapping[str, Any]) -> set[str]:

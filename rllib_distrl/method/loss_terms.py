@@ -198,8 +198,102 @@ class AdaptiveClip:
         self._returns = list(state["returns"])
 
 
+TEMPERATURE = "sampling_temperature"
+"""What a controller of the sampler moves: `[rollout] temperature`, from the next batch on."""
+
+
+def _check_entropy_temperature(
+    *, target: float | None, horizon: int | None, low: float, high: float, **_: Any
+) -> None:
+    if not low < high:
+        raise ValueError(f"controller 'entropy_temperature' needs low < high; got {low}, {high}")
+
+
+@register(
+    "controller",
+    "entropy_temperature",
+    needs=("entropy",),
+    check=_check_entropy_temperature,
+    ignores=lambda settings: set() if settings["horizon"] else {"annealed_share", "annealed_to"},
+)
+class EntropyTemperature:
+    """T ← T (1 + T ln(H*/H) / (ln V + ln ln V)): sampling is hotter where the entropy has fallen.
+
+    H is the last batch's mean entropy at T, H* the first batch's, which falls by a cosine to
+    `annealed_to` H* over the last part of the horizon. E3 (arXiv 2505.18573), as its authors' code
+    computes it; V is the vocabulary. With `target = 0.3` and no horizon it keeps the
+    temperature-adjusted entropy that AceReason-Nemotron 1.1 (arXiv 2506.13284) chooses T for, by
+    this rule (our choice). The bounds on T are our choice too. What samples is what learns: the
+    learner takes the batch's own temperature.
+
+    Attributes:
+        setting: What it moves.
+        temperature: Of the next batch; None before the first one, which `[rollout]` decides.
+    """
+
+    setting = TEMPERATURE
+
+    def __init__(
+        self,
+        *,
+        target: Positive | None = None,
+        horizon: Count | None = None,
+        annealed_share: Share = 0.4,
+        annealed_to: Share = 0.9,
+        low: Positive = 0.5,
+        high: Positive = 2.0,
+    ):
+        self.temperature: float | None = None
+        self._first, self._steps, self._horizon = target, 0, horizon
+        self._share, self._to, self._low, self._high = annealed_share, annealed_to, low, high
+
+    def update(
+        self, entropy: float, mean_return: float, temperature: float, vocab_size: int
+    ) -> float:
+        """Takes what was sampled and gives the temperature for the next batch.
+
+        Args:
+            entropy: Mean token entropy of the iteration's batch, in nats.
+            mean_return: Not read.
+            temperature: T of the batch.
+            vocab_size: V.
+
+        Returns:
+            T within the bounds.
+        """
+        del mean_return
+        entropy = max(entropy, 1e-6)
+        if self._first is None:
+            self._first = entropy
+        width = math.log(vocab_size) + math.log(math.log(vocab_size))
+        moved = temperature * (1.0 + temperature * math.log(self._target / entropy) / width)
+        self.temperature = min(max(moved, self._low), self._high)
+        self._steps += 1
+        return self.temperature
+
+    @property
+    def _target(self) -> float:
+        """H* after the steps so far."""
+        assert self._first is not None
+        if self._horizon is None:
+            return self._first
+        begin = self._horizon - int(self._share * self._horizon)
+        progress = (self._steps - begin) / max(self._horizon - begin, 1)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+        return self._first * ((1.0 - self._to) * cosine + self._to)
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint must hold."""
+        return {"temperature": self.temperature, "first": self._first, "steps": self._steps}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Restores `get_state()`'s result."""
+        self.temperature, self._first = state["temperature"], state["first"]
+        self._steps = state["steps"]
+
+
 class Controllers:
-    """The controllers of a method at work; each moves one setting of `[training]`."""
+    """The controllers of a method at work; each moves one setting."""
 
     def __init__(self, stages: Sequence[Stage]):
         """Starts them.
@@ -210,14 +304,29 @@ class Controllers:
         self._stages = stages
         self._controllers = {stage.name: stage() for stage in stages}
 
-    def update(self, batch: SequenceBatch) -> dict[str, float]:
+    @property
+    def moves_temperature(self) -> bool:
+        """Whether one of them decides the sampling temperature."""
+        return any(each.setting == TEMPERATURE for each in self._controllers.values())
+
+    @property
+    def temperature(self) -> float | None:
+        """What the next batch is to be sampled at; None: as `[rollout]` says."""
+        moved = (one for one in self._controllers.values() if one.setting == TEMPERATURE)
+        return next((one.temperature for one in moved), None)
+
+    def update(
+        self, batch: SequenceBatch, temperature: float = 1.0, vocab_size: int = 2
+    ) -> dict[str, float]:
         """Shows them an iteration's batch, over all learners.
 
         Args:
             batch: with ``entropy``, where there is a controller.
+            temperature: at which the batch was sampled.
+            vocab_size: of the model.
 
         Returns:
-            Setting to the value that holds in this iteration.
+            Setting to the value that holds in this iteration, of the sampler in the next one.
         """
         if not self._controllers:
             return {}
@@ -225,7 +334,8 @@ class Controllers:
             stage.prepare(batch)
         entropy = float(masked_mean(batch.column("entropy"), batch.loss_mask, batch.all_reduce))
         rows = torch.ones_like(batch.returns, dtype=torch.bool)
-        told = entropy, float(masked_mean(batch.returns, rows, batch.all_reduce))
+        mean_return = float(masked_mean(batch.returns, rows, batch.all_reduce))
+        told = entropy, mean_return, temperature, vocab_size
         return {
             each.setting: each.update(*told[: len(inspect.signature(each.update).parameters)])
             for each in self._controllers.values()

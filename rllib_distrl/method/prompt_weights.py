@@ -10,7 +10,7 @@ from rllib_distrl.maths.group_advantages import group_index, group_mean
 from rllib_distrl.maths.pass_k import pass_at_k
 from rllib_distrl.maths.statistics import zero_padding
 from rllib_distrl.method.batch import SequenceBatch, forget_oldest
-from rllib_distrl.method.registry import register
+from rllib_distrl.method.registry import register, smallest_group
 from rllib_distrl.settings import Count, NotNegative, Positive, Share
 
 
@@ -34,14 +34,20 @@ def curve_weight(batch: SequenceBatch, advantages: Tensor, *, window: Count = 10
     rates = group_mean((batch.returns > 0.5).to(advantages.dtype), batch.group)
     bins = int(group_index(batch.group)[1].max()) + 1
     batches: list[list[float]] = batch.memory.setdefault("curve_weight", [])
-    # Each rate stands once for every completion of its group, which changes no share.
-    batches.append([p for p in batch.all_gather(rates).tolist() if 0.0 < p < 1.0])
+    of_groups = rates[_a_row_of_each(batch.group)]
+    batches.append([p for p in batch.all_gather(of_groups).tolist() if 0.0 < p < 1.0])
     del batches[:-window]
     held = torch.tensor([p for rates in batches for p in rates], dtype=torch.float64)
     counts = torch.bincount(_bin(held, bins), minlength=bins).double()
     weights = (counts / counts.cumsum(0).clamp(min=1.0)).to(advantages)
     weight = torch.where((rates > 0) & (rates < 1), weights[_bin(rates, bins)], 0.0)
     return zero_padding(advantages * weight.unsqueeze(1), batch.loss_mask)
+
+
+def _a_row_of_each(group: Tensor) -> Tensor:
+    """A row of each group, in the order of `group_index`."""
+    index, sizes = group_index(group)
+    return index.argsort(stable=True)[sizes.cumsum(0) - 1]
 
 
 def _bin(rates: Tensor, bins: int) -> Tensor:
@@ -53,10 +59,12 @@ EDGES = (0.1, 0.2, 0.4, 0.6, 0.8, 0.9)
 
 
 def _pressure_fits(config: Any, *, k: int, **settings: Any) -> None:
-    group = config.rollout_settings.num_generations
+    group = smallest_group(config)
     if k > group:
-        raise ValueError(f"shaper 'bin_pressure' has k = {k}, but a group has {group} completions. "
-                         "Choose 1 <= k <= num_generations.")  # fmt: skip
+        raise ValueError(
+            f"shaper 'bin_pressure' has k = {k}, but a group has {group} completions at the least. "
+            "Choose 1 <= k <= num_generations, or n_min of the allocator."
+        )
 
 
 @register("shaper", "bin_pressure", needs=("groups",), fits=_pressure_fits)
@@ -94,9 +102,7 @@ def bin_pressure(
     """
     memory = batch.memory.setdefault("bin_pressure", {"pressure": [0.0] * 7, "prompts": {}})
     prompts, pressure = memory["prompts"], memory["pressure"]
-    index, sizes = group_index(batch.group)
-    ends = sizes.cumsum(0) - 1  # a row of each group
-    of_group = index.argsort(stable=True)[ends]
+    sizes, of_group = group_index(batch.group)[1], _a_row_of_each(batch.group)
     passed = group_mean((batch.returns > 0.5).double(), batch.group)[of_group]
     visits = torch.stack([batch.column("prompt")[of_group].double(), passed, sizes.double()], dim=1)
     losses: dict[int, list[float]] = {}
@@ -105,7 +111,7 @@ def bin_pressure(
         rates = known["rates"]
         rates.append(float(pass_at_k(round(size), [round(rate * size)], k)[0]))
         del rates[:-history]
-        known["bin"] = _bin_of(sum(rates) / len(rates), known["bin"], hysteresis)
+        known["bin"] = bin_of(sum(rates) / len(rates), known["bin"], hysteresis)
         losses.setdefault(known["bin"], []).append(1.0 - rate)
     weight = [
         min(math.exp(strength * pressure[prompts[int(prompt)]["bin"]]), cap)
@@ -118,7 +124,7 @@ def bin_pressure(
     return zero_padding(advantages * weights.unsqueeze(1), batch.loss_mask)
 
 
-def _bin_of(rate: float, present: int | None, hysteresis: float) -> int:
+def bin_of(rate: float, present: int | None, hysteresis: float) -> int:
     """The bin of a rate, or the present one where the rate is not clearly outside of it."""
     if present is not None:
         low = EDGES[present - 1] if present else -math.inf

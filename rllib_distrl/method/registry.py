@@ -19,10 +19,12 @@ What the function is given and returns, by kind; `batch` is a `SequenceBatch` of
     bonus_statistic        (batch) to (B, T): how uncertain a state is
     aggregation            (batch, a minibatch) to weights (B, T) of its tokens
     importance_correction  (learner's logp, batch) to weights (B, T) of the policy's loss
-    controller             a class: `setting` (entropy_coeff, or one of the policy loss's),
-                           `update(entropy)` or `update(entropy, mean_return)`, `get_state`,
-                           `set_state`
+    controller             a class: `setting` (entropy_coeff, one of the policy loss's, or
+                           sampling_temperature, which is then also an attribute `temperature`),
+                           `update` of the first few of (entropy, mean_return, temperature,
+                           vocab_size), `get_state`, `set_state`
     prompt_sampler         a class: see `PromptSampler`
+    allocator              a class: see `allocators.Allocator`
 
 A setting that bears the name of one of `[training]` (`gamma`, `clip_param`) is that one: it is
 given there once, and whoever sets it where no chosen method has it is told so
@@ -45,7 +47,7 @@ from rllib_distrl.settings import Settings
 KINDS = (
     "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser", "target",
     "head", "read_out", "bonus_statistic", "aggregation", "importance_correction", "controller",
-    "prompt_sampler",
+    "prompt_sampler", "allocator",
 )  # fmt: skip
 # Uncertainties that a learner learns beside the critic (`learner.uncertainty`) and writes into the
 # batch's `extras`.
@@ -207,8 +209,8 @@ def register(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if needs is not None and not callable(needs) and (unknown := set(needs) - NEEDS):
         raise ValueError(f"{kind} {name!r} needs {sorted(unknown)}; known: {sorted(NEEDS)}")
-    if kind == "prompt_sampler" and prepare is not None:
-        raise ValueError("a prompt_sampler has no batch to prepare: it lives on the driver")
+    if kind in ("prompt_sampler", "allocator") and prepare is not None:
+        raise ValueError(f"{kind} {name!r} has no batch to prepare: it lives on the driver")
 
     def decorate(function: _F) -> _F:
         reads = getattr(function, "needs", ()) if needs is None else needs
@@ -238,6 +240,12 @@ def demand(config: Any, method: str, **settings: Any) -> None:
         if (got := getattr(config, name)) != value:
             raise ValueError(f"{method} is defined with {name} = {value!r}; got {got!r}. "
                              f"Set {name} = {value!r}.")  # fmt: skip
+
+
+def smallest_group(config: Any) -> int:
+    """The fewest completions that a prompt may get under an algorithm's configuration."""
+    stage = resolve("allocator", config.allocator)
+    return stage(config.rollout_settings.num_generations, 0).least
 
 
 def _demand_whole_groups(config: Any, method: str) -> None:

@@ -145,6 +145,24 @@ def truncation_mask(batch: SequenceBatch, advantages: Tensor) -> Tensor:
     return torch.where(ended, zero_padding(advantages, batch.loss_mask), 0.0)
 
 
+@register("shaper", "advantage_filter")
+def advantage_filter(
+    batch: SequenceBatch, advantages: Tensor, *, least: NotNegative = 0.05
+) -> Tensor:
+    """Takes the advantage from completions of small |A|, and from good ones at the length limit.
+
+    A is the completion's mean over tokens; those with |A| ≤ `least` teach little, and an answer
+    that came with the last token allowed is not to be learned. The filter of EFRame (arXiv
+    2506.22200); its exploration and replay are not here. The tokens still count in the loss's mean
+    (our choice).
+    """
+    assert batch.width is not None
+    valid = zero_padding(advantages, batch.loss_mask)
+    mean = valid.sum(1) / batch.lengths.clamp(min=1)
+    cut = (batch.lengths >= batch.width) & (mean > 0)
+    return torch.where(((mean.abs() > least) & ~cut).unsqueeze(1), valid, 0.0)
+
+
 def _check_downsample(*, completions: float, tokens: float, horizon: int | None) -> None:
     if not 0.0 < completions <= 1.0 or not 0.0 < tokens <= 1.0:
         raise ValueError(

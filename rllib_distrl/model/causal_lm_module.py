@@ -1,7 +1,9 @@
 """A causal language model as an RLModule: policy with a scalar critic, or one of the whole law."""
 
+import contextlib
 import copy
 import functools
+from collections.abc import Iterator
 from typing import Any, Self
 
 import torch
@@ -101,6 +103,15 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             self.observation_head = ObservationHead(hidden_size, self.n_value_outputs, seed)
         if checkpoint := self.model_config.get("critic_checkpoint"):
             load_critic(self, checkpoint)
+
+    @contextlib.contextmanager
+    def at_temperature(self, temperature: float) -> Iterator[None]:
+        """Another temperature of the sampling distribution for a while."""
+        before, self.temperature = self.temperature, temperature
+        try:
+            yield
+        finally:
+            self.temperature = before
 
     def train(self, mode: bool = True) -> Self:
         """Stays in evaluation mode: dropout would make another policy than the sampler's."""

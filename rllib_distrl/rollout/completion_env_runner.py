@@ -6,6 +6,7 @@ import secrets
 import socket
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -249,15 +250,17 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     def sample_prompts(
         self,
         prompts: Sequence[PromptRequest],
-        num_generations: int,
+        num_generations: int | Sequence[int],
         weights: tuple[int, str] | None = None,
+        temperature: float | None = None,
     ) -> RunnerReport:
         """Completes each prompt ``num_generations`` times; whole groups, in order.
 
         Args:
             prompts: what to complete.
-            num_generations: completions per prompt.
+            num_generations: completions per prompt, or of each.
             weights: version and hash to sample with; with others nothing is sampled.
+            temperature: of the sampling; None: the recipe's.
 
         Returns:
             The episodes, and the weights that the engine holds.
@@ -265,7 +268,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         try:
             if weights not in (None, (self.engine.version, self._weights_hash)):
                 prompts = []
-            episodes = self._complete(prompts, num_generations, explore=self.config.explore)
+            episodes = self._complete(prompts, num_generations, self.config.explore, temperature)
             _refuse_truncated(episodes)
             self._count(episodes)
             self._end_sample(episodes)
@@ -362,11 +365,17 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         return PromptRequest(info["row"], visit)
 
     def _complete(
-        self, prompts: Sequence[PromptRequest], num_generations: int, explore: bool
+        self,
+        prompts: Sequence[PromptRequest],
+        num_generations: int | Sequence[int],
+        explore: bool,
+        temperature: float | None = None,
     ) -> list[SingleAgentEpisode]:
         started = time.perf_counter()
         requests = self._requests(prompts, num_generations)
         params = self.sampling_params(explore)
+        if temperature is not None:
+            params = replace(params, temperature=temperature)
         ended = dict(sample_episodes(self.engine, requests, params, self.token_env.unwrapped))
         completions = [ended[place] for place in range(len(requests))]
         generated = time.perf_counter()
@@ -382,16 +391,20 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         self.metrics.log_value(REPLAY_TIMER, time.perf_counter() - graded, reduce="sum")
         return episodes
 
-    def _requests(self, prompts: Sequence[PromptRequest], num_generations: int) -> list[Request]:
+    def _requests(
+        self, prompts: Sequence[PromptRequest], num_generations: int | Sequence[int]
+    ) -> list[Request]:
         seed = self._sampling_seed + (_EVALUATION_SEED_OFFSET * self.config.in_evaluation)
         if not prompts:
             return []
+        same = isinstance(num_generations, int)
+        sizes = [num_generations] * len(prompts) if same else num_generations
         requests = []
-        for prompt in prompts:
+        for prompt, size in zip(prompts, sizes, strict=not same):
             _, info = self.token_env.reset(options={"row": prompt.row})
             requests += [
                 Request(info["prompt_ids"], (seed, prompt.row, sample, prompt.visit))
-                for sample in range(num_generations)
+                for sample in range(size)
             ]
         return requests
 

@@ -1,5 +1,6 @@
 """Sampling whole groups on the runners; refusing what unknown weights made."""
 
+import itertools
 import logging
 import time
 from collections.abc import Sequence
@@ -84,7 +85,7 @@ def shards_of(groups: Sequence[Group], learners: int) -> list[ray.ObjectRef]:
 
 
 class GroupSampling:
-    """One batch: every prompt completed ``num_generations`` times, whole groups.
+    """One batch: every prompt completed as often as asked, whole groups.
 
     Prompts are dealt out to the serving remote runners, or go to the local one where no remote
     ones are wanted. What a lost runner held is dealt out again; sampling is counter-based, so
@@ -94,7 +95,8 @@ class GroupSampling:
         fleet: the remote runners, with the weights that they must sample with.
         local_runner: samples where no remote runners are wanted.
         prompts: rows and visits from the driver's prompt sampler.
-        num_generations: completions per prompt.
+        sizes: completions of each prompt.
+        temperature: of the sampling; None: the recipe's.
     """
 
     def __init__(
@@ -102,10 +104,12 @@ class GroupSampling:
         fleet: EnvRunnerFleet,
         local_runner: Any,
         prompts: Sequence[PromptRequest],
-        num_generations: int,
+        sizes: Sequence[int],
+        temperature: float | None = None,
     ):
         self.fleet, self.local_runner = fleet, local_runner
-        self.prompts, self.num_generations = prompts, num_generations
+        self.prompts, self.sizes = prompts, dict(zip(prompts, sizes, strict=True))
+        self.temperature = temperature
         self.done: dict[PromptRequest, Group] = {}
         self.metrics: list[Any] = []
         self.episodes_per_runner: dict[int, int] = {}
@@ -129,8 +133,9 @@ class GroupSampling:
             {
                 number: {
                     "prompts": share,
-                    "num_generations": self.num_generations,
+                    "num_generations": [self.sizes[prompt] for prompt in share],
                     "weights": self.fleet.weights,
+                    "temperature": self.temperature,
                 }
                 for number, share in self._waiting.items()
             },
@@ -210,7 +215,8 @@ class GroupSampling:
 
     def _sample_locally(self, weights: tuple[int, str]) -> None:
         share = self.missing
-        report = self.local_runner.sample_prompts(share, self.num_generations, weights)
+        sizes = [self.sizes[prompt] for prompt in share]
+        report = self.local_runner.sample_prompts(share, sizes, weights, self.temperature)
         if report.error is not None:
             raise SamplingError(f"Sampling failed in the local env runner: {report.error.text}")
         check_weights(
@@ -241,9 +247,9 @@ class GroupSampling:
 
     def _keep(self, number: int, share: list[PromptRequest], report: RunnerReport) -> None:
         self.metrics.append(report.metrics)
-        size = self.num_generations
-        for place, prompt in enumerate(share):
-            self.done[prompt] = report.episodes[place * size : (place + 1) * size]
+        episodes = iter(report.episodes)
+        for prompt in share:
+            self.done[prompt] = list(itertools.islice(episodes, self.sizes[prompt]))
         counts = self.episodes_per_runner
         counts[number] = counts.get(number, 0) + len(report.episodes)
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from rllib_distrl.evaluation.measures import fit_entropy
 from rllib_distrl.figures.look import Chart
 from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.reading import EVALUATIONS, Run
@@ -16,6 +17,7 @@ from rllib_distrl.viewer.html import Table, report_page, section
 from rllib_distrl.viewer.training_plots import as_runs
 
 _NOTHING = "–"
+_DEAD = "env_runners/dead_group_share"
 _HALF_INCHES = 7.9  # wider figures have the page's width for themselves
 
 
@@ -89,6 +91,8 @@ def _results(runs: list[Run]) -> str:
             [_last(run, "num_env_steps_sampled_lifetime", "{:,.0f}") for run in runs],
         ),
         ("training time", [_training_time(run) for run in runs]),
+        ("return by entropy, R = b − a e^H", [_entropy_fit(run) for run in runs]),
+        ("groups of equal returns (last)", [_last(run, _DEAD, "{:.0%}") for run in runs]),
     ]
     for name in names:
         rows.append((f"{name}, before → after (%)", [_before_after(run, name) for run in runs]))
@@ -98,6 +102,19 @@ def _results(runs: list[Run]) -> str:
 def _before_after(run: Run, name: str) -> str:
     shares = (run.evaluations.get(when, {}).get(name) for when in EVALUATIONS)
     return " → ".join(_NOTHING if share is None else f"{100 * share:.1f}" for share in shares)
+
+
+def _entropy_fit(run: Run) -> str:
+    """a, b and R² of `measures.fit_entropy` over the iterations."""
+    names = ["learners/default_policy/entropy", "env_runners/episode_return_mean"]
+    if not set(names) <= set(run.iterations):
+        return _NOTHING
+    told = run.iterations[names].dropna()
+    try:
+        fit = fit_entropy(told[names[0]].tolist(), told[names[1]].tolist())
+    except ValueError:
+        return _NOTHING
+    return f"a {fit.a:.3g}, b {fit.b:.3g}, R² {fit.explained:.2f}"
 
 
 def _training_time(run: Run) -> str:

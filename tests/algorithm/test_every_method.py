@@ -28,6 +28,7 @@ SETTINGS = {
     "beta_thompson": {"pool": 8},
     "beta_counts": {"pool": 8},
     "token_budget": {"tokens": 64},
+    **{name: {"n_min": 1} for name in ("rank_budget", "sqrt_variance", "shadow_price")},
     "overlong": {"cache_tokens": 4},
     "dltv": {"bonus_coeff": 1.0},
 }

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from rllib_distrl.experiments.plan import Plan, make_plan, recipe_digest
+from rllib_distrl.method.pipeline import Method
+from rllib_distrl.method.registry import KINDS, names, resolve
 
 RECIPE = """
 [run]
@@ -134,3 +136,26 @@ def test_files_of_variants_are_checked(folder: Path) -> None:
         (folder / "bad.toml").write_text(text)
         with pytest.raises(ValueError, match=message):
             plan(folder, "bad.toml")
+
+
+NOT_COMPARED = {"noise_backward", "noise_forward", "ucb_source"}
+
+
+@pytest.mark.slow
+def test_every_method_is_in_the_file_that_compares_them_and_can_be_planned() -> None:
+    file = Path(__file__).parents[2] / "tune" / "methods.toml"
+    planned = make_plan([file], [], seeds=4, first_seed=0, budget_tokens=200_000)
+    assert len(planned.jobs()) == 4 * len(planned.contenders) > 300
+    used: dict[str, set[str]] = {}
+    for contender in planned.contenders:
+        config = contender.recipe.build_config()
+        if not hasattr(config, "rollout_settings"):
+            continue
+        method = Method.from_config(config)
+        named = ("head", "prompt_sampler", "allocator")
+        others = [resolve(kind, getattr(config, kind)) for kind in named]
+        for stage in (*method.stages, *method.controllers, *others):
+            used.setdefault(stage.method.kind, set()).add(stage.name)
+    for kind in KINDS:
+        if kind not in ("read_out", "bonus_statistic", "importance_correction"):
+            assert set(names(kind)) - used[kind] <= NOT_COMPARED

@@ -7,6 +7,7 @@ import torch
 from rllib_distrl.maths.advantages import (
     TARGETS,
     comonotone,
+    expected_value,
     gae,
     mixture,
     monte_carlo,
@@ -187,6 +188,16 @@ def test_targets_carry_no_gradient():
     quantiles, rewards, mask = ragged()
     for target in TARGETS.values():
         assert not target(quantiles.requires_grad_(), rewards, mask).requires_grad
+
+
+def test_expected_values_by_hand():
+    quantiles = torch.tensor([[[0.2, 0.6], [0.5, 0.9], [9.0, 9.0]]])
+    rewards, mask = torch.tensor([[0.25, 1.0, 7.0]]), torch.tensor([[True, True, False]])
+    # Means .4 and .7; the last token's target is its reward, the first's .25 + .8 (½ .7 + ½ 1).
+    y = expected_value(quantiles, rewards, mask, gamma=0.8, lambda_=0.5)
+    torch.testing.assert_close(y, torch.tensor([[[0.93], [1.0], [0.0]]]))
+    whole = expected_value(quantiles, rewards, mask, gamma=0.8, lambda_=1.0)
+    torch.testing.assert_close(whole, monte_carlo(quantiles, rewards, mask, gamma=0.8))
 
 
 def test_monte_carlo_by_hand():

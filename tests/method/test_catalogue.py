@@ -38,6 +38,27 @@ def test_spro_adds_what_the_policy_gained_since_the_reference():
     torch.testing.assert_close(found, torch.tensor(expected))
 
 
+def test_a_young_critic_is_mixed_with_what_the_prompt_has_returned():
+    values = torch.tensor([[0.2, 0.4, 0.8], [0.6, 9.0, 9.0], [0.0, 0.4, 9.0], [0.0, 0.0, 0.0]])
+    settings = {"name": "value_mix", "weight": 0.5, "decay": 0.5, "lambda_": 0.0}
+    first = batch([1.0, 0.0, 1.0, 1.0], values=values, prompt=torch.tensor([7, 7, 8, 8]))
+    found = resolve("advantage", settings)(first)
+    # Before any visit the prior is the batch's mean, .75: V is .475, .575, .775 | .675 | …
+    assert found[0].tolist() == pytest.approx([0.1, 0.2, 0.225])
+    assert found[1].tolist() == pytest.approx([-0.675, 0, 0])
+    again = batch([0.0, 0.0, 1.0, 1.0], values=values, prompt=torch.tensor([7, 9, 8, 8]),
+                  memory=first.memory, k=2)  # fmt: skip
+    found = resolve("advantage", settings)(again)
+    # w is 1/4 now, the priors 1/2 (prompt 7), the mean 1/2 (new) and 1 (prompt 8).
+    assert again.metrics["value_mix_weight"] == 0.25
+    assert found[0, 2].item() == pytest.approx(-(0.75 * 0.8 + 0.25 * 0.5))
+    assert found[1, 0].item() == pytest.approx(-(0.75 * 0.6 + 0.25 * 0.5))
+    assert found[2, 1].item() == pytest.approx(1 - (0.75 * 0.4 + 0.25 * 1.0))
+    assert again.memory["value_mix"][7] == [1.0, 3.0]
+    off = resolve("advantage", {**settings, "weight": 0.0})(again)
+    torch.testing.assert_close(off, resolve("advantage", {"name": "gae", "lambda_": 0.0})(again))
+
+
 def test_noise_forward_is_unbiased_up_to_scale_and_baseline():
     rho = 0.25
     weights = resolve("advantage", {"name": "noise_forward", "false_negative_rate": rho})
@@ -200,6 +221,17 @@ def test_completions_at_the_limit_teach_nothing():
     assert torch.equal(longer, advantages)
 
 
+def test_small_advantages_and_good_answers_at_the_limit_teach_nothing():
+    advantages = torch.where(MASK, torch.tensor([[0.5], [0.05], [-0.06], [-0.7]]), 0.0)
+    advantages[2, 0] = 0.0  # a mean of −.03
+    found = resolve("shaper", "advantage_filter")(batch([1.0, 0, 1, 0], width=3), advantages)
+    assert (found != 0).any(1).tolist() == [False, False, False, True]
+    found = resolve("shaper", {"name": "advantage_filter", "least": 0.0})(
+        batch([1.0, 0, 1, 0], width=4), advantages
+    )
+    assert torch.equal(found, advantages)
+
+
 def test_a_budget_of_tokens_takes_sequences_until_it_is_reached():
     data = batch([0.0] * 4)  # 3, 1, 2 and 3 tokens
     taken = {
@@ -232,6 +264,38 @@ def test_the_clip_widens_with_entropy_and_narrows_where_returns_rest():
     assert resolve("controller", {**settings, "low": 0.15})().update(0.0, 0.0) == 0.2
     with pytest.raises(ValueError, match="low <= start <= high"):
         resolve("controller", {"name": "adaptive_clip", "start": 0.5})()
+
+
+def test_sampling_is_hotter_where_the_entropy_has_fallen():
+    first = resolve("controller", "entropy_temperature")()
+    assert first.temperature is None
+    assert first.update(0.8, 0.0, 1.0, 100) == 1.0  # the target
+    # ln 100 + ln ln 100 = 6.1323, ln 2 = .693147: half the entropy is 11.3 % hotter at T = 1.
+    assert first.update(0.4, 0.0, 1.0, 100) == pytest.approx(1.113032, abs=1e-5)
+    second = resolve("controller", "entropy_temperature")()
+    second.set_state(first.get_state())
+    for each in (first, second):
+        # 1.5 (1 − 1.5 · .693147 / 6.1323)
+        assert each.update(1.6, 0.0, 1.5, 100) == pytest.approx(1.245677, abs=1e-5)
+        assert each.temperature == pytest.approx(1.245677, abs=1e-5)
+    assert first.update(0.0, 0.0, 1.9, 100) == 2.0  # the bound
+    fixed = resolve("controller", {"name": "entropy_temperature", "target": 0.3})()
+    assert fixed.update(0.3, 0.0, 0.9, 100) == pytest.approx(0.9)
+    with pytest.raises(ValueError, match="low < high"):
+        resolve("controller", {"name": "entropy_temperature", "low": 2.0})
+
+
+def test_the_target_of_the_entropy_anneals_over_the_last_part_of_the_horizon():
+    settings = {"name": "entropy_temperature", "target": 1.0, "horizon": 10, "annealed_to": 0.5}
+    controller = resolve("controller", settings)()
+    # At these entropies nothing moves: 6 steps at 1, then half-way down the cosine after 2 more.
+    at = {0: 1.0, 6: 1.0, 8: 0.75, 10: 0.5, 11: 0.5}
+    for step in range(12):
+        moved = controller.update(at.get(step, 1.0), 0.0, 1.0, 50)
+        if step in at:
+            assert moved == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="which its other settings"):
+        distrl_config(controllers=[{"name": "entropy_temperature", "annealed_to": 0.5}]).validate()
 
 
 def test_a_moved_setting_is_the_losses_own():

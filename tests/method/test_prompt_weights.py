@@ -41,7 +41,7 @@ def test_curve_weights_are_density_over_distribution_of_recent_pass_rates():
     assert weights("curve_weight", again) == pytest.approx([2 / 5, 1 / 3])
     short = batch([3, 2], memory=again.memory)
     assert weights("curve_weight", short, window=1) == pytest.approx([1 / 2, 1.0])
-    assert [len(rates) for rates in short.memory["curve_weight"]] == [8]
+    assert [len(rates) for rates in short.memory["curve_weight"]] == [2]
 
 
 def test_a_batch_without_mixed_groups_has_no_curve():

@@ -1,0 +1,164 @@
+"""Further measures of an evaluation or a run: diversity, dead groups, frontier, entropy, audit."""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from rllib_distrl.maths.pass_k import FloatArray, pass_at_k
+from rllib_distrl.method.token_table import TokenTable
+
+
+def distinct_n(completions: Sequence[Sequence[int]], n: int) -> float:
+    """dist-n: different n-grams of a problem's completions over all of them.
+
+    Li et al. 2016 (arXiv 1510.03055), of tokens; LAD (arXiv 2602.20132) reports n = 3 and 4.
+
+    Args:
+        completions: Token ids.
+        n: Length of a gram.
+
+    Returns:
+        In [0, 1]; NaN where no completion has n tokens.
+    """
+    rows = map(tuple, completions)
+    grams = [ids[i : i + n] for ids in rows for i in range(len(ids) - n + 1)]
+    return len(set(grams)) / len(grams) if grams else math.nan
+
+
+def dead_groups(n: int, correct: np.ndarray, k: int) -> FloatArray:
+    """(P,) chance that k completions of a problem are all right or all wrong: nothing to learn.
+
+    Of k among n sampled ones: C(c, k)/C(n, k) + C(n − c, k)/C(n, k).
+
+    Args:
+        n: Samples of each problem.
+        correct: (P,) c, those that pass.
+        k: Group size, at most n.
+    """
+    return (1.0 - pass_at_k(n, correct, k)) + (1.0 - pass_at_k(n, n - correct, k))
+
+
+def best_of_n_kl(n: int) -> float:
+    """Ln N − (N − 1)/N, in nats: how far the best of N is from the policy, at most.
+
+    KL(best of N ‖ policy); an equality for continuous scores (Beirami et al. 2024, arXiv
+    2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+@dataclass(frozen=True)
+class EntropyFit:
+    """R = b − a e^H, and how much of R's variance it explains.
+
+    Attributes:
+        a: What return costs in e^H.
+        b: The return.
+        explained: R².
+    """
+
+    a: float
+    b: float
+    explained: float
+
+    @property
+    def ceiling(self) -> float:
+        """The return at an entropy of 0, where nothing is left to trade: b − a."""
+        return self.b - self.a
+
+
+def fit_entropy(entropy: Sequence[float], returns: Sequence[float]) -> EntropyFit:
+    """Least squares of R = −a e^H + b over a run's iterations (Cui et al. 2025, arXiv 2505.22617).
+
+    Args:
+        entropy: H, in nats.
+        returns: R.
+
+    Raises:
+        ValueError: For fewer than three points, or an entropy that never changes.
+    """
+    x, y = np.exp(np.asarray(entropy, dtype=np.float64)), np.asarray(returns, dtype=np.float64)
+    if len(x) < 3 or np.ptp(x) < 1e-12:
+        raise ValueError("a fit of returns by entropy needs three iterations of different entropy")
+    dx, dy = x - x.mean(), y - y.mean()
+    slope = float(dx @ dy / (dx @ dx))
+    total = float(dy @ dy)
+    explained = slope * float(dx @ dy) / total if total > 0 else 1.0
+    return EntropyFit(-slope, float(y.mean() - slope * x.mean()), explained)
+
+
+REFLECTION = ("wait", "hmm", "however", "but", "alternatively", "actually", "check")
+"""Words at which a model that thinks again does so (our choice)."""
+
+
+def entropy_at(table: TokenTable, words: Collection[str] = REFLECTION) -> tuple[float, int]:
+    """Mean entropy, in nats, at tokens that are one of some words, and how many there are.
+
+    Skywork-R1V3 (arXiv 2507.06167) chooses checkpoints by it.
+
+    Args:
+        table: With entropies.
+        words: Compared without case and white space around.
+
+    Returns:
+        NaN and 0 where none occurs.
+
+    Raises:
+        ValueError: If the table has no entropies.
+    """
+    wanted = {word.casefold() for word in words}
+    texts = [text for some in table.completions["text"] for text in some]
+    chosen = np.array([str(text).strip().casefold() in wanted for text in texts], dtype=bool)
+    entropies = table.numbers("entropy")[chosen]
+    return (float(entropies.mean()) if len(entropies) else math.nan), len(entropies)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share and its 95 % interval (Wilson 1927)."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, hits: int, count: int) -> "Rate":
+        """Of so many hits among a count; NaN in [0, 1] of none."""
+        if not count:
+            return cls(math.nan, 0.0, 1.0)
+        z, p = 1.959963984540054, hits / count
+        middle = (p + z * z / (2 * count)) / (1 + z * z / count)
+        half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count**2))
+        return cls(p, max(middle - half, 0.0), min(middle + half, 1.0))
+
+
+@dataclass(frozen=True)
+class Audit:
+    """How often a verifier errs: what reward `noise_backward` takes."""
+
+    false_positive_rate: Rate
+    false_negative_rate: Rate
+
+
+def audit(passed: Sequence[bool], right: Sequence[bool]) -> Audit:
+    """A verifier's verdicts on completions against what is known of these.
+
+    Args:
+        passed: What the verifier said.
+        right: What is so.
+
+    Returns:
+        ρ0, the share of wrong ones that passed, and ρ1, that of right ones that did not.
+
+    Raises:
+        ValueError: For lists of different lengths.
+    """
+    if len(passed) != len(right):
+        raise ValueError(f"an audit needs a verdict on each: {len(passed)} and {len(right)} given")
+    verdicts, truth = np.asarray(passed, dtype=bool), np.asarray(right, dtype=bool)
+    return Audit(
+        Rate.of(int((verdicts & ~truth).sum()), int((~truth).sum())),
+        Rate.of(int((~verdicts & truth).sum()), int(truth.sum())),
+    )
