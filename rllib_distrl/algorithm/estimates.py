@@ -408,26 +408,28 @@ def largest_micro_batch(config: Any) -> int:
         choices = range(longest, most + 1)
         return choices[max(bisect_left(choices, True, key=exceeds) - 1, 0)]
 
-    # The env, which knows the longest prompt, is made only where it could matter.
+    # The env, which knows the longest sequence, is made only where it could matter.
     found = largest(UNKNOWN_PROMPT + rollout.max_completion_tokens)
     if found != MOST_MICRO_BATCH_TOKENS:
-        found = largest(longest_prompt(config) + rollout.max_completion_tokens)
+        found = largest(longest_sequence(config, rollout))
     return found
 
 
-def longest_prompt(config: Any) -> int:
-    """Tokens of the longest prompt that the env of a configuration admits.
+def longest_sequence(config: Any, rollout: RolloutSettings) -> int:
+    """Tokens of the longest sequence that the env of a configuration admits.
 
-    One that Gymnasium does not make is not asked: ``max_prompt_tokens`` in its ``env_config``
-    counts, or 8,192.
+    That is prompt, completion and, in a task of several turns, the replies to all turns but the
+    last. An env that Gymnasium does not make is not asked: ``max_prompt_tokens`` in its
+    ``env_config`` counts, or 8,192, and the completion.
     """
     import gymnasium
 
     if not isinstance(config.env, str) or is_registered_env(config.env):
-        return config.env_config.get("max_prompt_tokens", UNKNOWN_PROMPT)
+        prompt = config.env_config.get("max_prompt_tokens", UNKNOWN_PROMPT)
+        return prompt + rollout.max_completion_tokens
     env: Any = gymnasium.make(config.env, disable_env_checker=True, **config.env_config)
     try:
-        return int(env.unwrapped.max_prompt_tokens)
+        return int(env.unwrapped.max_context_tokens)
     finally:
         env.close()
 

@@ -18,7 +18,7 @@ from rllib_distrl.algorithm.estimates import (
     Room,
     Updates,
     count_updates,
-    longest_prompt,
+    longest_sequence,
     shape_of,
     size,
     too_large,
@@ -40,6 +40,8 @@ class PromptLengths:
         mean: Of the first prompts.
         longest: Of them.
         limit: Of all.
+        sequence: Of a prompt with its completion and, in a task of several turns, the replies.
+        replies: "TURNS x TOKENS" of the replies to an episode; None where there are none.
         example: The text of one, special tokens and all.
         ends: What ends a completion, as texts.
     """
@@ -47,6 +49,8 @@ class PromptLengths:
     mean: float
     longest: int
     limit: int
+    sequence: int
+    replies: str | None
     example: str
     ends: tuple[str, ...]
 
@@ -71,8 +75,7 @@ def run_explain(path: Path, overrides: Sequence[str]) -> None:
     for line in check_problems(recipe, config):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(_iteration_table(recipe, config, updates, prompts))
-    longest = prompts.limit + recipe.rollout.max_completion_tokens
-    needs = Needs.of(config, recipe.rollout, shape, longest)
+    needs = Needs.of(config, recipe.rollout, shape, prompts.sequence)
     console.print(_memory_table(recipe, config, shape, needs))
     if room := Room.here(config):
         gpu = f", its GPU {size(room.gpu)}" if room.gpu else ""
@@ -100,11 +103,14 @@ def _prompt_lengths(config: Any) -> PromptLengths:
     inner: Any = env.unwrapped
     ends = tuple(decode_completion(inner.tokenizer, [x], ()) for x in sorted(inner.eos_token_ids))
     example = decode_completion(inner.tokenizer, prompts[0], ())
+    replies = f"{inner.max_turns - 1} x {inner.max_reply_tokens}" if inner.has_turns else None
     env.close()
     return PromptLengths(
         sum(lengths) / len(lengths),
         max(lengths),
         int(inner.max_prompt_tokens),
+        int(inner.max_context_tokens),
+        replies,
         example,
         (*ends, *inner.stop),
     )
@@ -122,6 +128,9 @@ def _iteration_table(
         f"{rollout.num_generations} completions"
         f"{'' if equal else ' on average'}",
         "tokens": f"at most {updates.timesteps:,} = {updates.episodes} x {limit}",
+        "replies": prompts.replies
+        and f"at most {prompts.replies} tokens in an episode, beside its {limit}; with its prompt "
+        f"at most {prompts.sequence:,}",
         "minibatch": f"{updates.minibatch_sequences} sequences "
         f"= at most {updates.minibatch_timesteps:,} timesteps",
         "micro-batch": said_of_micro_batches(recipe, config),
@@ -179,12 +188,13 @@ def check_memory(recipe: Recipe, config: Any) -> None:
         return
     shape = shape_of(recipe.run.model)
 
-    def problem(prompt_tokens: int) -> str | None:
-        longest = prompt_tokens + recipe.rollout.max_completion_tokens
+    def problem(longest: int) -> str | None:
         return too_large(Needs.of(config, recipe.rollout, shape, longest), config, room)
 
     # The env is made only where it could matter: with the longest prompts it would not fit.
-    if problem(UNKNOWN_PROMPT) and (found := problem(longest_prompt(config))):
+    if not problem(UNKNOWN_PROMPT + recipe.rollout.max_completion_tokens):
+        return
+    if found := problem(longest_sequence(config, recipe.rollout)):
         raise ValueError(found)
 
 

@@ -242,8 +242,17 @@ def test_the_micro_batch_is_the_largest_that_leaves_a_tenth_of_the_memory(monkey
 
     config = distrl_config(micro_batch_tokens=100)
     config.validate()
-    longest = estimates.longest_prompt(config) + config.rollout_settings.max_completion_tokens
+    longest = estimates.longest_sequence(config, config.rollout_settings)
     assert longest == 7 + 24
+    config.environment("distrl_envs:distrl/Mastermind-v0")
+    config.validate()
+    # Replies of four tokens come after five of the six guesses.
+    assert estimates.longest_sequence(config, config.rollout_settings) == 4 + 24 + 5 * 4
+    config.environment(env_config={"max_reply_tokens": 7, "max_turns": 2})
+    config.validate()
+    assert estimates.longest_sequence(config, config.rollout_settings) == 4 + 24 + 7
+    config = distrl_config(micro_batch_tokens=100)
+    config.validate()
     assert chosen(1_000) == 16_384
     assert chosen(1_000, micro_batch_tokens=77) == chosen(1, micro_batch_tokens=77) == 77
     assert chosen(1) == longest  # Nothing less can be; `distrl train` refuses to start.
