@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.data_files import read_rows
+from distrl_envs.data_files import Numbered, read_rows
 from distrl_envs.formats import Format, check_path, look_up
 
 ON_BAD_ROW = ("error", "skip")
@@ -81,6 +81,7 @@ def load_data(
     gold: str | None = None,
     gold_key: Callable[[Any], Any] = lambda answer: answer,
     check: Callable[[Row], None] | None = None,
+    read: Callable[[str], Numbered] = read_rows,
 ) -> Data:
     """Loads and validates a data set.
 
@@ -98,6 +99,7 @@ def load_data(
             are faults, all of them, for nothing says which is right.
         gold_key: Makes answers comparable: equal keys, equal answers.
         check: Looks at a row as a whole and may complete it; what it raises is a fault of the row.
+        read: Yields the rows of the source, each with its place.
 
     Raises:
         DataError: With every fault and its place; also if no row is left.
@@ -113,7 +115,7 @@ def load_data(
     for path in names.values():
         check_path(path)
     data, faults = Data(), _Faults()
-    for place, found in read_rows(str(source)):
+    for place, found in read(str(source)):
         row, wrong = _validated(found, columns, names, form)
         if check is not None and not wrong:
             wrong = _complaints(check, row)

@@ -33,6 +33,8 @@ LIBRARIES = {
     "reasoning_gym": ("generator", "distrl_envs.tasks.reasoning_gym:ReasoningGymTask"),
     "gym": ("env_id", "distrl_envs.tasks.text_envs:GymTask"),
     "textarena": ("env_id", "distrl_envs.tasks.text_envs:TextArenaTask"),
+    "skyrl_gym": ("env_id", "distrl_envs.tasks.row_envs:SkyRLTask"),
+    "verifiers": ("env_id", "distrl_envs.tasks.row_envs:VerifiersTask"),
 }
 """What stands before `:NAME` of another library's, to the argument for NAME and `module:class`."""
 
@@ -43,7 +45,8 @@ def make_task(name: str, **config: Any) -> Task:
     Args:
         name: A key of `TASKS`, `DATA_TASKS` or `WRAPPERS`, `reasoning_gym:NAME` for a generator of
             Reasoning Gym, `gym:ID` for an environment of Gymnasium with texts, `textarena:ID` for a
-            game of TextArena, or `module:class` of one's own.
+            game of TextArena, `skyrl_gym:ID` and `verifiers:ENV` for environments of those, or
+            `module:class` of one's own.
         **config: Arguments of the task: split, seed and whatever else it takes.
 
     Raises:
@@ -60,7 +63,7 @@ def make_task(name: str, **config: Any) -> Task:
     if ":" not in location:
         raise ValueError(
             f"Got task {name!r}; it must be one of {', '.join(known)}, reasoning_gym:NAME, gym:ID, "
-            "textarena:ID, or module:class of your own."
+            "textarena:ID, skyrl_gym:ID, verifiers:ENV, or module:class of your own."
         )
     factory = load_attribute(location)
     try:

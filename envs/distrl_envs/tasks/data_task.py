@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distrl_envs.data import CONTEXT, Column, Data, load_data, problem_key
+from distrl_envs.data_files import Numbered, read_rows
 from distrl_envs.formats import AS_IT_IS, find_format, read_chat
 from distrl_envs.task import PLACE, SPLITS, Problem, Task
 
@@ -52,6 +53,7 @@ class DataTask(Task):
         seed: int = 0,
         holdout: float = HOLDOUT,
         length_penalty: float = 0.0,
+        read: Callable[[str], Numbered] = read_rows,
     ):
         """Loads the data.
 
@@ -75,6 +77,7 @@ class DataTask(Task):
                 training does not see: the first half is "validation", the second "test". With 0
                 there is only "train".
             length_penalty: Taken off the reward for every token of the completion.
+            read: Yields the rows of a source, for those that are no files.
 
         Raises:
             ValueError: If the data has faults, the split is empty, or an argument is out of bounds.
@@ -105,6 +108,7 @@ class DataTask(Task):
             on_bad_row=on_bad_row,
             gold=gold,
             gold_key=gold_key,
+            read=read,
             check=partial(_complete, check=check, system_prompt=system_prompt),
         )
         self._loaded: dict[str, Data] = {}
@@ -126,7 +130,7 @@ class DataTask(Task):
         index = self._rows[row]
         found = self.data.rows[index]
         data: dict[str, Any] = {**found, PLACE: self.data.places[index]}
-        return Problem(int(row), found["problem"], data, problem_key(found))
+        return Problem(int(row), found["problem"], data, self._key(found))
 
     def instruction(self, problem: Problem) -> str:
         """The prompt: the problem within the task's instruction.
@@ -168,7 +172,7 @@ class DataTask(Task):
             if split not in self._sources and "train" not in self._sources:
                 continue
             data, rows, overlap = self._served(split)
-            keys = {problem_key(data.rows[index]) for index in rows}
+            keys = {self._key(data.rows[index]) for index in rows}
             repeats = len(rows) - len(keys)
             again = f" ({repeats:,} of {len(rows):,} rows repeat one)" if repeats else ""
             parts.append(f"{split} {len(keys):,}{again}")
@@ -194,11 +198,15 @@ class DataTask(Task):
                 f"{', '.join(self._sources)} only. Name one for {split!r} or for 'train'."
             )
         data = self._load("train")
-        keys = [problem_key(row) for row in data.rows]
+        keys = [self._key(row) for row in data.rows]
         rows = [i for i, key in enumerate(keys) if self._part(key, own) == split]
-        elsewhere = {problem_key(row) for other in own for row in self._load(other).rows}
+        elsewhere = {self._key(row) for other in own for row in self._load(other).rows}
         twice = {i for i in rows if keys[i] in elsewhere}
         return data, [i for i in rows if i not in twice], len({keys[i] for i in twice})
+
+    def _key(self, row: dict[str, Any]) -> str:
+        """What identifies the problem of a row."""
+        return problem_key(row)
 
     def _part(self, key: str, own: Collection[str]) -> str:
         """The split of a problem of the training file; one with a file of its own gets none."""

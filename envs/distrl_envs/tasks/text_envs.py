@@ -74,28 +74,95 @@ class Step(NamedTuple):
 class ReplayedTask(Task):
     """An environment with a state, as a task that has none: every reply plays the episode again.
 
-    A row is a seed of the environment, and the hash of the seed decides the row's split. To reply
-    to turn t the environment is reset with the row's seed and given the actions of turns 1..t, so
-    that an episode of T turns costs T (T + 3) / 2 steps. That each step says what it said before
-    is checked: an environment whose chance is not all in its seed is an error, not noise.
+    To reply to turn t the environment is started anew for the row and given the actions of turns
+    1..t, so that an episode of T turns costs T (T + 3) / 2 steps. That each step says what it said
+    before is checked: an environment whose chance does not follow from its row is an error, not
+    noise. **All samples of a row, and later visits to it, start alike and meet the same luck where
+    they act alike**; samples of one row differ by what the model does. Luck varies over rows.
 
-    **Chance inside the environment follows from the row's seed alone.** All samples of a row, and
-    later visits to it, start alike and meet the same luck where they act alike; samples of one row
-    differ by what the model does. Luck varies over rows.
+    Rewards of steps are rewards of turns. The status of an episode is `correct` or `wrong` as the
+    environment says, or else as its return reaches `correct_from`; where a limit ended an episode
+    that is not correct it is `too_long`.
+    """
+
+    names_answers = False
+    library: ClassVar[str]
+    chance_from: ClassVar[str]
+    """Where all chance of a replay must come from, in words."""
+    env_id: str
+    invalid_penalty: float = 0.0
+    correct_from: float
+    _source: str = ""
+
+    def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
+        """What the environment says to the last turn, after all earlier ones.
+
+        Raises:
+            TaskError: If the environment says otherwise than it did before.
+        """
+        step = self._play(problem, turns)[-1]
+        status = "ok" if step.valid else INVALID
+        return Reply(step.text, reward=step.reward, over=step.over, status=status)
+
+    def grading_key(self, problem: Problem) -> str:
+        """As for any task; the source of the environment and `correct_from` belong to it."""
+        own = f"{self._source}|{self.correct_from!r}|{self.invalid_penalty!r}".encode()
+        return f"{super().grading_key(problem)}-{blake2b(own, digest_size=8).hexdigest()}"
+
+    @abstractmethod
+    def _steps(self, problem: Problem, actions: Sequence[str]) -> list[Step]:
+        """The start of a row's episode and one step for each action, all from the beginning."""
+
+    def _action(self, completion: str) -> str:
+        return completion
+
+    def _prompt(self, text: str) -> str:
+        return text
+
+    def _play(self, problem: Problem, turns: Sequence[Turn]) -> list[Step]:
+        """The start and one step for each turn; what was replied before must come again."""
+        steps = self._steps(problem, [self._action(turn.completion) for turn in turns])
+        if problem.prompt and self._prompt(steps[0].text) != problem.prompt:
+            raise self._changed(problem, "start", problem.prompt, steps[0].text)
+        for number, (turn, step) in enumerate(zip(turns, steps[1:], strict=True), 1):
+            if (said := turn.reply) is None:
+                continue
+            same_text = said.status == "cut" or step.text == said.text
+            if not same_text or (step.reward, step.over) != (said.reward, said.over):
+                before = f"{said.text} (reward {said.reward:g})"
+                now = f"{step.text} (reward {step.reward:g})"
+                raise self._changed(problem, f"turn {number}", before, now)
+        return steps
+
+    def _verdict(self, score: float, right: bool, truncated: bool) -> Grade:
+        return Grade(score, "correct" if right else "too_long" if truncated else "wrong")
+
+    def _changed(self, problem: Problem, where: str, before: str, now: str) -> TaskError:
+        seed = f", seed {problem.data['seed']}" if isinstance(self, SeededTask) else ""
+        return TaskError(
+            f"The environment {self.name!r} is not the same when it is played again: on row "
+            f"{problem.row}{seed}, {where}, it said {before!r:.200} and now {now!r:.200}. An "
+            "episode is played again for each reply, so all of its chance must come from "
+            f"{self.chance_from}, and nothing may be left over from earlier episodes."
+        )
+
+
+class SeededTask(ReplayedTask):
+    """An environment that makes its episodes up from a seed; what `ReplayedTask` says holds.
+
+    A row is a seed of the environment, and the hash of the seed decides the row's split.
 
     The action of a turn is what stands between its last `<action>` and `</action>`, else all of it,
     without white space around it. A turn whose action the environment does not take is spent: its
     reply says so, its status is `invalid_action`, its reward `-invalid_penalty`, and the episode
     goes on.
 
-    Rewards of steps are rewards of turns. The score at the end is 0, or `info["score"]` of the last
-    step. The status is `correct` or `wrong` as `info["is_success"]` of that step says, or else as
-    the sum of all rewards and the score reaches `correct_from`; where a limit ended an episode that
-    is not correct it is `too_long`. A turn that a limit cut short is not played.
+    The score at the end is 0, or `info["score"]` of the last step; `info["is_success"]` of that
+    step says whether the episode is correct, and else the sum of all rewards and the score does. A
+    turn that a limit cut short is not played.
     """
 
-    names_answers = False
-    library: ClassVar[str]
+    chance_from = "the seed of reset"
 
     def __init__(
         self,
@@ -154,8 +221,10 @@ class ReplayedTask(Task):
         least = 1.0 if threshold is None else threshold
         self.correct_from = float(least if correct_from is None else correct_from)
         self._instruction = instruction or asked
-        self._source = _source_hash(env)
         self._idle.append(env)
+        while hasattr(env, "env"):  # below its wrappers
+            env = env.env
+        self._source = source_hash(type(env).__module__)
 
     def __getstate__(self) -> dict[str, Any]:
         """Environments stay where they are; each process makes its own."""
@@ -195,16 +264,6 @@ class ReplayedTask(Task):
         """The first observation, and how to answer."""
         return self._instruction.replace("{observation}", problem.prompt)
 
-    def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
-        """What the environment says to the last turn, after all earlier ones.
-
-        Raises:
-            TaskError: If the environment says otherwise than it did before.
-        """
-        step = self._play(problem, turns)[-1]
-        status = "ok" if step.valid else INVALID
-        return Reply(step.text, reward=step.reward, over=step.over, status=status)
-
     def grade(self, problem: Problem, completion: str, *, truncated: bool = False) -> Grade:
         """Grades an episode of one turn, which the environment is asked about here."""
         turn = Turn(completion)
@@ -218,14 +277,7 @@ class ReplayedTask(Task):
         info = next(step.info for step in reversed(steps) if step.valid)
         score = checked_number(info.get(SCORE, 0.0), f'info["{SCORE}"]')
         total = score + sum(step.reward for step in steps)
-        if info.get(SUCCESS, total >= self.correct_from):
-            return Grade(score, "correct")
-        return Grade(score, "too_long" if truncated else "wrong")
-
-    def grading_key(self, problem: Problem) -> str:
-        """As for any task; the source of the environment and `correct_from` belong to it."""
-        own = f"{self._source}|{self.correct_from!r}|{self.invalid_penalty!r}".encode()
-        return f"{super().grading_key(problem)}-{blake2b(own, digest_size=8).hexdigest()}"
+        return self._verdict(score, info.get(SUCCESS, total >= self.correct_from), truncated)
 
     @abstractmethod
     def _make(self) -> Any:
@@ -251,49 +303,26 @@ class ReplayedTask(Task):
     def _step(self, env: Any, action: str) -> Step:
         """Gives an environment an action."""
 
-    def _prompt(self, text: str) -> str:
-        return text
-
     def _action(self, completion: str) -> str:
         tagged = ACTION.findall(completion)
         return (tagged[-1] if tagged else completion).strip()
 
-    def _play(self, problem: Problem, turns: Sequence[Turn]) -> list[Step]:
-        """The start and one step for each turn; what was replied before must come again."""
+    def _steps(self, problem: Problem, actions: Sequence[str]) -> list[Step]:
         # An environment that has failed is not used again; list.pop and append are atomic.
         try:
             env = self._idle.pop()
         except IndexError:
             env = self._make()
         steps = [self._start(env, problem.data["seed"])]
-        if problem.prompt and self._prompt(steps[0].text) != problem.prompt:
-            raise self._changed(problem, "start", problem.prompt, steps[0].text)
-        for number, turn in enumerate(turns, 1):
-            step = self._step(env, self._action(turn.completion))
-            steps.append(step)
-            if (said := turn.reply) is None:
-                continue
-            same_text = said.status == "cut" or step.text == said.text
-            if not same_text or (step.reward, step.over) != (said.reward, said.over):
-                before = f"{said.text} (reward {said.reward:g})"
-                now = f"{step.text} (reward {step.reward:g})"
-                raise self._changed(problem, f"turn {number}", before, now)
+        steps += [self._step(env, action) for action in actions]
         self._idle.append(env)
         return steps
 
-    def _changed(self, problem: Problem, where: str, before: str, now: str) -> TaskError:
-        return TaskError(
-            f"The environment {self.name!r} is not the same when it is played again: with seed "
-            f"{problem.data['seed']} (row {problem.row}), {where}, it said {before!r:.200} and now "
-            f"{now!r:.200}. An episode is played again for each reply, so all of its chance must "
-            "come from the seed of reset, and nothing may be left over from earlier episodes."
-        )
 
-
-class GymTask(ReplayedTask):
+class GymTask(SeededTask):
     """Any Gymnasium environment with `Text` observations and actions: `task = "gym:ID"`.
 
-    What `ReplayedTask` says holds. `terminated` and `truncated` both end the episode. An action
+    What `SeededTask` says holds. `terminated` and `truncated` both end the episode. An action
     outside of the action space, by its length or characters, is not given to the environment. By
     default `max_turns` is the `max_episode_steps` and `correct_from` the `reward_threshold` with
     which the environment is registered. `gym:module:ID` imports the module that registers it.
@@ -310,7 +339,7 @@ class GymTask(ReplayedTask):
                 observation and `:`, each reply an observation and `:`, and each word of theirs a
                 token of that tokenizer. Without white space in the action's charset a turn's words
                 are joined. The reply to an invalid action is `-`.
-            **common: As for every `ReplayedTask`.
+            **common: As for every `SeededTask`.
 
         Raises:
             ValueError: For an unknown environment, other spaces than `Text`, and charsets with
@@ -414,10 +443,10 @@ class GymTask(ReplayedTask):
         return "".join(action.split()) if joined else action
 
 
-class TextArenaTask(ReplayedTask):
+class TextArenaTask(SeededTask):
     """A game of TextArena for one player (Guertler et al. 2025): `task = "textarena:ID"`.
 
-    What `ReplayedTask` says holds. A reply is what the game has said since the last one, without
+    What `SeededTask` says holds. A reply is what the game has said since the last one, without
     the player's own words; wrappers of observations, which repeat the whole game, are passed by,
     wrappers of actions are kept. The game's reward is that of its last turn. What a move must be is
     for the game to say: one that it calls invalid costs `invalid_penalty` beside what the game
@@ -450,7 +479,7 @@ class TextArenaTask(ReplayedTask):
 
         refused = f"Got the game {self.env_id!r}; textarena:ID takes games for one player alone"
         try:
-            with _GLOBAL_CHANCE, _Seeded(0):
+            with Seeded(0):
                 env.reset(num_players=1, seed=0)
         except (AssertionError, KeyError, IndexError) as error:
             raise ValueError(f"{refused}, and this one says: {named(error):.200}") from error
@@ -459,9 +488,9 @@ class TextArenaTask(ReplayedTask):
         limit = env.state.max_turns
         return limit and 2 * limit, None, f"{{observation}}\n\n{ASKED}."
 
-    def _play(self, problem: Problem, turns: Sequence[Turn]) -> list[Step]:
-        with _GLOBAL_CHANCE, _Seeded(problem.data["seed"]):
-            return super()._play(problem, turns)
+    def _steps(self, problem: Problem, actions: Sequence[str]) -> list[Step]:
+        with Seeded(problem.data["seed"]):
+            return super()._steps(problem, actions)
 
     def _start(self, env: Any, seed: int) -> Step:
         env.reset(num_players=1, seed=seed)
@@ -494,16 +523,20 @@ class TextArenaTask(ReplayedTask):
         return text or EMPTY, any(kind == kinds.GAME_ADMIN for _, kind in said)
 
 
-_GLOBAL_CHANCE = Lock()
+class Seeded:
+    """Python's and NumPy's global generators from a seed, and as they were behind it.
 
+    There is one of each in a process: who comes meanwhile waits.
+    """
 
-class _Seeded:
-    """Python's and NumPy's global generators from a seed, and as they were behind it."""
+    _alone: ClassVar[Any] = Lock()
 
     def __init__(self, seed: int):
+        """Takes a seed of up to 32 bits."""
         self._seed = seed
 
     def __enter__(self) -> None:
+        self._alone.acquire()
         self._states = random.getstate(), np.random.get_state()
         random.seed(self._seed)
         np.random.seed(self._seed)
@@ -511,6 +544,7 @@ class _Seeded:
     def __exit__(self, *_: object) -> None:
         random.setstate(self._states[0])
         np.random.set_state(self._states[1])
+        self._alone.release()
 
 
 def shown_space(space: Text) -> str:
@@ -528,10 +562,8 @@ def _small_words() -> frozenset[str]:
     return frozenset(WORDS) - {PAD, EOS, UNK}
 
 
-def _source_hash(env: Any) -> str:
-    """Of the module that an environment is written in, below its wrappers."""
-    while hasattr(env, "env"):
-        env = env.env
-    file = getattr(sys.modules.get(type(env).__module__), "__file__", None)
+def source_hash(module: str) -> str:
+    """Of a module's source."""
+    file = getattr(sys.modules.get(module), "__file__", None)
     source = Path(file).read_bytes() if file else b""
     return blake2b(source, digest_size=8).hexdigest()
