@@ -114,6 +114,10 @@ def evaluate(
     compare: Annotated[
         list[Path] | None, typer.Option(help="Earlier --out folder to draw as well; repeatable.")
     ] = None,
+    critic: Annotated[
+        Path | None,
+        typer.Option(help="A run or checkpoint whose critic chooses among the samples, or stops."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another evaluation in the folder.")
     ] = False,
@@ -131,7 +135,7 @@ def evaluate(
     asked = Asked(data, data_dir, task, on_long_prompt, fields, form, on_bad_row, score)
     run_eval(
         target, overrides or [], model=model, out=out, asked=asked, sampling=sampling,
-        compare=compare or (), overwrite=overwrite,
+        compare=compare or (), overwrite=overwrite, judge=critic,
     )  # fmt: skip
 
 

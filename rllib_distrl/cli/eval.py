@@ -18,11 +18,13 @@ from rllib_distrl.cli.checkpoints import (
     find_checkpoint,
     find_policy,
     probe_checkpoint,
+    restored,
 )
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import EvaluationProgress
 from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
-from rllib_distrl.cli.results import print_critic, print_report, problems_of
+from rllib_distrl.cli.results import print_critic, print_judged, print_report, problems_of
+from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints
 from rllib_distrl.runs.folder import RunFolder, is_run_folder
@@ -108,6 +110,7 @@ def run_eval(
     sampling: Mapping[str, Any] | None = None,
     compare: Sequence[Path] = (),
     overwrite: bool = False,
+    judge: Path | None = None,
 ) -> None:
     """Runs the command; an interrupted evaluation in `out` continues.
 
@@ -122,6 +125,8 @@ def run_eval(
             not); k as text, separated by commas.
         compare: Folders of earlier evaluations to draw into the plot.
         overwrite: Replace another evaluation in `out`.
+        judge: A run or a checkpoint whose critic chooses among the samples; see
+            `evaluation.critic`.
 
     Raises:
         ValueError: For bad input, before anything is generated.
@@ -140,6 +145,7 @@ def run_eval(
     with Interrupts(_STOPPING, words) as interrupts, ExitStack() as held:
         policy = _find(target, overrides, model, asked, console, held)
         data = policy.data(asked, _settings(sampling or {}))
+        judging = None if judge is None else _judge(judge, console, held)
         hide_loading_bars()
         also: dict[str, Any] = {"split": data.settings.split}
         if critic := policy.critic(console, interrupts, held):
@@ -152,13 +158,44 @@ def run_eval(
                 name, data, out=out, compare=compare, overwrite=overwrite, on_progress=progress,
                 also=also,
             )  # fmt: skip
+        judged = {} if judging is None else _judged(judging, name, data, result, interrupts)
     report = result.report() if out is None else json.loads((out / REPORT).read_text())
+    if judged and out is not None:
+        report["chosen_by_critic"] = judged
+        write_atomic(out / REPORT, json.dumps(report, indent=2) + "\n")
     print_report(
         console, report, data.name, problems_of(also) if asked.data is None else "problems"
     )
     print_critic(console, critic, also["split"])
+    print_judged(console, judged)
     if out is not None:
         console.print(f"Wrote {out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _judge(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, Path]:
+    """The run and the checkpoint whose critic is asked.
+
+    Raises:
+        ValueError: If there is none, or no critic that could judge.
+    """
+    from rllib_distrl.evaluation.critic import check_judge
+
+    run, checkpoint = find_checkpoint(source, console, held)
+    check_judge(run.recipe().build_config())
+    return run, checkpoint
+
+
+def _judged(
+    judging: tuple[RunFolder, Path],
+    model: str,
+    data: EvalData,
+    result: Any,
+    interrupts: Interrupts,
+) -> dict[str, Any]:
+    from rllib_distrl.evaluation.critic import judge_samples
+
+    with restored(*judging, interrupts) as algo:
+        return judge_samples(algo, model, data, result)
 
 
 @dataclass(frozen=True)

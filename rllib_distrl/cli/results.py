@@ -93,6 +93,25 @@ def print_critic(console: Console, found: Mapping[str, float], split: str) -> No
     _print(console, f"{found['prefixes']} {prefixes}, {each}", table)
 
 
+def print_judged(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what a critic's choices and stops are worth; nothing where none was asked."""
+    if not found:
+        return
+    table = _metrics("mean score", first="chosen by the critic")
+    for name, value in found.items():
+        if "@" in name:
+            label = f"{name} (votes count alike)" if name.startswith("maj@") else name
+            table.add_row(label, f"{value:.3f}")
+    _print(console, "The critic's choice among the samples:", table)
+    table = _metrics("stopped", "tokens saved", "false stops", "score lost", first="below")
+    for each in found["stopping"]:
+        names = ("stopped", "tokens_saved", "false_stops", "score_lost")
+        cells = ("-" if each[name] is None else f"{100 * each[name]:.1f}" for name in names)
+        table.add_row(f"{each['threshold']:g}", *cells)
+    quantile = f"{100 * found['level']:.0f} % quantile"
+    _print(console, f"If a completion stopped where the critic's {quantile} is below, %:", table)
+
+
 def knows_critic(found: Mapping[str, float]) -> bool:
     """Whether `print_critic` has something to print of it."""
     return any(name in found for name in _OF_CRITIC)

@@ -146,7 +146,7 @@ def evaluate_model(
     settings = settings or EvalSettings()
     if isinstance(engine, str) and engine not in ENGINES:
         raise ValueError(f"engine {engine!r} is unknown: choose one of {', '.join(ENGINES)}.")
-    env = _make_env(env_id, _env_arguments(model, env_config or {}, settings))
+    env = make_env(env_id, env_arguments(model, env_config or {}, settings))
     try:
         task: Task = env.get_wrapper_attr("task")
         _check_split(task, settings.split)
@@ -234,7 +234,7 @@ def _sample_to_disk(
     return frame.loc[wanted].reset_index(drop=True)
 
 
-def _env_arguments(
+def env_arguments(
     model: str | PreTrainedModel, env_config: Mapping[str, Any], settings: EvalSettings
 ) -> dict[str, Any]:
     """The environment's arguments with split, limit and tokenizer filled in."""
@@ -260,7 +260,12 @@ def _check_split(task: Task, split: str) -> None:
         )
 
 
-def _make_env(env_id: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
+def make_env(env_id: str, arguments: Mapping[str, Any]) -> gymnasium.Env:
+    """The environment of an id.
+
+    Raises:
+        ValueError: If nothing is registered under it.
+    """
     try:
         return gymnasium.make(env_id, disable_env_checker=True, **arguments)
     except (gymnasium.error.UnregisteredEnv, ModuleNotFoundError) as error:

@@ -143,7 +143,7 @@ class Sampler:
         stale = [r for r in records if self.is_stale(r["problem"], r["grading"])]
         if self.env.has_turns:
             rows = [record["row"] for record in stale]
-            replies = [_replies(record) for record in stale]
+            replies = [replies_of(record) for record in stale]
             tokens = [record["token_ids"] for record in stale]
             grades = [grade for _, grade in self.env.grade_many(rows, tokens, replies)]
         else:
@@ -257,7 +257,7 @@ def _stored(completion: Completion) -> list[dict[str, Any]]:
     ]
 
 
-def _replies(record: Mapping[str, Any]) -> list[EnvReply]:
+def replies_of(record: Mapping[str, Any]) -> list[EnvReply]:
     """The inverse of `_stored`."""
     return [
         EnvReply(

@@ -56,6 +56,31 @@ def read_tokens(
     return {"rank": rank, "mask": mask.cpu().numpy(), **_arrays(found)}
 
 
+def judge_tokens(
+    learner: DistRLLearner, *, shard: Any, level: float
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """What the critic says of whole episodes; neither policy nor stages are asked.
+
+    Args:
+        learner: with a critic.
+        shard: a reference to a list of whole episodes.
+        level: of the quantile, in (0, 1).
+
+    Returns:
+        Of each episode the value (T,) in the state before each token, and the quantile (T,): the
+        least atom z with F(z) >= level.
+    """
+    columns = learner.columns(ray.get(shard))
+    with torch.no_grad():
+        law = learner.policy_module.compute_law(columns)
+        upper = law.inverse(torch.full_like(law.atoms[..., :1], level)).squeeze(-1)
+    mask = columns[Columns.LOSS_MASK]
+    return tuple(  # type: ignore[return-value]
+        [row[inside].cpu().numpy() for row, inside in zip(column, mask, strict=True)]
+        for column in (law.mean, upper)
+    )
+
+
 def _arrays(found: dict[str, Tensor]) -> dict[str, Any]:
     return {name: x.detach().cpu().numpy() for name, x in found.items()}
 

@@ -219,7 +219,8 @@ def test_eval_and_export_of_run_and_checkpoint(
     from safetensors.torch import load_file
 
     run = finished[0]
-    measured = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval")])
+    judged = ["--critic", str(run)]
+    measured = CliRunner().invoke(app, ["eval", str(run), "--out", str(tmp_path / "eval"), *judged])
     assert measured.exit_code == 0, measured.stderr
     written = json.loads((run / "eval.json").read_text())
     expected = {**written["after"], "critic": written["critic"]}
@@ -227,6 +228,7 @@ def test_eval_and_export_of_run_and_checkpoint(
     expected |= {"split": "test", "problems": 10, "samples": 8}
     assert report == report | expected
     assert {"intervals", "evaluated"} <= report.keys()
+    assert report["chosen_by_critic"]["best@1"] == pytest.approx(report["avg@8"])
     assert (tmp_path / "eval" / "pass_at_k.png").is_file()
     other = CliRunner().invoke(
         app, ["eval", str(run / "recipe.toml"), "--model", str(run / "model")]
