@@ -50,7 +50,8 @@ def test_a_critic_that_follows_the_verifier_finds_what_is_right(algo):
     data = resolve_data(COUNTDOWN)
     data = type(data)(**{**vars(data), "settings": data.settings.changed(**SETTINGS)})
     try:
-        result = run_evaluation(TINY, data, {"n": 16, "k": (1, 16)})
+        settings = {"n": 16, "k": (1, 16), "problems": 200, "temperature": 0.6}
+        result = run_evaluation(TINY, data, settings)
         found = judge_samples(algo, TINY, data, result)
     finally:
         head.load_state_dict(kept)
