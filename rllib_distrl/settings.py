@@ -249,6 +249,10 @@ class RolloutSettings(Settings):
     max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
     """Updates by which the weights of an episode may lag behind the learner's: 0 is strictly
     on-policy; with 1 the runners sample the next batch while the learner learns."""
+    segment_tokens: NotNegativeInt = 0
+    """Tokens of a completion, or of an episode's turns, that are sampled in one iteration: what is
+    not over then goes on in the next, with newer weights, and a group is learned from when it is
+    whole, so that batches vary in size; 0: all in the same iteration."""
     torch_threads: Count = 1
     """Torch threads of each process that samples or learns."""
     max_env_runners: NotNegativeInt = 0

@@ -1,8 +1,9 @@
 """The batch that runners are sampling: which prompts, which groups count, and how old it may be."""
 
 import logging
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from rllib_distrl.algorithm.weight_sync import WeightSync
 from rllib_distrl.learner.step import NonFiniteError
 from rllib_distrl.method.allocators import Allocator
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptSampler
+from rllib_distrl.rollout.completion_env_runner import Begun
 from rllib_distrl.rollout.groups import Group, GroupSampling, SampledGroups
 
 logger = logging.getLogger(__name__)
@@ -26,14 +28,20 @@ NUM_ENV_RUNNERS = "num_env_runners"
 """How many runners have contributed to the batch."""
 WEIGHTS_VERSION_LAG = "weights_version_lag"
 """Updates between the oldest weights that sampled and the learner's."""
+MEAN_LAG = "weights_version_lag_mean"
+"""The same for the weights that sampled each token, mean over tokens."""
+NUM_OPEN_PROMPTS = "num_open_prompts"
+"""Prompts whose completions go on in the next iteration."""
 
 
 class Batches:
     """Serves prompts, has them completed, and hands out one batch per iteration.
 
     A batch may be sampled ahead, while the learner learns (`start`); one that has become too old is
-    sampled again. Whenever that fails, the prompt sampler is as it was before, so that a checkpoint
-    that is written then continues with the same prompts.
+    sampled again. With ``segment_tokens`` rows that are not over go on in the next batch, and are
+    kept here, as plain data, until their group is whole: any runner can continue them. Whenever
+    sampling fails, prompt sampler and open rows are as they were before, so that a checkpoint that
+    is written then continues with the same prompts.
 
     Args:
         weight_sync: the runners, and the policy that they sample with.
@@ -58,6 +66,10 @@ class Batches:
         self._sampling: GroupSampling | None = None
         # The prompt sampler as it was before the batch that is under way.
         self._served_before: dict[str, Any] = {}
+        # With segments: groups that are not whole, and whole ones that no batch had a place for.
+        self._open: Begun = {}
+        self._waiting: list[Group] = []
+        self._unit = _groups_of_a_step(config)
 
     @property
     def under_way(self) -> Sequence[PromptRequest]:
@@ -73,17 +85,18 @@ class Batches:
         """Lets the runners sample a batch, by default one of a whole iteration."""
         self._served_before = self._prompt_sampler.get_state()
         prompts = self._prompt_sampler.next(n_prompts or self._rollout.prompts_per_iteration)
-        sync = self._weight_sync
-        self._sampling = GroupSampling(
-            sync.fleet,
-            sync.local_runner,
-            prompts,
-            self._allocator.allocate(prompts),
-            sync.sampling_temperature(),
-        )
-        self._sampling.start()
+        self._sampling = self._sampling_of(prompts)
 
-    def next(self, iteration: int) -> tuple[SampledGroups, dict[str, int]]:
+    def _sampling_of(
+        self, prompts: Sequence[PromptRequest], begun: Begun | None = None
+    ) -> GroupSampling:
+        sync, sizes = self._weight_sync, self._allocator.allocate(prompts)
+        temperature = sync.sampling_temperature()
+        sampling = GroupSampling(sync.fleet, sync.local_runner, prompts, sizes, temperature, begun)
+        sampling.start()
+        return sampling
+
+    def next(self, iteration: int) -> tuple[SampledGroups, dict[str, float]]:
         """The batch to learn from, sampled in rounds (`sample_informative`).
 
         Args:
@@ -98,11 +111,14 @@ class Batches:
         """
         before = self.prompts_learned
         try:
-            batch, counts = sample_informative(
-                lambda n_prompts: self._young(n_prompts, iteration),
-                self._rollout.prompts_per_iteration,
-                self._max_rounds,
-            )
+            if self._rollout.segment_tokens:
+                batch, counts = self._next_segment(iteration)
+            else:
+                batch, counts = sample_informative(
+                    lambda n_prompts: self._young(n_prompts, iteration),
+                    self._rollout.prompts_per_iteration,
+                    self._max_rounds,
+                )
         except Exception:
             self._prompt_sampler.set_state(before)
             raise
@@ -112,7 +128,47 @@ class Batches:
             NUM_STALE_EPISODES: batch.n_stale_episodes,
             NUM_ENV_RUNNERS: len(batch.episodes_per_runner),
             WEIGHTS_VERSION_LAG: self._lag(batch),
+            MEAN_LAG: self._weight_sync.version - float(batch.versions().mean()),
         }
+
+    def _next_segment(self, iteration: int) -> tuple[SampledGroups, dict[str, int]]:
+        """All groups that are whole after one more segment of each row; fresh prompts join in.
+
+        Where too few are, there is another segment, with fresh prompts again: rows of equal length
+        would otherwise all end in the same iteration, and none would go on in the next.
+        """
+        begun, waiting = self._open, self._waiting
+        rounds: list[SampledGroups] = []
+        while len(waiting) < self._unit or not rounds:
+            prompts = [*begun, *self._prompt_sampler.next(self._rollout.prompts_per_iteration)]
+            rounds.append(self._run(self._sampling_of(prompts, begun), iteration))
+            waiting, begun = [*waiting, *rounds[-1].groups], rounds[-1].begun
+        size = len(waiting) - len(waiting) % self._unit
+        whole = _joined(rounds)._replace(groups=waiting[:size])
+        self._open, self._waiting = begun, waiting[size:]
+        return whole, {
+            NUM_SAMPLING_ROUNDS: len(rounds),
+            NUM_DROPPED_GROUPS: 0,
+            NUM_OPEN_PROMPTS: len(begun) + len(self._waiting),
+        }
+
+    def get_state(self) -> dict[str, Any]:
+        """What was sampled and is not learned from yet, where rows are sampled in segments."""
+        return {"open": dict(self._open), "waiting": list(self._waiting)}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on with what `get_state` gave.
+
+        Raises:
+            ValueError: where rows are not sampled in segments and there are some to go on with.
+        """
+        open_groups, waiting = state.get("open", {}), state.get("waiting", [])
+        if (open_groups or waiting) and not self._rollout.segment_tokens:
+            raise ValueError(
+                f"The state has {len(open_groups) + len(waiting)} prompts whose completions are "
+                "under way in segments, and [rollout] segment_tokens is 0. Set it as it was."
+            )
+        self._open, self._waiting = open_groups, list(waiting)
 
     def _young(self, n_prompts: int, iteration: int) -> SampledGroups:
         """Groups of weights that are young enough."""
@@ -135,6 +191,9 @@ class Batches:
             self.start(n_prompts)
         sampling, self._sampling = self._sampling, None
         assert sampling is not None
+        return self._run(sampling, iteration)
+
+    def _run(self, sampling: GroupSampling, iteration: int) -> SampledGroups:
         batch = sampling.finish(
             self._weight_sync.latest, max_failures=self._max_failures, wait_s=self._wait_s
         )
@@ -150,7 +209,10 @@ class Batches:
             self._sampling.drain()
 
     def drop(self) -> None:
-        """Forgets the batch that is under way; its prompts are served again."""
+        """Forgets the batch that is under way; its prompts are served again.
+
+        Open rows go on: each token is stamped with the weights that have sampled it.
+        """
         if self._sampling is not None:
             self._sampling.drain()
             self._sampling = None
@@ -188,14 +250,25 @@ def sample_informative(
         for group in rounds[-1].groups:
             (kept if max_rounds == 1 or is_informative(group) else dull).append(group)
     missing = n_groups - len(kept)
-    whole = SampledGroups(
-        groups=kept + dull[:missing],
+    whole = _joined(rounds)._replace(groups=kept + dull[:missing], dropped=dull[missing:])
+    return whole, {NUM_SAMPLING_ROUNDS: len(rounds), NUM_DROPPED_GROUPS: len(whole.dropped)}
+
+
+def _joined(rounds: Sequence[SampledGroups]) -> SampledGroups:
+    """Metrics and counts of several samplings; no groups."""
+    return SampledGroups(
+        groups=[],
         metrics=[metric for batch in rounds for metric in batch.metrics],
         episodes_per_runner=dict(sum((Counter(b.episodes_per_runner) for b in rounds), Counter())),
-        dropped=dull[missing:],
         n_stale_episodes=sum(batch.n_stale_episodes for batch in rounds),
     )
-    return whole, {NUM_SAMPLING_ROUNDS: len(rounds), NUM_DROPPED_GROUPS: len(whole.dropped)}
+
+
+def _groups_of_a_step(config: Any) -> int:
+    """The fewest groups that divide among the learners, and those of each into minibatches."""
+    size = config.rollout_settings.num_generations
+    minibatch = config.minibatch_size or 1
+    return max(config.num_learners or 0, 1) * (minibatch // math.gcd(minibatch, size))
 
 
 def check_finite(groups: Sequence[Group], *, iteration: int) -> None:

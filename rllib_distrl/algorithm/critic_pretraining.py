@@ -126,9 +126,10 @@ def _episode(env: Any, record: dict[str, Any], path: str) -> SingleAgentEpisode:
         )
     request = Request(info["prompt_ids"], (0, row, record["sample"], 0))
     # The policy does not learn from these: how they were sampled, and its logps, are not asked.
-    completion = Completion(tokens, np.zeros(len(tokens)), record["finish_reason"])
+    unknown = np.zeros(len(tokens))
+    completion = Completion(tokens, unknown, record["finish_reason"], versions=unknown)
     rewards = [0.0] * (len(tokens) - 1) + [record["score"]]
     observations = [observation, *tokens.tolist()]
     infos = [info, *[{}] * (len(tokens) - 1), {"finish_reason": record["finish_reason"]}]
     played = Played(observations, rewards, infos, terminated=True, truncated=False)
-    return build_episode(env, request, completion, played, 0, {})
+    return build_episode(env, request, completion, played, {})

@@ -66,6 +66,7 @@ from rllib_distrl.settings import RolloutSettings, TrainingSettings, signature_o
 
 PROMPT_SAMPLER = "prompt_sampler"
 ALLOCATOR = "allocator"
+OPEN_ROWS = "open_rows"
 CRITIC_PRETRAINED = "critic_pretrained"
 WEIGHTS_PROBE_ERROR = "weights_probe_error"
 
@@ -498,8 +499,13 @@ class DistRL(Algorithm):
         super().cleanup()
 
     def get_state(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state, the prompt sampler's behind the last batch learned, what is checked."""
+        """RLlib's state, the prompt sampler's behind the last batch learned, what is checked.
+
+        With ``segment_tokens`` also what was sampled and is not learned from yet.
+        """
         state = super().get_state(*args, **kwargs)
+        if self.config.rollout_settings.segment_tokens:
+            state[OPEN_ROWS] = self.batches.get_state()
         state[PROMPT_SAMPLER] = self.batches.prompts_learned
         state[ALLOCATOR] = self.allocator.get_state()
         state[SETTINGS] = module_settings(self.config)
@@ -516,7 +522,8 @@ class DistRL(Algorithm):
         """
         check_settings(self.config, state.get(SETTINGS, {}), "The state")
         self.batches.drop()
-        if PROMPT_SAMPLER in state:  # First: it may refuse.
+        if PROMPT_SAMPLER in state:  # First: they may refuse.
+            self.batches.set_state(state.get(OPEN_ROWS, {}))
             self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
         if state.get(ALLOCATOR):
             self.allocator.set_state(state[ALLOCATOR])

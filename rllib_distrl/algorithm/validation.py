@@ -98,6 +98,7 @@ def validate_distrl(config: Any) -> None:
     _check_batches(config)
     _check_runners(config)
     _check_dynamic_sampling(config)
+    _check_segments(config)
     _check_stages(config)
     check_all_settings_are_read(config)
 
@@ -289,6 +290,46 @@ def _check_dynamic_sampling(config: Any) -> None:
             f"max_sampling_rounds is {config.max_sampling_rounds}, but with [rollout] "
             f"max_staleness = {rollout.max_staleness} a batch is sampled before it is known what "
             "is missing. Set one of them to its default (1 and 0)."
+        )
+
+
+def _check_segments(config: Any) -> None:
+    rollout = config.rollout_settings
+    if not rollout.segment_tokens:
+        return
+    what = f"[rollout] segment_tokens is {rollout.segment_tokens}"
+    if rollout.segment_tokens >= rollout.max_completion_tokens:
+        raise ValueError(
+            f"{what}, and no completion is longer than max_completion_tokens = "
+            f"{rollout.max_completion_tokens}: nothing would ever go on in the next iteration. "
+            "Choose a smaller number, or 0."
+        )
+    if rollout.max_staleness:
+        raise ValueError(
+            f"{what}, but with max_staleness = {rollout.max_staleness} the next batch begins "
+            "before it is known which rows go on in it. Set one of them to 0."
+        )
+    if config.max_sampling_rounds != 1:
+        raise ValueError(
+            f"{what}, but max_sampling_rounds = {config.max_sampling_rounds} fills each batch up "
+            "with groups that are whole in the same iteration. Set max_sampling_rounds = 1, or "
+            "segment_tokens = 0."
+        )
+    if resolve("allocator", config.allocator).name != EQUAL:
+        raise ValueError(
+            f"{what}, but allocator {config.allocator['name']!r} decides anew how many completions "
+            "a prompt gets, and those of open prompts have begun. Set allocator = 'equal', or "
+            "segment_tokens = 0."
+        )
+    if any(resolve("controller", spec)().setting == TEMPERATURE for spec in config.controllers):
+        raise ValueError(
+            f"{what}, but a controller moves the temperature: the tokens of a completion would be "
+            "sampled with several. Leave the controller out, or set segment_tokens = 0."
+        )
+    if (config.critic_pretraining or {}).get("rollouts"):
+        raise ValueError(
+            f"{what}, but critic_pretraining.rollouts counts completions that are sampled to "
+            "their end at once. Use critic_pretraining.samples, or set segment_tokens = 0."
         )
 
 

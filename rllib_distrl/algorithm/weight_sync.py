@@ -206,7 +206,8 @@ class MismatchWarning:
     def __init__(self, config: Any):
         rollout = config.rollout_settings
         # Older weights and cut distributions differ by design.
-        exact = not rollout.max_staleness and rollout.top_p == 1 and rollout.top_k == 0
+        stale = rollout.max_staleness or rollout.segment_tokens
+        exact = not stale and rollout.top_p == 1 and rollout.top_k == 0
         low = "bfloat16" in (rollout.dtype, {"bf16": "bfloat16"}.get(config.precision))
         self._dtype = "bfloat16" if low else "float32"
         self._said = not exact

@@ -95,6 +95,11 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
             "[rollout] max_staleness is for our algorithms. RLlib's APPO and IMPALA sample while "
             "they learn by themselves; its PPO does not. Remove max_staleness."
         )
+    if rollout.segment_tokens:
+        raise ValueError(
+            "[rollout] segment_tokens is for our algorithms, which keep what is not over for the "
+            "next iteration. RLlib's learn from what one call of sample() returns. Remove it."
+        )
     given = given_model_config(config)
     precision = given.get("precision", PRECISIONS[0])
     if precision not in PRECISIONS:

@@ -26,7 +26,7 @@ from rllib_distrl.algorithm.estimates import (
 from rllib_distrl.cli.checks import check_problems
 from rllib_distrl.cli.ray_session import silence_libraries
 from rllib_distrl.recipe import Recipe, load_recipe
-from rllib_distrl.settings import TrainingSettings
+from rllib_distrl.settings import RolloutSettings, TrainingSettings
 
 _PROMPTS_MEASURED = 64
 _EQUAL = TrainingSettings.defaults()["allocator"]
@@ -131,6 +131,7 @@ def _iteration_table(
         "replies": prompts.replies
         and f"at most {prompts.replies} tokens in an episode, beside its {limit}; with its prompt "
         f"at most {prompts.sequence:,}",
+        "segments": _segments(rollout, limit),
         "minibatch": f"{updates.minibatch_sequences} sequences "
         f"= at most {updates.minibatch_timesteps:,} timesteps",
         "micro-batch": said_of_micro_batches(recipe, config),
@@ -154,9 +155,19 @@ def _iteration_table(
     table.add_column("per iteration")
     table.add_column("")
     for name, text in rows.items():
-        if text is not None:
+        if text:
             table.add_row(name, text)
     return table
+
+
+def _segments(rollout: RolloutSettings, limit: int) -> str | None:
+    if not rollout.segment_tokens:
+        return None
+    longest = -(-limit // rollout.segment_tokens)
+    return (
+        f"of {rollout.segment_tokens} tokens: the longest completions take {longest} iterations, "
+        "and the numbers here are means, for groups are learned from when whole"
+    )
 
 
 def _whole_run(recipe: Recipe, updates: Updates) -> str:

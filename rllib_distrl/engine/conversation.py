@@ -16,7 +16,8 @@ class Answer(NamedTuple):
         place: Of the request that is answered.
         ids: Tokens that stand behind the turn, and after which the model goes on; none: the
             completion is over.
-        limit: Sampled tokens, those of all turns, at which the completion ends at the latest.
+        limit: Sampled tokens, those of all turns, at which the completion ends at the latest, as
+            `Request.limit`.
     """
 
     place: int
@@ -30,15 +31,15 @@ class Conversation(Protocol):
     longest: int
     """Most tokens of a row: prompt, sampled tokens and answers together."""
     stops: Callable[[int, np.ndarray], bool] | None
-    """Whether the turn of a place ends with the last of its sampled tokens (T,), which is no EOS;
-    None: never."""
+    """Whether the turn of a place ends with the last of its sampled tokens (T,), counted as in
+    `ended`, which is no EOS; None: never."""
 
     def ended(self, place: int, tokens: np.ndarray) -> bool:
         """Told that a row samples no further; whether an answer will come.
 
         Args:
             place: Of the request.
-            tokens: (T,) sampled tokens of all its turns.
+            tokens: (T,) sampled tokens of all its turns, from the request's `start` on.
         """
         ...
 
@@ -60,7 +61,8 @@ def converse(
     cache).
 
     Yields:
-        The place of a request, and its sampled tokens of all turns as one completion.
+        The place of a request, and its sampled tokens of all turns, from the request's `start` on,
+        as one completion.
     """
     if getattr(engine, "resumes", False):
         yield from engine.stream(requests, params, conversation)  # pyright: ignore
@@ -77,7 +79,8 @@ def converse(
             before = whole[place]
             now = whole[place] = turn if before is None else before.joined(turn)
             prompt = [*rows[place].prompt_ids, *turn.tokens.tolist()]
-            rows[place] = replace(rows[place], prompt_ids=prompt, start=len(now.tokens))
+            start = requests[place].start + len(now.tokens)
+            rows[place] = replace(rows[place], prompt_ids=prompt, start=start)
             if conversation.ended(place, now.tokens):
                 waiting += 1
             else:

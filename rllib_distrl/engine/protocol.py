@@ -99,16 +99,20 @@ class Completion:
         tokens: (T,) int64, the end-of-sequence token included where there is one.
         logps: (T,) float32, log-probability of each token under the distribution actually
             sampled from (after temperature, top-k and top-p).
-        finish_reason: "stop" after an end-of-sequence token, else "length".
+        finish_reason: "stop" after an end-of-sequence token, else "length"; "paused" where its
+            sampling goes on another time (`rollout.turns.sample_episodes`).
         entropies: (T,) float32 in nats if asked for, else None.
         replies: What an environment said between its turns (`EnvReply`); no engine reads it.
+        versions: (T,) int64, version of the weights that sampled each token, where a runner has
+            noted it.
     """
 
     tokens: np.ndarray
     logps: np.ndarray
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "paused"]
     entropies: np.ndarray | None = None
     replies: Sequence[Any] = ()
+    versions: np.ndarray | None = None
 
     def joined(self, more: "Completion") -> "Completion":
         """This one and what was sampled after it."""

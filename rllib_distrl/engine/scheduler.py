@@ -226,7 +226,7 @@ class Call:
         if self.conversation is None:
             return False
         length = int(self.lengths[index])
-        if not self.conversation.ended(index, self.tokens[index, :length]):
+        if not self.conversation.ended(index, self.tokens[index, self.starts[index] : length]):
             return False
         # The last token was drawn, and is not computed yet.
         past = int(self.given[index]) + length - 1
@@ -319,8 +319,9 @@ class Call:
         last = self.is_eos[drawn] | (counts >= self.limits[rows])
         if self.conversation is not None and self.conversation.stops is not None:
             for row in np.nonzero(~last & (rows != self.count))[0]:
-                place, sampled = rows[row], self.tokens[rows[row], : counts[row]]
-                last[row] = self.stopped[place] = self.conversation.stops(int(place), sampled)
+                place = int(rows[row])
+                sampled = self.tokens[place, self.starts[place] : counts[row]]
+                last[row] = self.stopped[place] = self.conversation.stops(place, sampled)
         mine = np.nonzero(last & (rows != self.count))[0]
         self.ended += zip(rows[mine].tolist(), mine.tolist(), strict=True)
         rows[last] = self.count

@@ -1,11 +1,12 @@
 """An env runner that generates whole completions, then replays them through the env."""
 
+import itertools
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -78,10 +79,23 @@ class Failure(NamedTuple):
     users: bool
 
 
+Begun = Mapping[PromptRequest, Sequence[Completion]]
+"""Groups of which not every row is over: what was sampled of each row, "paused" or whole."""
+
+
 class RunnerReport(NamedTuple):
     """What a runner hands to the driver: episodes, or the error that stopped it.
 
     Errors travel as data, because an exception inside a Ray ``apply`` restarts the actor.
+
+    Attributes:
+        episodes: of whole groups, in the order of the prompts.
+        metrics: of this sample.
+        weights_version: of the weights that the engine holds.
+        weights_hash: of the same.
+        process: which process has answered.
+        error: what has stopped it.
+        begun: the groups that are not whole yet.
     """
 
     episodes: list[SingleAgentEpisode]
@@ -90,6 +104,10 @@ class RunnerReport(NamedTuple):
     weights_hash: str
     process: str
     error: Failure | None
+    begun: Begun
+
+
+_Row = tuple[Request, Completion]
 
 
 class CallbackError(RuntimeError):
@@ -109,6 +127,10 @@ def _watches_episodes(config: Any, callbacks: Sequence[RLlibCallback]) -> bool:
 def _failure(error: Exception) -> Failure:
     users = isinstance(error, TaskError | CallbackError | TruncatedError)
     return Failure(report(error, own=_OWN_PACKAGES if users else ()), users)
+
+
+def _is_whole(group: Sequence[_Row]) -> bool:
+    return all(completion.finish_reason != "paused" for _, completion in group)
 
 
 def _refuse_truncated(episodes: Sequence[SingleAgentEpisode]) -> None:
@@ -253,6 +275,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         num_generations: int | Sequence[int],
         weights: tuple[int, str] | None = None,
         temperature: float | None = None,
+        begun: Begun | None = None,
     ) -> RunnerReport:
         """Completes each prompt ``num_generations`` times; whole groups, in order.
 
@@ -261,22 +284,42 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             num_generations: completions per prompt, or of each.
             weights: version and hash to sample with; with others nothing is sampled.
             temperature: of the sampling; None: the recipe's.
+            begun: samples one segment of each row, ``[rollout] segment_tokens``, behind what it has
+                of some prompts here; None: all rows to their end.
 
         Returns:
-            The episodes, and the weights that the engine holds.
+            The episodes of whole groups, and the weights that the engine holds.
         """
+        open_groups: Begun = {}
         try:
             if weights not in (None, (self.engine.version, self._weights_hash)):
                 prompts = []
-            episodes = self._complete(prompts, num_generations, self.config.explore, temperature)
+            segment = 0 if begun is None else self.rollout.segment_tokens
+            params = self.sampling_params(self.config.explore)
+            if temperature is not None:
+                params = replace(params, temperature=temperature)
+            groups = self._sample_groups(prompts, num_generations, params, begun, segment)
+            open_groups = {
+                prompt: [completion for _, completion in group]
+                for prompt, group in zip(prompts, groups, strict=True)
+                if not _is_whole(group)
+            }
+            whole = [row for group in groups if _is_whole(group) for row in group]
+            episodes = self._finish(whole, params)
             _refuse_truncated(episodes)
             self._count(episodes)
             self._end_sample(episodes)
             metrics, failure = self.get_metrics(), None
         except Exception as error:
-            episodes, metrics, failure = [], None, _failure(error)
+            episodes, metrics, failure, open_groups = [], None, _failure(error), {}
         return RunnerReport(
-            episodes, metrics, self.engine.version, self._weights_hash, process_name(), failure
+            episodes,
+            metrics,
+            self.engine.version,
+            self._weights_hash,
+            process_name(),
+            failure,
+            open_groups,
         )
 
     def _sample(
@@ -303,7 +346,9 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
                 length = steps / len(episodes) if episodes else self._longest
                 n_prompts = max(1, round((wanted - steps) / length / generations))
             prompts = self._draw_prompts(n_prompts)
-            new = self._complete(prompts, generations, explore)
+            params = self.sampling_params(explore)
+            groups = self._sample_groups(prompts, generations, params)
+            new = self._finish([row for group in groups for row in group], params)
             if self.config.in_evaluation:
                 self._log_pools(prompts, new, generations)
             episodes += new
@@ -364,30 +409,53 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         visit = self._drawn + _VISITS_PER_RUNNER * (self.worker_index or 0)
         return PromptRequest(info["row"], visit)
 
-    def _complete(
+    def _sample_groups(
         self,
         prompts: Sequence[PromptRequest],
         num_generations: int | Sequence[int],
-        explore: bool,
-        temperature: float | None = None,
-    ) -> list[SingleAgentEpisode]:
+        params: SamplingParams,
+        begun: Begun | None = None,
+        segment: int = 0,
+    ) -> list[list[_Row]]:
+        """The rows of each prompt: whole, or with `segment` perhaps paused."""
         started = time.perf_counter()
-        requests = self._requests(prompts, num_generations)
-        params = self.sampling_params(explore)
-        if temperature is not None:
-            params = replace(params, temperature=temperature)
-        ended = dict(sample_episodes(self.engine, requests, params, self.token_env.unwrapped))
-        completions = [ended[place] for place in range(len(requests))]
-        generated = time.perf_counter()
+        requests, begun = self._requests(prompts, num_generations), begun or {}
+        fixed = isinstance(num_generations, int)
+        sizes = [num_generations] * len(prompts) if fixed else num_generations[: len(prompts)]
+        rows: list[Any] = []
+        for prompt, size in zip(prompts, sizes, strict=True):
+            rows += begun.get(prompt, [None] * size)
+        asked = [i for i, row in enumerate(rows) if row is None or row.finish_reason == "paused"]
+        for at, completion in sample_episodes(
+            self.engine,
+            [requests[i] for i in asked],
+            params,
+            self.token_env.unwrapped,
+            [rows[i] for i in asked],
+            segment,
+        ):
+            before = rows[asked[at]]
+            done = np.zeros(0, dtype=np.int64) if before is None else before.versions
+            new = np.full(len(completion.tokens) - len(done), self._weights_seq_no)
+            completion.versions = np.concatenate((done, new))
+            rows[asked[at]] = completion
+        self.metrics.log_value(GENERATION_TIMER, time.perf_counter() - started, reduce="sum")
+        pairs = iter(zip(requests, rows, strict=True))
+        return [list(itertools.islice(pairs, size)) for size in sizes]
+
+    def _finish(self, rows: Sequence[_Row], params: SamplingParams) -> list[SingleAgentEpisode]:
+        """Grades whole completions and makes episodes of them."""
+        started = time.perf_counter()
+        requests, completions = [row[0] for row in rows], [row[1] for row in rows]
         verdicts = self.grade(requests, completions)
         graded = time.perf_counter()
-        sampling = params.distribution()  # one dict for all episodes: it is pickled once
+        # One dict for all episodes: it is pickled once.
+        sampling = params.distribution()
         episodes = [
             self._replay(*played, sampling)
             for played in zip(requests, completions, verdicts, strict=True)
         ]
-        self.metrics.log_value(GENERATION_TIMER, generated - started, reduce="sum")
-        self.metrics.log_value(GRADING_TIMER, graded - generated, reduce="sum")
+        self.metrics.log_value(GRADING_TIMER, graded - started, reduce="sum")
         self.metrics.log_value(REPLAY_TIMER, time.perf_counter() - graded, reduce="sum")
         return episodes
 
@@ -425,15 +493,13 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         sampling: dict[str, Any],
     ) -> SingleAgentEpisode:
         """Plays the completion through the env and calls RLlib's callbacks of episodes."""
-        env, version = self.token_env, self._weights_seq_no
+        env = self.token_env
         self._played_row = request.key[1]
         if self._watched:
-            episode = play_watched(
-                env, request, completion, verdict, version, sampling, self._call_hook
-            )
+            episode = play_watched(env, request, completion, verdict, sampling, self._call_hook)
         else:
             played = play(env, request, completion, verdict)
-            episode = build_episode(env, request, completion, played, version, sampling)
+            episode = build_episode(env, request, completion, played, sampling)
         self._call_hook("on_episode_end", episode)
         info = episode.infos[-1]
         if "grade" in info:  # A completion that a wrapper has cut is not graded.

@@ -68,7 +68,6 @@ def build_episode(
     request: Request,
     completion: Completion,
     played: Played,
-    weights_seq_no: int,
     sampling: dict[str, Any],
 ) -> SingleAgentEpisode:
     """A finished, numpy'ised episode, as arrays and without per-token objects.
@@ -76,9 +75,9 @@ def build_episode(
     Args:
         env: the env, for its spaces.
         request: what was asked for.
-        completion: the tokens and their behaviour logps, of which the first T were played.
+        completion: the tokens, their behaviour logps and weights' versions, of which the first T
+            were played.
         played: what the env made of them.
-        weights_seq_no: version of the weights that sampled.
         sampling: how they sampled: `SamplingParams.distribution`.
 
     Returns:
@@ -86,10 +85,11 @@ def build_episode(
         ``sampling``, what wrappers add, and with replies ``replies``: pairs of how many tokens were
         sampled before one and its tokens; extra model outputs: ``action_logp``,
         ``action_dist_inputs`` (logp, and entropy, which is NaN where the engine was not asked for
-        it) and the weights' version; ``critic_observations`` (T, n) where the env tells them.
+        it) and the version of the weights that sampled each token; ``critic_observations`` (T, n)
+        where the env tells them.
     """
     steps = len(played.rewards)
-    outputs = _outputs(env, request, completion, weights_seq_no)
+    outputs = _outputs(env, request, completion)
     return SingleAgentEpisode(
         observations=_column(played.observations),
         observation_space=env.observation_space,
@@ -109,7 +109,6 @@ def play_watched(
     request: Request,
     completion: Completion,
     verdict: Verdict,
-    weights_seq_no: int,
     sampling: dict[str, Any],
     hook: Hook,
 ) -> SingleAgentEpisode:
@@ -120,12 +119,11 @@ def play_watched(
         request: see `play`.
         completion: see `play`.
         verdict: see `play`.
-        weights_seq_no: see `build_episode`.
         sampling: see `build_episode`.
         hook: called with ``on_episode_created`` before the reset, ``on_episode_start`` after it
             and ``on_episode_step`` after each step, and the episode as it is then.
     """
-    outputs = _outputs(env, request, completion, weights_seq_no)
+    outputs = _outputs(env, request, completion)
     episode = SingleAgentEpisode(
         observation_space=env.observation_space,
         action_space=env.action_space,
@@ -174,9 +172,7 @@ def _first_info(
     return {**kept, "row": row, "sample": sample, "visit": visit, "sampling": sampling}
 
 
-def _outputs(
-    env: Any, request: Request, completion: Completion, weights_seq_no: int
-) -> dict[str, np.ndarray]:
+def _outputs(env: Any, request: Request, completion: Completion) -> dict[str, np.ndarray]:
     logps = np.asarray(completion.logps, dtype=np.float32)
     entropies = (
         np.full_like(logps, np.nan)
@@ -186,7 +182,7 @@ def _outputs(
     outputs = {
         Columns.ACTION_LOGP: logps,
         Columns.ACTION_DIST_INPUTS: np.stack([logps, entropies], axis=-1),
-        WEIGHTS_SEQ_NO: np.full(len(logps), weights_seq_no),
+        WEIGHTS_SEQ_NO: np.asarray(completion.versions, dtype=np.int64),
     }
     token_env = env.unwrapped
     if token_env.critic_observation == "state":

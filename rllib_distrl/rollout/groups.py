@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import ray
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
+from rllib_distrl.engine.protocol import Completion
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
-from rllib_distrl.rollout.completion_env_runner import RunnerReport
+from rllib_distrl.rollout.completion_env_runner import Begun, RunnerReport
 from rllib_distrl.rollout.fleet import (
     NUM_HUNG_ENV_RUNNERS,
     NUM_LOST_PROMPTS,
@@ -26,6 +28,7 @@ MAX_ERRORS = 3
 Group = list[SingleAgentEpisode]
 """The episodes of one prompt."""
 
+_NONE_BEGUN: Begun = {}
 _TICK_S = 0.5  # how soon the end of a runner is noticed while others work
 
 
@@ -47,6 +50,7 @@ class SampledGroups(NamedTuple):
             local one is number 0.
         dropped: groups that were sampled and are not learned from.
         n_stale_episodes: episodes that were sampled before, with weights that are too old.
+        begun: groups that are not whole yet.
     """
 
     groups: list[Group]
@@ -54,11 +58,17 @@ class SampledGroups(NamedTuple):
     episodes_per_runner: dict[int, int]
     dropped: Sequence[Group] = ()
     n_stale_episodes: int = 0
+    begun: Begun = _NONE_BEGUN
+
+    def versions(self) -> np.ndarray:
+        """Of the weights that sampled, of each token of all groups."""
+        episodes = (episode for group in self.groups for episode in group)
+        columns = [np.asarray(one.extra_model_outputs[WEIGHTS_SEQ_NO].data) for one in episodes]
+        return np.concatenate(columns)
 
     def oldest_version(self) -> int:
         """Of the weights that sampled."""
-        episodes = (episode for group in self.groups for episode in group)
-        return min(int(one.extra_model_outputs[WEIGHTS_SEQ_NO].data[0]) for one in episodes)
+        return int(self.versions().min())
 
     def n_episodes(self) -> int:
         """Episodes of all groups."""
@@ -97,6 +107,8 @@ class GroupSampling:
         prompts: rows and visits from the driver's prompt sampler.
         sizes: completions of each prompt.
         temperature: of the sampling; None: the recipe's.
+        begun: samples a segment of each row, behind what it has of some prompts here; None: whole
+            completions.
     """
 
     def __init__(
@@ -106,11 +118,13 @@ class GroupSampling:
         prompts: Sequence[PromptRequest],
         sizes: Sequence[int],
         temperature: float | None = None,
+        begun: Begun | None = None,
     ):
         self.fleet, self.local_runner = fleet, local_runner
         self.prompts, self.sizes = prompts, dict(zip(prompts, sizes, strict=True))
-        self.temperature = temperature
+        self.temperature, self.begun = temperature, begun
         self.done: dict[PromptRequest, Group] = {}
+        self.not_whole: dict[PromptRequest, Sequence[Completion]] = {}
         self.metrics: list[Any] = []
         self.episodes_per_runner: dict[int, int] = {}
         self.errors = 0
@@ -119,8 +133,9 @@ class GroupSampling:
 
     @property
     def missing(self) -> list[PromptRequest]:
-        """Prompts that are not completed yet."""
-        return [prompt for prompt in self.prompts if prompt not in self.done]
+        """Prompts of which nobody has sampled what was asked for yet."""
+        had = self.done.keys() | self.not_whole.keys()
+        return [prompt for prompt in self.prompts if prompt not in had]
 
     def start(self) -> None:
         """Sends each serving remote runner its share of what is missing; does not wait."""
@@ -136,10 +151,16 @@ class GroupSampling:
                     "num_generations": [self.sizes[prompt] for prompt in share],
                     "weights": self.fleet.weights,
                     "temperature": self.temperature,
+                    "begun": self._begun_of(share),
                 }
                 for number, share in self._waiting.items()
             },
         )
+
+    def _begun_of(self, share: Sequence[PromptRequest]) -> Begun | None:
+        if self.begun is None:
+            return None
+        return {prompt: self.begun[prompt] for prompt in share if prompt in self.begun}
 
     def drain(self) -> None:
         """Takes the answers in until every runner has given one, is lost, or is too late."""
@@ -191,17 +212,18 @@ class GroupSampling:
             self._sample_locally(latest[1])
         failures = 0
         while missing := self.missing:
-            completed = len(self.done)
+            before = len(missing)
             if not self.fleet.serving():
                 self.fleet.set_weights(*latest)
             if self.fleet.wait_for(1, wait_s):
                 self.start()
                 self.drain()
-            failures = failures + 1 if len(self.done) == completed else 0
+            failures = failures + 1 if len(self.missing) == before else 0
             if failures >= max_failures or not self.fleet.present():
                 self._give_up(len(missing), failures)
-        groups = [self.done[prompt] for prompt in self.prompts]
-        return SampledGroups(groups, self.metrics, self.episodes_per_runner)
+        groups = [self.done[prompt] for prompt in self.prompts if prompt in self.done]
+        begun = {p: self.not_whole[p] for p in self.prompts if p in self.not_whole}
+        return SampledGroups(groups, self.metrics, self.episodes_per_runner, begun=begun)
 
     def _give_up(self, n_missing: int, failures: int) -> None:
         fleet = self.fleet
@@ -216,7 +238,9 @@ class GroupSampling:
     def _sample_locally(self, weights: tuple[int, str]) -> None:
         share = self.missing
         sizes = [self.sizes[prompt] for prompt in share]
-        report = self.local_runner.sample_prompts(share, sizes, weights, self.temperature)
+        report = self.local_runner.sample_prompts(
+            share, sizes, weights, self.temperature, self._begun_of(share)
+        )
         if report.error is not None:
             raise SamplingError(f"Sampling failed in the local env runner: {report.error.text}")
         check_weights(
@@ -249,7 +273,9 @@ class GroupSampling:
         self.metrics.append(report.metrics)
         episodes = iter(report.episodes)
         for prompt in share:
-            self.done[prompt] = list(itertools.islice(episodes, self.sizes[prompt]))
+            if prompt not in report.begun:
+                self.done[prompt] = list(itertools.islice(episodes, self.sizes[prompt]))
+        self.not_whole.update(report.begun)
         counts = self.episodes_per_runner
         counts[number] = counts.get(number, 0) + len(report.episodes)
 

@@ -11,10 +11,11 @@ from tests.helpers import distrl_config
 
 
 class RecordedDistRL(DistRL):
-    """Checks every batch that is trained on, and remembers who contributed to it."""
+    """Checks every batch that is trained on, and remembers it and who contributed to it."""
 
     def setup(self, config):
         self.keys = set()
+        self.learned = {}
         self.contributors = []
         super().setup(config)
 
@@ -25,23 +26,27 @@ class RecordedDistRL(DistRL):
 
     def update_learners(self, groups):
         rollout = self.config.rollout_settings
-        assert len(groups) == rollout.prompts_per_iteration
+        segments = rollout.segment_tokens
+        assert len(groups) == rollout.prompts_per_iteration or segments
         for group in groups:
             first = [episode.infos[0] for episode in group]
             assert len({(info["row"], info["visit"]) for info in first}) == 1
             assert [info["sample"] for info in first] == list(range(rollout.num_generations))
             for episode, info in zip(group, first, strict=True):
-                stamps = set(episode.extra_model_outputs[WEIGHTS_SEQ_NO].data.tolist())
-                assert stamps == {self.fleet.weights[0]}
+                stamps = episode.extra_model_outputs[WEIGHTS_SEQ_NO].data.tolist()
+                assert stamps[-1] <= self.fleet.weights[0] and stamps == sorted(stamps)
+                assert set(stamps) == {self.fleet.weights[0]} or segments
                 key = (info["row"], info["visit"], info["sample"])
                 assert key not in self.keys, f"{key} is used twice"
                 self.keys.add(key)
+                replies = episode.infos[0].get("replies", ())
+                self.learned[key] = (episode.actions.data.tolist(), replies, stamps)
         return super().update_learners(groups)
 
 
-def recorded(runners, **settings):
+def recorded(runners, lr=1e-3, **settings):
     """A small configuration with so many remote runners that share two cores."""
-    config = distrl_config(prompts=6, generations=2)
+    config = distrl_config(prompts=6, generations=2, lr=lr)
     config.algo_class = RecordedDistRL
     config.reporting(metrics_num_episodes_for_smoothing=12)
     return config.env_runners(

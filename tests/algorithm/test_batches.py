@@ -3,6 +3,7 @@
 import logging
 import time
 
+import numpy as np
 import pytest
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
@@ -10,7 +11,9 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from rllib_distrl.algorithm.batches import sample_informative
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.groups import SampledGroups, check_weights
+from tests.algorithm.recorded_distrl import recorded
 from tests.helpers import distrl_config
+from tests.rollout.test_turns import talking
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -125,6 +128,65 @@ def test_episodes_of_weights_too_old_are_dropped_counted_and_sampled_again(build
     assert len(seen) == 5 and algo.train()["env_runners"]["weights_version_lag"] == 1
 
 
+@pytest.mark.slow
+def test_rows_in_segments_are_learned_from_when_their_group_is_whole(build, tmp_path):
+    def train(algo, times):
+        return [algo.train()["env_runners"] for _ in range(times)]
+
+    # With such steps no weight moves.
+    whole = build(talking(recorded(0, lr=1e-30)))
+    train(whole, 6)
+    config = talking(recorded(0, lr=1e-30)).rollout(segment_tokens=7)
+    algo = build(config.copy(copy_frozen=False))
+    results, sizes = [], []
+    for _ in range(3):
+        before = set(algo.keys)
+        results += train(algo, 1)
+        new = [algo.learned[key] for key in algo.keys - before]
+        stamps = np.concatenate([stamps for *_, stamps in new])
+        learner = algo.weight_sync.version - 1
+        assert results[-1]["weights_version_lag"] == learner - stamps.min()
+        assert results[-1]["weights_version_lag_mean"] == pytest.approx(learner - stamps.mean())
+        sizes.append(len(new) // 2)
+    assert results[-1]["weights_version_lag"] >= 2
+    started = 6 * sum(int(result["num_sampling_rounds"]) for result in results)
+    assert results[-1]["num_open_prompts"] == started - sum(sizes) > 0
+    path = algo.save_to_path(str(tmp_path / "checkpoint"))
+    results += train(algo, 3)
+    # Every token counts once, when its group is whole.
+    tokens = sum(len(tokens) for tokens, *_ in algo.learned.values())
+    assert results[-1]["num_env_steps_sampled_lifetime"] == tokens
+    both = algo.keys & whole.keys
+    assert len(both) >= 36
+    assert [algo.learned[key][:2] for key in both] == [whole.learned[key][:2] for key in both]
+
+    resumed = build(config.copy(copy_frozen=False))
+    resumed.restore_from_path(path)
+    train(resumed, 3)
+    assert resumed.learned == {key: algo.learned[key] for key in resumed.keys}
+    assert len(algo.keys) - len(resumed.keys) == 2 * sum(sizes)
+    with pytest.raises(ValueError, match="segment_tokens is 0"):
+        whole.restore_from_path(path)
+
+
+@pytest.mark.slow
+def test_groups_that_fill_no_minibatch_wait_also_in_a_checkpoint(build, tmp_path):
+    config = talking(recorded(0)).rollout(segment_tokens=8).training(minibatch_size=6)
+    algo, seen, waited = build(config.copy(copy_frozen=False)), 0, 0
+    for _ in range(6):
+        waited += algo.train()["env_runners"]["num_open_prompts"] > 0
+        groups, seen = (len(algo.keys) - seen) // 2, len(algo.keys)
+        assert groups and groups % 3 == 0
+    assert waited > 2
+    path = algo.save_to_path(str(tmp_path / "checkpoint"))
+    algo.train()
+    resumed = build(config.copy(copy_frozen=False))
+    resumed.restore_from_path(path)
+    resumed.train()
+    assert resumed.learned == {key: algo.learned[key] for key in resumed.keys}
+    assert len(algo.keys) == seen + len(resumed.keys)
+
+
 def test_the_oldest_weights_of_a_batch_decide_how_old_it_is():
     def sampled_by(version):
         outputs = {WEIGHTS_SEQ_NO: [version]}
@@ -143,6 +205,21 @@ def test_weights_are_told_apart_by_version_and_by_hash(held):
     check_weights("It", (3, "this"), (3, "this"))
     with pytest.raises(RuntimeError, match=f"It has .* version {held[0]}, hash {held[1]}; exp"):
         check_weights("It", held, (3, "this"))
+
+
+@pytest.mark.parametrize(
+    "rollout, training, message",
+    [
+        ({"segment_tokens": 24}, {}, "no completion is longer than max_completion_tokens = 24"),
+        ({"max_staleness": 1}, {}, "before it is known which rows go on"),
+        ({}, {"max_sampling_rounds": 2}, "fills each batch up with groups"),
+        ({}, {"critic_pretraining": {"rollouts": 8}}, "Use critic_pretraining.samples"),
+    ],
+)
+def test_what_does_not_go_with_segments_is_refused(rollout, training, message):
+    config = distrl_config(**training).rollout(**{"segment_tokens": 8, **rollout})
+    with pytest.raises(ValueError, match=message):
+        config.env_runners(num_env_runners=1).validate()
 
 
 def test_staleness_is_validated():
