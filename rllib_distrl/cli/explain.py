@@ -155,7 +155,7 @@ def _iteration_table(
     table.add_column("per iteration")
     table.add_column("")
     for name, text in rows.items():
-        if text:
+        if text is not None:
             table.add_row(name, text)
     return table
 

@@ -130,13 +130,18 @@ def _judged(algo: Any, env: Any, records: list[dict[str, Any]]) -> list[dict[str
 def _episode(env: Any, record: Mapping[str, Any]) -> Any:
     _, info = env.reset(options={"row": record["row"]})
     tokens = np.asarray(record["token_ids"], dtype=np.int64)
-    completion = Completion(tokens, np.zeros(len(tokens)), record["finish_reason"])
-    completion.replies = tuple(replies_of(record))
+    completion = Completion(
+        tokens,
+        np.zeros(len(tokens)),
+        record["finish_reason"],
+        replies=tuple(replies_of(record)),
+        versions=np.zeros_like(tokens),
+    )
     request = Request(info["prompt_ids"], (0, record["row"], record["sample"], 0))
     infos = [info, *[{}] * len(tokens)]
     rewards = [0.0] * (len(tokens) - 1) + [record["score"]]
     played = Played([0, *tokens.tolist()], rewards, infos, terminated=True, truncated=False)
-    return build_episode(env, request, completion, played, 0, {})
+    return build_episode(env, request, completion, played, {})
 
 
 def _choices(frame: pd.DataFrame, result: EvalResult) -> dict[str, float]:
