@@ -243,7 +243,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._rendered: dict[int, tuple[Problem, list[int]]] = {}
         self._check_prompts(on_long_prompt)
         self.critic_observation = critic_observation
-        self._critic_room = self._room_of_critic(window)
+        self.critic_room = self._room_of_critic(window)
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -658,7 +658,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             what = f"{described(self.task, 'critic_text')} on row {problem.row}"
             raise TaskError(f"{what} returned {text!r:.80}; it must return a text.")
         marked = mark_special(self.tokenizer, text)
-        return list(encode_marked(self.tokenizer, marked, special=False))[: self._critic_room]
+        return list(encode_marked(self.tokenizer, marked, special=False))[: self.critic_room]
 
     def _room_of_critic(self, window: int | None) -> int:
         """Most tokens of a text for the critic.

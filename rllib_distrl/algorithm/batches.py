@@ -31,7 +31,10 @@ WEIGHTS_VERSION_LAG = "weights_version_lag"
 MEAN_LAG = "weights_version_lag_mean"
 """The same for the weights that sampled each token, mean over tokens."""
 NUM_OPEN_PROMPTS = "num_open_prompts"
-"""Prompts whose completions go on in the next iteration."""
+"""Prompts that were begun and are not learned from yet."""
+
+# Settings of what is under way, which hold until it is over.
+_BOUND = ("num_generations", "max_completion_tokens", "temperature", "top_p", "top_k")
 
 
 class Batches:
@@ -154,13 +157,15 @@ class Batches:
 
     def get_state(self) -> dict[str, Any]:
         """What was sampled and is not learned from yet, where rows are sampled in segments."""
-        return {"open": dict(self._open), "waiting": list(self._waiting)}
+        bound = {name: getattr(self._rollout, name) for name in _BOUND}
+        return {"open": dict(self._open), "waiting": list(self._waiting), "settings": bound}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Goes on with what `get_state` gave.
 
         Raises:
-            ValueError: where rows are not sampled in segments and there are some to go on with.
+            ValueError: where rows are not sampled in segments and there are some to go on with, or
+                they were begun with other settings.
         """
         open_groups, waiting = state.get("open", {}), state.get("waiting", [])
         if (open_groups or waiting) and not self._rollout.segment_tokens:
@@ -168,6 +173,13 @@ class Batches:
                 f"The state has {len(open_groups) + len(waiting)} prompts whose completions are "
                 "under way in segments, and [rollout] segment_tokens is 0. Set it as it was."
             )
+        for name, saved in state.get("settings", {}).items():
+            now = getattr(self._rollout, name)
+            if (open_groups or waiting) and now != saved:
+                raise ValueError(
+                    f"The state has completions under way that were begun with [rollout] {name} = "
+                    f"{saved}, and it is {now} now. Set it as it was."
+                )
         self._open, self._waiting = open_groups, list(waiting)
 
     def _young(self, n_prompts: int, iteration: int) -> SampledGroups:

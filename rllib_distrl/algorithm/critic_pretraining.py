@@ -71,7 +71,9 @@ def _sampled(algo: Any, batches: Batches, rollouts: int) -> list[Group]:
     for _ in range(rollouts // algo.config.rollout_settings.episodes_per_iteration):
         batch, _ = batches.next(algo.iteration + 1)
         algo.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
-        algo.prompt_sampler.update(batch.prompt_results())
+        results = batch.prompt_results()
+        algo.prompt_sampler.update(results)
+        algo.allocator.update(results)
         groups += batch.groups
     return groups
 

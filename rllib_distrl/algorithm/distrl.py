@@ -507,7 +507,8 @@ class DistRL(Algorithm):
         if self.config.rollout_settings.segment_tokens:
             state[OPEN_ROWS] = self.batches.get_state()
         state[PROMPT_SAMPLER] = self.batches.prompts_learned
-        state[ALLOCATOR] = self.allocator.get_state()
+        name = registry.resolve(ALLOCATOR, self.config.allocator).name
+        state[ALLOCATOR] = {name: self.allocator.get_state()}
         state[SETTINGS] = module_settings(self.config)
         state[WEIGHTS] = self.weight_sync.contents()
         state[CRITIC_PRETRAINED] = self._critic_pretrained
@@ -523,10 +524,17 @@ class DistRL(Algorithm):
         check_settings(self.config, state.get(SETTINGS, {}), "The state")
         self.batches.drop()
         if PROMPT_SAMPLER in state:  # First: they may refuse.
+            before = self.batches.get_state()
             self.batches.set_state(state.get(OPEN_ROWS, {}))
-            self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
-        if state.get(ALLOCATOR):
-            self.allocator.set_state(state[ALLOCATOR])
+            try:
+                self.prompt_sampler.set_state(state[PROMPT_SAMPLER])
+            except Exception:
+                self.batches.set_state(before)
+                raise
+        # What another allocator has learned means something else: this one starts anew.
+        name = registry.resolve(ALLOCATOR, self.config.allocator).name
+        if name in state.get(ALLOCATOR, {}):
+            self.allocator.set_state(state[ALLOCATOR][name])
         super().set_state(state)
         self._refused_in_a_row = 0
         self._restored_weights = state.get(WEIGHTS)

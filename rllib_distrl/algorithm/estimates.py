@@ -344,7 +344,13 @@ class Needs:
         from rllib_distrl.method.heads import head_stage
 
         settings, updates = config.model_config, count_updates(config, rollout)
-        minibatch_tokens = updates.minibatch_sequences * longest
+        # In steady state every segment of a completion is under way, and whole groups come in
+        # bursts.
+        segments = 1
+        if rollout.segment_tokens:
+            segments = math.ceil(rollout.max_completion_tokens / rollout.segment_tokens)
+        bursts = segments if config.minibatch_size is None else 1
+        minibatch_tokens = bursts * updates.minibatch_sequences * longest
         if budget is None:
             budget = micro_batch_budget(settings.get("micro_batch_tokens", minibatch_tokens))
         budget = min(budget, minibatch_tokens)
@@ -359,7 +365,7 @@ class Needs:
             reference=_keeps_reference(config),
             on_gpu=config.num_gpus_per_learner > 0,
         )
-        rows = min(rollout.max_batch_size, updates.episodes)
+        rows = min(rollout.max_batch_size, segments * updates.episodes)
         runner = runner_memory(shape, rows=rows, tokens=longest, dtype=rollout.dtype)
         return cls(learner, runner, budget, longest)
 
@@ -419,8 +425,8 @@ def longest_sequence(config: Any, rollout: RolloutSettings) -> int:
     """Tokens of the longest sequence that the env of a configuration admits.
 
     That is prompt, completion and, in a task of several turns, the replies to all turns but the
-    last. An env that Gymnasium does not make is not asked: ``max_prompt_tokens`` in its
-    ``env_config`` counts, or 8,192, and the completion.
+    last; before them a text for the critic, where it reads one. An env that Gymnasium does not make
+    is not asked: ``max_prompt_tokens`` in its ``env_config`` counts, or 8,192, and the completion.
     """
     import gymnasium
 
@@ -429,7 +435,9 @@ def longest_sequence(config: Any, rollout: RolloutSettings) -> int:
         return prompt + rollout.max_completion_tokens
     env: Any = gymnasium.make(config.env, disable_env_checker=True, **config.env_config)
     try:
-        return int(env.unwrapped.max_context_tokens)
+        inner = env.unwrapped
+        before = inner.critic_room if inner.critic_observation == "text" else 0
+        return int(inner.max_context_tokens) + before
     finally:
         env.close()
 

@@ -19,7 +19,10 @@ WEIGHTS = "policy_weights"
 # Beside the model's name in a checkpoint: which files it had, wherever they lie.
 _MODEL_FILES = "model_files"
 # What decides which tensors there are and what they mean; anything else may be changed.
-_SHAPING = ("model", "critic", "head", "n_quantiles", "head_center", "lora", "ensemble", "distance")
+_SHAPING = (
+    "model", "critic", "critic_observation", "head", "n_quantiles", "head_center", "lora",
+    "ensemble", "distance",
+)  # fmt: skip
 
 
 def module_settings(config: Any) -> dict[str, Any]:

@@ -321,7 +321,10 @@ def _check_segments(config: Any) -> None:
             "a prompt gets, and those of open prompts have begun. Set allocator = 'equal', or "
             "segment_tokens = 0."
         )
-    if any(resolve("controller", spec)().setting == TEMPERATURE for spec in config.controllers):
+    if any(
+        getattr(resolve("controller", spec)(), "setting", None) == TEMPERATURE
+        for spec in config.controllers
+    ):
         raise ValueError(
             f"{what}, but a controller moves the temperature: the tokens of a completion would be "
             "sampled with several. Leave the controller out, or set segment_tokens = 0."
@@ -351,13 +354,13 @@ def _check_runners(config: Any) -> None:
 
 def _check_stages(config: Any) -> None:
     _check_named_once(config)
+    _check_allocator(config)
     method = Method.from_config(config)
     read_out = [] if config.critic == "none" else [method.read_out]
     for stage in (*method.stages, *method.controllers, *read_out):
         _check_needs(stage, config)
         stage.check_fits(config)
     _check_controllers(config)
-    _check_allocator(config)
     sampler = resolve("prompt_sampler", config.prompt_sampler)(1, 0)  # Checks settings' bounds.
     if not hasattr(sampler, "next"):
         raise ValueError(
@@ -369,11 +372,13 @@ def _check_stages(config: Any) -> None:
 def _check_allocator(config: Any) -> None:
     """What holds with groups of one size alone."""
     stage = resolve("allocator", config.allocator)
-    if not hasattr(stage(config.rollout_settings.num_generations, 0), "allocate"):
-        raise ValueError(
-            f"allocator {config.allocator!r} has no allocate(prompts). Name a class like "
-            "`SqrtVariance` in rllib_distrl/method/allocators.py."
-        )
+    made = stage(config.rollout_settings.num_generations, 0)
+    for name in ("allocate", "least"):
+        if not hasattr(made, name):
+            raise ValueError(
+                f"allocator {config.allocator!r} has no {name!r}. Name a class like `SqrtVariance` "
+                "in rllib_distrl/method/allocators.py."
+            )
     if stage.name == EQUAL:
         return
     alone = "makes groups of different sizes, and"

@@ -151,6 +151,8 @@ def run_eval(
         if critic := policy.critic(console, interrupts, held):
             also["critic"] = critic
         name = policy.load(interrupts, held)
+        if judging is not None:
+            _check_judged(judging[0], name, data)
         from rllib_distrl.evaluation.evaluate import REPORT, run_evaluation
 
         with EvaluationProgress(console, "Evaluating", interrupts) as progress:
@@ -183,6 +185,13 @@ def _judge(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, 
     run, checkpoint = find_checkpoint(source, console, held)
     check_judge(run.recipe().build_config())
     return run, checkpoint
+
+
+def _check_judged(run: RunFolder, model: str, data: EvalData) -> None:
+    """Raises ValueError where the run's critic could not read the samples."""
+    from rllib_distrl.evaluation.critic import judge_env
+
+    judge_env(run.recipe().build_config(), model, data).close()
 
 
 def _judged(

@@ -76,6 +76,7 @@ class FastDecoder:
         self.flash = device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
         self._make_buffers(0)
         self._graphs: dict[tuple[int, SamplingParams], torch.cuda.CUDAGraph] = {}
+        self._recent: list[SamplingParams] = []
         self._recorded_for: tuple[int, ...] = ()
         # The graphs' memory: one of them runs at a time.
         self._pool: Any = None
@@ -188,6 +189,9 @@ class FastDecoder:
     def _replay(self, rows: int, params: SamplingParams) -> None:
         """One step and its draw; the first of its kind runs as it is, and is then recorded."""
         key = (rows, replace(params, max_tokens=1))
+        # A temperature that moves records anew; of what was recorded, two kinds stay: the batch's
+        # and the probes'.
+        self._recent = [key[1], *(kind for kind in self._recent if kind != key[1])][:2]
         if key in self._graphs:
             self._graphs[key].replay()
             return
@@ -198,6 +202,7 @@ class FastDecoder:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 self._advance(rows, params)
             self._graphs[key] = graph
+            self._graphs = {k: g for k, g in self._graphs.items() if k[1] in self._recent}
 
     def _advance(self, rows: int, params: SamplingParams) -> None:
         """Reads and writes nothing but tensors of fixed address, and asks the device nothing."""

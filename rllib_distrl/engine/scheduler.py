@@ -176,7 +176,7 @@ class Call:
         """
         batch = min(max_batch_size, len(queue))
         width = max(len(self.prompts[i]) for i in self.prompt_of[queue])
-        length = width + self.params.max_tokens
+        length = width + int((self.limits[queue] - self.starts[queue]).max())
         if self.conversation is not None:
             length = self.conversation.longest
         rows = counts = np.zeros(0, dtype=np.int64)

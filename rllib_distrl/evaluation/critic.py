@@ -6,16 +6,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import ray
 
 from distrl_envs.tokenizers import load_tokenizer
+from rllib_distrl.algorithm.wiring import env_settings
 from rllib_distrl.engine.protocol import Completion, Request
 from rllib_distrl.evaluation.data import EvalData
 from rllib_distrl.evaluation.evaluate import env_arguments, make_env
 from rllib_distrl.evaluation.result import EvalResult
 from rllib_distrl.evaluation.sampling import replies_of
-from rllib_distrl.evaluation.store import SCHEMA, sample_parts
+from rllib_distrl.evaluation.store import SCHEMA, read_part, sample_parts
 from rllib_distrl.learner.token_table import judge_tokens
 from rllib_distrl.maths.choosing import Stopping, best_by_value, stopping, weighted_vote
 from rllib_distrl.maths.majority import group_answers
@@ -67,10 +67,8 @@ def judge_samples(algo: Any, model: str, data: EvalData, result: EvalResult) -> 
     Raises:
         ValueError: another vocabulary, or completions that do not fit into the critic's window.
     """
-    arguments = env_arguments(model, data.env_config, data.settings)
-    env = make_env(data.env_id, {**arguments, **_told(algo)})
+    env = judge_env(algo.config, model, data)
     try:
-        _check_tokens(env.unwrapped, algo.config.model_config["model"])
         judged = [one for part in _parts(result) for one in _judged(algo, env, part)]
     finally:
         env.close()
@@ -88,9 +86,30 @@ def _plain(found: Stopping) -> dict[str, float | None]:
     return {name: None if np.isnan(value) else value for name, value in vars(found).items()}
 
 
-def _told(algo: Any) -> dict[str, str]:
-    told = algo.config.critic_observation
-    return {} if told == "none" else {"critic_observation": told}
+def judge_env(config: Any, model: str, data: EvalData) -> Any:
+    """The environment of an evaluation, as a critic reads it.
+
+    Args:
+        config: of the critic's algorithm.
+        model: what is evaluated.
+        data: what is asked.
+
+    Raises:
+        ValueError: another vocabulary, a task that does not tell what the critic observes, or
+            samples that may not fit into the critic's window.
+    """
+    critic = config.model_config["model"]
+    of_critic = env_settings(critic, config.rollout_settings, "token")
+    told = {name: of_critic[name] for name in ("window", "eos_token_ids") if name in of_critic}
+    if config.critic_observation != "none":
+        told["critic_observation"] = config.critic_observation
+    env = make_env(data.env_id, {**env_arguments(model, data.env_config, data.settings), **told})
+    try:
+        _check_tokens(env.unwrapped, critic)
+    except Exception:
+        env.close()
+        raise
+    return env
 
 
 def _check_tokens(env: Any, model: str) -> None:
@@ -107,7 +126,7 @@ def _parts(result: EvalResult) -> Iterator[list[dict[str, Any]]]:
     if result.folder is None:
         tables = [pa.Table.from_pandas(result.frame, SCHEMA, preserve_index=False)]
     else:
-        tables = (pq.read_table(part) for part in sample_parts(result.folder))
+        tables = (read_part(part, SCHEMA.names) for part in sample_parts(result.folder))
     problems = set(result.frame["problem"].tolist())
     for table in tables:
         for batch in table.to_batches(max_chunksize=_AT_ONCE):

@@ -97,7 +97,10 @@ class EvalResult:
         )
 
     def _diversity(self) -> dict[str, np.ndarray]:
-        """(P,) dist-3 and dist-4 of each problem, where some completion is long enough."""
+        """(P,) dist-3 and dist-4 of each problem, where some completion is long enough.
+
+        None where an earlier version did not write the tokens.
+        """
         if self.folder is not None:
             parts = (
                 read_part(part, ("problem", "token_ids")).to_pandas()
@@ -105,14 +108,19 @@ class EvalResult:
             )
         else:
             parts = iter([self.frame] if "token_ids" in self.frame else [])
-        groups: dict[int, list[Any]] = {
-            int(number): list(some["token_ids"])
-            for part in parts
-            for number, some in _by_problem(part)
-        }
+        asked = set(self.frame["problem"].tolist())  # a folder may hold more
+        shares: dict[int, dict[int, float]] = {3: {}, 4: {}}
+        for part in parts:
+            for number, some in _by_problem(part):
+                if number not in asked:
+                    continue
+                if some["token_ids"].isna().any():
+                    return {}
+                for n, share in shares.items():
+                    share[number] = distinct_n(list(some["token_ids"]), n)
         found = {
-            f"dist-{n}": np.array([distinct_n(groups[number], n) for number in sorted(groups)])
-            for n in (3, 4)
+            f"dist-{n}": np.array([share[number] for number in sorted(share)])
+            for n, share in shares.items()
         }
         # A problem of shorter completions has no grams, and an interval would have no meaning.
         return {name: column for name, column in found.items()

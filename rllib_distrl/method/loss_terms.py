@@ -15,7 +15,7 @@ from rllib_distrl.maths.weighted_losses import differentiable_kl
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import of_batch
 from rllib_distrl.method.registry import Stage, register
-from rllib_distrl.settings import Count, NotNegative, Positive, Share
+from rllib_distrl.settings import Count, NotNegative, Positive, Rate, Share
 
 
 def _check_kl(*, coeff: float, estimator: str) -> None:
@@ -239,7 +239,7 @@ class EntropyTemperature:
         target: Positive | None = None,
         horizon: Count | None = None,
         annealed_share: Share = 0.4,
-        annealed_to: Share = 0.9,
+        annealed_to: Rate = 0.9,
         low: Positive = 0.5,
         high: Positive = 2.0,
     ):

@@ -33,6 +33,12 @@ def _one_step(config: Any, method: str, otherwise: str) -> None:
     """Refuses several optimiser steps on a batch."""
     rows = config.rollout_settings.episodes_per_iteration // max(config.num_learners or 0, 1)
     steps = config.num_epochs * (rows // (config.minibatch_size or rows))
+    if config.rollout_settings.segment_tokens and config.minibatch_size:
+        raise ValueError(
+            f"{method} is defined for one optimiser step per batch, but with [rollout] "
+            "segment_tokens batches vary in size: minibatch_size would cut some of them. Leave "
+            f"minibatch_size out, or set segment_tokens = 0. {otherwise}"
+        )
     if steps > 1:
         raise ValueError(
             f"{method} is defined for one optimiser step per batch, where the ratio is 1; after "

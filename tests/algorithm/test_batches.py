@@ -8,7 +8,7 @@ import pytest
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
-from rllib_distrl.algorithm.batches import sample_informative
+from rllib_distrl.algorithm.batches import Batches, sample_informative
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.groups import SampledGroups, check_weights
 from tests.algorithm.recorded_distrl import recorded
@@ -214,12 +214,33 @@ def test_weights_are_told_apart_by_version_and_by_hash(held):
         ({"max_staleness": 1}, {}, "before it is known which rows go on"),
         ({}, {"max_sampling_rounds": 2}, "fills each batch up with groups"),
         ({}, {"critic_pretraining": {"rollouts": 8}}, "Use critic_pretraining.samples"),
+        (
+            {},
+            {
+                "policy_loss": {"name": "lad", "ratio_level": "sequence"},
+                "aggregation": "sequence_mean",
+                "whiten_advantages": False,
+                "entropy_coeff": 0.0,
+                "minibatch_size": 8,
+            },
+            "batches vary in size",
+        ),
     ],
 )
 def test_what_does_not_go_with_segments_is_refused(rollout, training, message):
     config = distrl_config(**training).rollout(**{"segment_tokens": 8, **rollout})
     with pytest.raises(ValueError, match=message):
         config.env_runners(num_env_runners=1).validate()
+
+
+def test_what_is_under_way_keeps_the_settings_that_it_was_begun_with():
+    config = distrl_config().rollout(segment_tokens=8, temperature=0.5)
+    config.validate()
+    batches = Batches(None, None, None, config)
+    then = {**batches.get_state()["settings"], "temperature": 0.7}
+    batches.set_state({"open": {}, "waiting": [], "settings": then})
+    with pytest.raises(ValueError, match=r"begun with \[rollout\] temperature = 0\.7.*is 0\.5 now"):
+        batches.set_state({"open": {(0, 0): []}, "waiting": [], "settings": then})
 
 
 def test_staleness_is_validated():

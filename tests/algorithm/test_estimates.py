@@ -232,6 +232,18 @@ def test_a_model_saved_in_bfloat16_learns_in_float32(tmp_path) -> None:
     assert low["KV cache"] == 2 * 3 * 256 * 34 * 32 * 2
 
 
+def test_rows_of_all_segments_are_under_way_at_once() -> None:
+    def needs(**rollout) -> Needs:
+        config = distrl_config(micro_batch_tokens=10_000).rollout(**rollout)
+        config.validate()
+        return Needs.of(config, config.rollout_settings, model_shape(QWEN), longest=31)
+
+    # 24 tokens in segments of 10: the first, second and third of three iterations' prompts.
+    one, three = needs(), needs(segment_tokens=10)
+    assert three.runner["KV cache"] == 3 * one.runner["KV cache"]
+    assert (one.micro_batch_tokens, three.micro_batch_tokens) == (8 * 31, 3 * 8 * 31)
+
+
 def test_the_micro_batch_is_the_largest_that_leaves_a_tenth_of_the_memory(monkeypatch) -> None:
     def chosen(mib: float, **training) -> int:
         monkeypatch.setattr(estimates, "machine_memory", lambda: int(mib * 2**20))

@@ -141,6 +141,10 @@ def with_lora(lora, **training):
         (distrl_config(), r"lora: .* in the checkpoint, None now"),
         (with_lora(LORA, bonus_stat="ensemble", ensemble={"size": 3}), "ensemble: .*'size': 4"),
         (with_lora(LORA, bonus_stat="ltv"), None),
+        (
+            with_lora(LORA, bonus_stat="ltv", critic_observation="state"),
+            "critic_observation: 'none' in the checkpoint, 'state' now",
+        ),
     ],
 )
 def test_a_checkpoint_of_other_adapters_or_ensembles_is_refused(now, difference, tmp_path):

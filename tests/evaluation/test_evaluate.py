@@ -136,6 +136,16 @@ def test_fewer_problems_can_be_read_from_a_larger_evaluation(tmp_path):
     evaluate_tiny(tmp_path)
     fewer = evaluate_tiny(tmp_path, settings=SETTINGS.changed(problems=5))
     assert fewer.problems == 5 and len(fewer.frame) == 40
+    asked = set(fewer.frame["problem"])
+    grams = {number: set() for number in asked}
+    total = dict.fromkeys(asked, 0)
+    for sample in load_samples(tmp_path).itertuples():
+        if sample.problem in asked:
+            ids = list(sample.token_ids)
+            grams[sample.problem].update(zip(ids, ids[1:], ids[2:], strict=False))
+            total[sample.problem] += max(len(ids) - 2, 0)
+    shares = [len(grams[number]) / total[number] for number in asked]
+    assert fewer.report()["dist-3"] == pytest.approx(np.mean(shares))
 
 
 def test_another_evaluation_in_the_folder_is_refused_or_overwritten(tmp_path):
