@@ -79,7 +79,7 @@ class WeightSync:
     ):
         self._learner_group = learner_group
         self._dtype = RolloutSettings.of(config.model_config).dtype
-        self._controlled = bool(config.controllers)
+        self._controlled = bool(getattr(config, "controllers", ()))  # stock algorithms have none
         self._learners_stamps: list[Any] = []
         self.local_runner: Any = env_runner_group.local_env_runner
         self.check_probes = ProbeCheck(learner_group, config.model_config, config.sample_timeout_s)
