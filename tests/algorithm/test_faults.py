@@ -155,15 +155,14 @@ class BreakingRunner(CompletionEnvRunner):
         if ray.get(breakages.next.remote("start")):
             raise RuntimeError("the engine cannot start")
         engine = super()._make_engine()
-        generate = engine.generate
+        stream = engine.stream
 
-        def generate_or_break(requests, params):
-            completions = generate(requests, params)
+        def stream_or_break(requests, params):
             if self.up and len(requests) > 1 and ray.get(breakages.next.remote("batch")):
                 raise RuntimeError("the engine has broken")
-            return completions
+            return stream(requests, params)
 
-        engine.generate = generate_or_break
+        engine.stream = stream_or_break
         return engine
 
 

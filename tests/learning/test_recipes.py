@@ -24,7 +24,7 @@ def gain_of(recipe: str, out: Path, *overrides: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(2400)
-def test_the_recipes_gain_what_they_say_and_nothing_without_advantages(tmp_path: Path) -> None:
+def test_recipes_gain_and_nothing_without_advantages(tmp_path: Path) -> None:
     from rllib_distrl.model.loading import resolve
 
     resolve("builtin:countdown")  # made once, before two ask for it
@@ -32,11 +32,11 @@ def test_the_recipes_gain_what_they_say_and_nothing_without_advantages(tmp_path:
         main_job, nothing, game = (
             pool.submit(gain_of, recipe, tmp_path / Path(recipe).stem, *overrides)
             for recipe, *overrides in (
-                ("countdown/distrl.toml",),
+                ("countdown/distrl.toml", "run.iterations=200"),
                 ("countdown/zero_advantage.toml", "run.iterations=40"),
                 ("games/blackjack.toml",),
             )
         )
-    assert main_job.result() >= 15
+    assert main_job.result() >= 10  # half of it; the whole one gains 20
     assert abs(nothing.result()) < 2
     assert game.result() >= 3
