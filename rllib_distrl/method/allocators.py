@@ -168,13 +168,10 @@ class RankBudget(_Bounded):
             for rate in rates
         ]
         total, whole = self.mean * len(prompts), sum(ranks)
-        spare = total - self.least * len(prompts)
-        counts = [
-            min(self.most, self.least + (math.floor(spare * rank / whole) if whole else 0))
-            for rank in ranks
-        ]
         if not whole:
             return [self.mean] * len(prompts)
+        spare = total - self.least * len(prompts)
+        counts = [min(self.most, self.least + math.floor(spare * rank / whole)) for rank in ranks]
         for place in sorted(range(len(ranks)), key=lambda i: -ranks[i]):
             counts[place] += min(total - sum(counts), self.most - counts[place])
         return counts
