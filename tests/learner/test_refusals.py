@@ -8,14 +8,12 @@ import torch
 from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.learner.step import NonFiniteError
 from rllib_distrl.method.policy_losses import clip
-from rllib_distrl.method.registry import register
 from tests.helpers import distrl_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 STEPS = 4  # per iteration: 8 completions in minibatches of 2
 
 
-@register("policy_loss", "broken_in_a_test")
 def broken(logp, batch, *, iterations=(), rows=None):
     """`clip`, with an infinite loss at the first token of some rows in some iterations."""
     loss = clip(logp, batch)
@@ -32,7 +30,7 @@ def build():
     built = []
 
     def make(iterations, rows=None, **settings):
-        spec = {"name": "broken_in_a_test", "iterations": iterations, "rows": rows}
+        spec = {"name": f"{__name__}:broken", "iterations": iterations, "rows": rows}
         config = distrl_config(
             prompts=4, generations=2, minibatch_size=2, policy_loss=spec, **settings
         )
