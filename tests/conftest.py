@@ -5,6 +5,8 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Ray's workers give way to all other processes by default: beside another test they would starve.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 import torch
