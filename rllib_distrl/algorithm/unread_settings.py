@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from rllib_distrl.maths.advantages import TARGETS
 from rllib_distrl.method.heads import head_stage
 from rllib_distrl.method.pipeline import SHARED, Method
 from rllib_distrl.method.registry import KINDS, LEARNED_STATS, Stage, methods, resolve
@@ -45,6 +46,18 @@ def _fresh(config: Any) -> bool:
     return config.critic != "none" and config.critic_checkpoint is None
 
 
+def _bootstraps(config: Any) -> bool:
+    """Whether a critic's targets may be other than the observed returns."""
+    target = Method.from_config(config).target
+    if target is None:
+        return False
+    return target.name not in TARGETS or target.settings.get("critic_lambda", 1.0) < 1.0
+
+
+def _says_returns(config: Any) -> bool:
+    return config.critic != "none" and resolve("target", config.target).name == "monte_carlo"
+
+
 def _statistic(config: Any) -> str:
     return resolve("bonus_statistic", config.bonus_stat).name
 
@@ -53,14 +66,18 @@ PARTS = (
     Part("a critic", lambda c: c.critic != "none",
          ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "critic_observation",
           "vf_loss_coeff",
-          "head", "n_quantiles", "target", "gamma")),
+          "head", "n_quantiles", "gamma")),
+    Part("a critic with critic_lambda < 1, whose targets are not just the observed returns",
+         lambda c: _bootstraps(c) or _says_returns(c), ("target",)),
     Part("a separate critic", lambda c: c.critic == "separate", ("critic_checkpoint",)),
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
     Part("a critic of head 'quantile' with n_quantiles >= 2 that does not come from a "
          "critic_checkpoint",
          lambda c: _fresh(c) and _of_quantiles(c), ("init_spread",)),
     Part("a critic of head 'quantile' with n_quantiles >= 2", _of_quantiles,
-         ("quantile_huber_kappa", "quantile_loss", "head_center")),
+         ("quantile_huber_kappa", "head_center")),
+    Part("a critic of head 'quantile' with n_quantiles >= 2 and critic_lambda < 1",
+         lambda c: _of_quantiles(c) and _bootstraps(c), ("quantile_loss",)),
     Part("a critic with n_quantiles >= 2", _several, ("bonus_stat",)),
     Part("a scalar critic (head 'quantile' with n_quantiles = 1)",
          lambda c: c.critic != "none" and c.n_quantiles == 1 and _head(c) == "quantile",

@@ -5,8 +5,9 @@ prefix of the row. The state after the last marked token is terminal, with value
 
 Targets are samples or quantiles of the return from s_t on. All share one signature: `(quantiles
 (B, T, N), rewards (B, T), loss_mask (B, T), *, gamma, lambda_, generator)` to (B, T, M), without
-gradient, 0 in the padding; λ is `critic_lambda`. At λ = 1 `comonotone`, `mixture` and `monte_carlo`
-all equal the observed return.
+gradient, 0 in the padding; λ is `critic_lambda`. At λ = 1 all of them
+equal the observed return. Below, `comonotone` and `expected_value` narrow the learned law, and
+`mixture_mean` and `sample_replacement` keep it.
 """
 
 from collections.abc import Callable

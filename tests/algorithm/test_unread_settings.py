@@ -45,6 +45,11 @@ ELSEWHERE = {
     "train_batch_size": (64, {}),
     "train_batch_size_per_learner": (64, {}),
 }
+# At critic_lambda 1 all targets are the observed return.
+OF_TARGETS = {
+    "target": ("sample_replacement", {}),
+    "quantile_loss": ("matched", {"target": "monte_carlo"}),
+}
 # Read whatever is chosen, or refused by checks of their own.
 ALWAYS = {
     "importance_correction", "micro_batch_tokens", "max_nonfinite_steps", "max_sampling_rounds",
@@ -166,9 +171,13 @@ def test_a_setting_changes_the_numbers_or_is_refused(kind, name, critic):
     if (message := refusal(chosen)) is not None:
         assert not critic and "reads the critic" in message
         return
-    plain = outcome(chosen)
+    # Which target it is matters where the critic's own law is a part of it.
+    below = {**chosen, "critic_lambda": 0.9} if critic else chosen
+    start, start_below = outcome(chosen), outcome(below)
     for setting, value in MATHS.items():
-        changed = {**chosen, setting: value}
+        of_targets = setting in ("target", "quantile_loss")
+        plain = start_below if of_targets else start
+        changed = {**(below if of_targets else chosen), setting: value}
         message = refusal(changed)
         if message is None:
             found = outcome(changed)
@@ -182,9 +191,9 @@ def test_a_setting_changes_the_numbers_or_is_refused(kind, name, critic):
             assert torch.equal(found, plain), f"{setting} is refused but read"
 
 
-@pytest.mark.parametrize("setting", ELSEWHERE)
+@pytest.mark.parametrize("setting", ELSEWHERE | OF_TARGETS)
 def test_settings_around_the_method_are_refused_where_nothing_reads_them(setting):
-    value, around = ELSEWHERE[setting]
+    value, around = (ELSEWHERE | OF_TARGETS)[setting]
     if "critic" in around:
         around = {"advantage": {"name": "reinforce_pp"}, **around, "bonus_coeff": 0.0}
     if "n_quantiles" in around:
