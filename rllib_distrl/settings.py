@@ -622,15 +622,15 @@ class TrainingSettings(Settings):
     """N; 1 is a scalar critic with RLlib's own value loss. Of other heads the quantiles of their
     law that targets are made of."""
     quantile_huber_kappa: Positive = 0.02
-    """Width of the quadratic part, in units of the return; a wide one draws the quantiles together."""
+    """Width of the quadratic part, in units of the return. A wide one narrows the law."""
     quantile_loss: Annotated[str, _named_in("quantiles", "PAIRINGS")] = "pairwise"
     """Each quantile against every target, or ``matched``: against its own."""
     target: Choice = "comonotone"
     """``comonotone`` (D-GAE), ``mixture``, ``sample_replacement``, ``expected_value`` or
     ``monte_carlo``."""
     critic_lambda: Share = 1.0
-    """Lambda of the critic's targets; at 1 they are the observed returns, whatever ``target``. Below 1
-    ``comonotone`` narrows the law, ``sample_replacement`` and ``mixture_mean`` do not."""
+    """Lambda of the critic's targets; at 1 they are the observed returns, whatever ``target``.
+    Below, ``comonotone`` narrows the law, ``sample_replacement`` and ``mixture_mean`` do not."""
     head_center: Annotated[str, _named_in("quantiles", "HEAD_CENTERS")] = "mean"
     """What the centre of the head is: ``mean`` or ``median``."""
     init_spread: Positive = 0.1
