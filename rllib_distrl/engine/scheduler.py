@@ -105,7 +105,8 @@ class Call:
         params: How to sample.
         is_eos: (V,) bool, True at end-of-sequence tokens.
         device: Where the decoder's tensors are.
-        conversation: Who answers the turns of the requests; needs a `ResumingDecoder`.
+        conversation: Who answers the turns of the requests; needs a `ResumingDecoder`, but where
+            nobody ever answers.
     """
 
     def __init__(
@@ -216,10 +217,10 @@ class Call:
 
     def _empty(self, batch: int, width: int, length: int) -> None:
         """Lets all rows of the batch go; those that wait stay."""
-        if self.conversation is None:
-            self.decoder.open(batch, width, length)
-        else:
+        if self.parked:
             self.decoder.keep(np.zeros(0, dtype=np.int64))
+        else:
+            self.decoder.open(batch, width, length)
 
     def _waits(self, index: int, row: int) -> bool:
         """Whether a request whose turn has ended in this row will be answered."""

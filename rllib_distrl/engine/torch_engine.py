@@ -65,10 +65,13 @@ class TorchEngine:
 
     Attributes:
         is_eos: (V,) bool, True at the tokens that end a completion.
+        stops: `stream` ends completions where a conversation says so.
 
     Raises:
         ValueError: An argument outside its range, or a decoder that does not compute this model.
     """
+
+    stops = True
 
     def __init__(
         self,
@@ -143,6 +146,7 @@ class TorchEngine:
             requests: See `generate`.
             params: How to sample.
             conversation: Answers turns, where the engine `resumes`; see `conversation.converse`.
+                Where it does not, its `stops` still end completions, and it must never answer.
 
         Yields:
             The place of a request among ``requests`` and its completion.

@@ -81,12 +81,16 @@ def _single_turns(
 ) -> Iterator[tuple[int, Completion]]:
     pauses = [len(row.tokens) + (segment or params.max_tokens) for row in rows]
     asked = [_continued(*asked) for asked in zip(requests, rows, pauses, strict=True)]
-    stream = getattr(engine, "stream", None)
-    ended = stream(asked, params) if stream else enumerate(engine.generate(asked, params))
+    stream, stops = getattr(engine, "stream", None), getattr(engine, "stops", False)
+    if env.stop and stops:
+        ended = engine.stream(asked, params, _Stops(env, asked, rows, params.max_tokens))
+    else:
+        ended = stream(asked, params) if stream else enumerate(engine.generate(asked, params))
     for place, more in ended:
         completion = _behind(rows[place], more)
         tokens = completion.tokens.tolist()
-        completion = completion.cut(env.length_until_stop(tokens))
+        if not stops:
+            completion = completion.cut(env.length_until_stop(tokens))
         at_limit = completion.finish_reason == "length"
         if at_limit and len(tokens) < params.max_tokens and not env.ends_turn(tokens):
             completion.finish_reason = "paused"
@@ -103,6 +107,23 @@ def _continued(request: Request, row: Completion, limit: int) -> Request:
 
 def _behind(row: Completion, more: Completion) -> Completion:
     return row.joined(more) if len(row.tokens) else more
+
+
+class _Stops:
+    """A `Conversation` in which nobody answers: rows end at a stop string."""
+
+    def __init__(self, env: Any, asked: Sequence[Request], rows: Sequence[Completion], most: int):
+        self.env, self.rows = env, rows
+        self.longest = max(len(one.prompt_ids) - one.start + one.last(most) for one in asked)
+
+    def stops(self, place: int, tokens: np.ndarray) -> bool:
+        return self.env.ends_turn([*self.rows[place].tokens.tolist(), *tokens.tolist()])
+
+    def ended(self, place: int, tokens: np.ndarray) -> bool:
+        return False
+
+    def ready(self, *, wait: bool) -> Sequence[Answer]:
+        return ()
 
 
 class _Replies:
