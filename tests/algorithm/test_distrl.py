@@ -64,6 +64,7 @@ def test_resuming_is_bit_exact(build, tmp_path):
         prompts=4,
         generations=4,
         target="sample_replacement",
+        critic_lambda=0.9,
         reward_transforms=[{"name": "kl_penalty", "coeff": 0.01}],
         regularisers=[{"name": "kl", "coeff": 0.1}],
         controllers=[{"name": "adaptive_entropy", "target": 9.0, "step": 1e-3}],

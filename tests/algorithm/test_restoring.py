@@ -30,8 +30,9 @@ CLOCKS = ("_time", "throughput", "timer")
 def small_config(runners=0):
     """Draws from every source of randomness: sampling, shuffling, the critic's targets."""
     config = distrl_config(
-        prompts=4, generations=2, minibatch_size=4, num_epochs=2, target="sample_replacement"
-    )
+        prompts=4, generations=2, minibatch_size=4, num_epochs=2,
+        target="sample_replacement", critic_lambda=0.9,
+    )  # fmt: skip
     return config.env_runners(num_env_runners=runners)
 
 

@@ -56,7 +56,7 @@ def test_one_three_one_costs_nothing_and_everybody_contributes():
         assert algo.fleet.present() == 3
         assert algo.fleet.serving() == [1]  # training does not wait for the new ones
         results.append(algo.train())
-        assert algo.fleet.wait_for(3, timeout_s=120)
+        assert algo.fleet.wait_for(3, timeout_s=400)
         results.append(algo.train())
         assert algo.contributors[-1] == {1: 4, 2: 4, 3: 4}
         assert set(held_weights(algo).values()) == {algo.fleet.weights}
@@ -86,7 +86,7 @@ def test_one_three_one_inside_a_tune_trial(tmp_path):
         result["contributors"] = len(algorithm.contributors[-1])
         if algorithm.iteration == 1:
             algorithm.scale_env_runners(3)
-            result["up"] = int(algorithm.fleet.wait_for(3, timeout_s=120))
+            result["up"] = int(algorithm.fleet.wait_for(3, timeout_s=400))
         if algorithm.iteration == 3:
             algorithm.scale_env_runners(1)
 

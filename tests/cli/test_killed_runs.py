@@ -19,8 +19,8 @@ from rllib_distrl.runs.log import read_progress
 from tests.cli import forked
 from tests.cli.test_train_on_data import save_model
 
-ITERATIONS = 40
-KILLS = 20
+ITERATIONS = 24
+KILLS = 12
 RECIPE = f"""
 [run]
 model = "builtin:countdown-tiny"
@@ -51,6 +51,7 @@ lr = 1e-3
 minibatch_size = 3
 num_epochs = 2
 target = "sample_replacement"
+critic_lambda = 0.9
 """
 # Counters and clocks of RLlib that tell how long things took, not what was learned.
 _CLOCKS = (

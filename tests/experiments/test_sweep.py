@@ -129,10 +129,10 @@ def test_a_metric_that_never_appears_ends_the_sweep(recipe: Recipe, tmp_path: Pa
 def test_optuna_draws_and_asha_stops(recipe: Recipe, tmp_path: Path) -> None:
     found = sweep(
         recipe, tmp_path, '"training.lr" = { log_uniform = [1e-5, 1e-2] }',
-        search="optuna", scheduler="asha", trials=6, grace_iterations=1,
+        search="optuna", scheduler="asha", trials=5, grace_iterations=1,
     )  # fmt: skip
     assert found.frame["training.lr"].between(1e-5, 1e-2).all()
-    assert found.frame["training.lr"].nunique() == 6
+    assert found.frame["training.lr"].nunique() == 5
     # Of those at the first rung, after one iteration, only the best third of all so far go on.
     assert found.frame["iterations"].max() == 4
     assert found.frame["iterations"].min() < 4
@@ -173,12 +173,12 @@ def test_our_algorithms_have_names_in_tune(tmp_path: Path) -> None:
     assert rllib_distrl.DistRL
     results = tune.Tuner(
         "DistRL",
-        param_space=distrl_config(lr=tune.grid_search([1e-4, 1e-3])),
+        param_space=distrl_config(lr=tune.grid_search([1e-3])),
         run_config=tune.RunConfig(
             storage_path=str(tmp_path), stop={"training_iteration": 1}, verbose=0
         ),
     ).fit()
     assert not results.errors
     frame = results.get_dataframe()
-    assert sorted(frame["config/lr"]) == [1e-4, 1e-3]
+    assert frame["config/lr"].tolist() == [1e-3]
     assert (frame["env_runners/num_env_steps_sampled_lifetime"] > 0).all()

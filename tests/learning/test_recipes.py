@@ -32,11 +32,11 @@ def test_recipes_gain_and_nothing_without_advantages(tmp_path: Path) -> None:
         main_job, nothing, game = (
             pool.submit(gain_of, recipe, tmp_path / Path(recipe).stem, *overrides)
             for recipe, *overrides in (
-                ("countdown/distrl.toml", "run.iterations=200"),
-                ("countdown/zero_advantage.toml", "run.iterations=40"),
+                ("countdown/distrl.toml", "run.iterations=100"),
+                ("countdown/zero_advantage.toml", "run.iterations=25"),
                 ("games/blackjack.toml",),
             )
         )
-    assert main_job.result() >= 10  # half of it; the whole one gains 20
+    assert main_job.result() >= 6  # a quarter of it; the whole one gains 20
     assert abs(nothing.result()) < 2
     assert game.result() >= 3
