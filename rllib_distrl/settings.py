@@ -610,6 +610,11 @@ class TrainingSettings(Settings):
     the policy's trunk."""
     critic_lr: Rate | None = None
     """Learning rate of the critic's own parameters; None: ``lr``."""
+    critic_epochs: Count | None = None
+    """Passes of the critic over a batch, those beyond ``num_epochs`` alone and after the policy's;
+    None: ``num_epochs``."""
+    critic_freeze: Literal["none", "attention"] = "none"
+    """What of a separate critic's trunk stays as it was: nothing, or its attention."""
     critic_warmup_iterations: NotNegativeInt = 0
     """Iterations in which only the critic learns."""
     critic_pretraining: PretrainingSettings | None = None

@@ -174,6 +174,7 @@ class DistRLConfig(AlgorithmConfig):
             "critic": self.critic,
             "critic_checkpoint": self.critic_checkpoint,
             "critic_observation": self.critic_observation,
+            "critic_freeze": self.critic_freeze,
             "head": self.head,
             "n_quantiles": self.n_quantiles,
             "head_center": self.head_center,

@@ -18,6 +18,7 @@ ALGORITHMS = {
     "DAPO": "rllib_distrl.algorithm.group_baselines:DAPOConfig",
     "GSPO": "rllib_distrl.algorithm.group_baselines:GSPOConfig",
     "LAD": "rllib_distrl.algorithm.group_baselines:LADConfig",
+    "SAO": "rllib_distrl.algorithm.sao:SAOConfig",
     "PPO": "ray.rllib.algorithms.ppo:PPOConfig",
     "APPO": "ray.rllib.algorithms.appo:APPOConfig",
     "IMPALA": "ray.rllib.algorithms.impala:IMPALAConfig",

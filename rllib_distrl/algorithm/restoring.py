@@ -20,8 +20,8 @@ WEIGHTS = "policy_weights"
 _MODEL_FILES = "model_files"
 # What decides which tensors there are and what they mean; anything else may be changed.
 _SHAPING = (
-    "model", "critic", "critic_observation", "head", "n_quantiles", "head_center", "lora",
-    "ensemble", "distance",
+    "model", "critic", "critic_observation", "critic_freeze", "head", "n_quantiles",
+    "head_center", "lora", "ensemble", "distance",
 )  # fmt: skip
 
 

@@ -64,12 +64,13 @@ def _statistic(config: Any) -> str:
 
 PARTS = (
     Part("a critic", lambda c: c.critic != "none",
-         ("critic_lr", "critic_warmup_iterations", "critic_pretraining", "critic_observation",
-          "vf_loss_coeff",
+         ("critic_lr", "critic_epochs", "critic_warmup_iterations", "critic_pretraining",
+          "critic_observation", "vf_loss_coeff",
           "head", "n_quantiles", "gamma")),
     Part("a critic with critic_lambda < 1, whose targets are not just the observed returns",
          lambda c: _bootstraps(c) or _says_returns(c), ("target",)),
-    Part("a separate critic", lambda c: c.critic == "separate", ("critic_checkpoint",)),
+    Part("a separate critic", lambda c: c.critic == "separate",
+         ("critic_checkpoint", "critic_freeze")),
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
     Part("a critic of head 'quantile' with n_quantiles >= 2 that does not come from a "
          "critic_checkpoint",

@@ -226,6 +226,17 @@ def _check_method(config: Any) -> None:
             f"critic_warmup_iterations is {config.critic_warmup_iterations}, but there is no "
             "critic. Set it to 0."
         )
+    if config.critic_epochs is not None and config.critic_epochs < config.num_epochs:
+        raise ValueError(
+            f"critic_epochs is {config.critic_epochs}, but num_epochs is {config.num_epochs}: the "
+            "critic learns in each pass of the policy. Set it to num_epochs or more, or leave it "
+            "out."
+        )
+    if config.critic_freeze != "none" and config.model_config.get("lora"):
+        raise ValueError(
+            f"critic_freeze is {config.critic_freeze!r}, but with lora only the adapters of the "
+            "critic's trunk are trained. Leave one of them out."
+        )
     if config.critic_observation == "text" and config.critic in ("shared", "detached"):
         raise ValueError(
             f"critic_observation is 'text', but critic is {config.critic!r}: the policy's trunk "

@@ -30,7 +30,8 @@ from rllib_distrl.settings import RolloutSettings
 # What `CausalLMModule` reads, whatever the algorithm.
 _MODEL_KEYS = frozenset(
     {
-        "activation_checkpointing", "critic", "critic_checkpoint", "critic_observation", "lora",
+        "activation_checkpointing", "critic", "critic_checkpoint", "critic_observation",
+        "critic_freeze", "lora",
         "max_seq_len", "micro_batch_tokens", "model", "precision", "rollout", "seed", "temperature",
     }
 )  # fmt: skip

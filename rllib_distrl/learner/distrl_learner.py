@@ -221,7 +221,8 @@ class DistRLLearner(TorchLearner):
         shuffle: bool,
     ) -> None:
         columns = self.columns(episodes)
-        one_step = num_epochs == 1 and (minibatch_size or len(episodes)) >= len(episodes)
+        epochs = max(self.settings.critic_epochs or 1, num_epochs)
+        one_step = epochs == 1 and (minibatch_size or len(episodes)) >= len(episodes)
         single_step = one_step and self._alone
         k = timesteps.get(TRAINING_ITERATION, 1)
         found = self.batch_pass(columns, k, single_step=single_step)
@@ -234,13 +235,17 @@ class DistRLLearner(TorchLearner):
             rollouts.metrics.update(self.uncertainty.learn(columns, rollouts))
         orders = row_orders(
             rollouts,
-            num_epochs,
+            epochs,
             self.config.seed or 0,
             shuffle=shuffle and not single_step,
             whole_groups=self.method.keeps_groups_whole,
         )
-        parts = minibatches(columns, rollouts, orders, minibatch_size, self.method.aggregation)
-        steps = self._take_steps(parts, coefficients, found.forward)
+        of_both, of_critic = (
+            minibatches(columns, rollouts, some, minibatch_size, self.method.aggregation)
+            for some in (orders[:num_epochs], orders[num_epochs:])
+        )
+        steps = self._take_steps(of_both, coefficients, found.forward)
+        self._take_steps(of_critic, coefficients, None, critic_only=True)
         self._report(rollouts, steps, coefficients)
 
     def _episodes(
@@ -293,6 +298,8 @@ class DistRLLearner(TorchLearner):
         parts: Iterable[dict[str, Any]],
         coefficients: dict[str, float],
         forward: dict[str, Any] | None,
+        *,
+        critic_only: bool = False,
     ) -> list[tuple[Step, bool]]:
         """One optimiser step per minibatch, and whether it was taken."""
         steps: list[tuple[Step, bool]] = []
@@ -302,8 +309,8 @@ class DistRLLearner(TorchLearner):
             rollouts: SequenceBatch = part[ROLLOUTS]
             step = Step(
                 coefficients,
-                critic_only=rollouts.k <= self.settings.critic_warmup_iterations,
-                first=not any(taken for _, taken in steps),
+                critic_only=critic_only or rollouts.k <= self.settings.critic_warmup_iterations,
+                first=not critic_only and not any(taken for _, taken in steps),
                 forward=forward,
             )
             self._update({DEFAULT_MODULE_ID: {**part, STEP: step}})

@@ -26,17 +26,19 @@ WHITEN_MIN_STD = 1e-4
 _ROUNDING_OF_MEAN = 32
 
 
-def discounted_sum(terms: Float[Tensor, "B T *N"], decay: float) -> Float[Tensor, "B T *N"]:
+def discounted_sum(
+    terms: Float[Tensor, "B T *N"], decay: float | Float[Tensor, "B 1"]
+) -> Float[Tensor, "B T *N"]:
     """Reversed discounted cumulative sum S_t = x_t + decay · S_{t+1} along axis 1.
 
     By doubling, so log2(T) vectorised steps instead of T; sums pairwise, hence accurately.
 
     Args:
         terms: x, zero in the padding; a column per token, or N of them.
-        decay: In [0, 1].
+        decay: In [0, 1]; a column gives each row its own, for terms (B, T).
     """
     total, step = terms, 1
-    while step < terms.shape[1] and decay > 0.0:
+    while step < terms.shape[1]:
         head = total[:, :-step] + decay**step * total[:, step:]
         total = torch.cat([head, total[:, -step:]], dim=1)
         step *= 2
@@ -109,6 +111,33 @@ def gae(
     """
     delta = td_errors(values.detach(), rewards, loss_mask, gamma)
     return discounted_sum(delta, gamma * lambda_)
+
+
+def length_gae(
+    values: Float[Tensor, "B T"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    *,
+    alpha: float = 1.5,
+) -> Float[Tensor, "B T"]:
+    """GAE with a λ of each completion's own, λ = max(0, 1 − 1/(α l)), l its number of tokens.
+
+    The horizon 1/(1 − λ) is α completions: what the end says reaches the first token of a long
+    completion as well as that of a short one. VAPO (arXiv 2504.05118) with α = 0.05, SAO (arXiv
+    2607.07508, after notes on it) with 1.5. γ is 1.
+
+    Args:
+        values: V(s_t), the state before token t; used without gradient.
+        rewards: r_t.
+        loss_mask: A prefix of each row.
+        alpha: α > 0.
+
+    Returns:
+        0 in the padding.
+    """
+    lengths = loss_mask.sum(1, keepdim=True).clamp(min=1)
+    lambda_ = (1.0 - 1.0 / (alpha * lengths)).clamp(min=0.0).to(values.dtype)
+    return discounted_sum(td_errors(values.detach(), rewards, loss_mask, 1.0), lambda_)
 
 
 def returns_to_go(

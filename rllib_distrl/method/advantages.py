@@ -29,6 +29,14 @@ SOURCES = ("quantiles", "values", "returns")
 """What may be known of a prompt: the critic's law, its value, or the batch's returns alone."""
 
 register("advantage", "gae")(of_batch(critic_maths.gae))
+
+
+def _check_length_gae(*, alpha: float) -> None:
+    if alpha <= 0:
+        raise ValueError(f"advantage 'length_gae' has alpha {alpha}; it must be above 0.")
+
+
+register("advantage", "length_gae", check=_check_length_gae)(of_batch(critic_maths.length_gae))
 register("advantage", "macro_gae")(of_batch(credit.macro_gae))
 register("advantage", "grpo")(of_batch(group_maths.grpo, per_row=True))
 register("advantage", "rloo")(of_batch(group_maths.leave_one_out, per_row=True))

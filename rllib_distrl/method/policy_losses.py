@@ -112,6 +112,9 @@ _CLIPS = ("clip_param", "clip_param_high")
 register("policy_loss", "cispo", own_defaults=_CLIPS)(
     of_batch(weighted_losses.cispo, given=("logp",))
 )
+register("policy_loss", "double_sided", own_defaults=_CLIPS)(
+    of_batch(weighted_losses.double_sided, given=("logp",))
+)
 register("policy_loss", "rapid")(of_batch(weighted_losses.truncated_importance, given=("logp",)))
 register("policy_loss", "sapo", fits=_of_sequences("sapo"))(
     of_batch(weighted_losses.sapo, given=("logp",))

@@ -110,6 +110,25 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16)
 
 
+def freeze_attention(model: nn.Module) -> None:
+    """Takes the attention of each block, its projections and norms, out of what is trained.
+
+    Args:
+        model: A Hugging Face model, changed in place.
+
+    Raises:
+        ValueError: If none of its modules is called `self_attn`, as in Transformers' decoders.
+    """
+    blocks = [part for name, part in model.named_modules() if name.endswith("self_attn")]
+    if not blocks:
+        raise ValueError(
+            f"critic_freeze is 'attention', but {type(model).__name__} has no module `self_attn`. "
+            "Leave critic_freeze out."
+        )
+    for block in blocks:
+        block.requires_grad_(False)
+
+
 def checkpoint_activations(model: nn.Module) -> None:
     """Lets each block keep its input alone; the backward pass runs it once more.
 

@@ -21,7 +21,12 @@ from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.lm_head import score_by_hidden, token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
 from rllib_distrl.method.heads import Head, head_stage
-from rllib_distrl.model.attention import autocast, checkpoint_activations, packs_rows
+from rllib_distrl.model.attention import (
+    autocast,
+    checkpoint_activations,
+    freeze_attention,
+    packs_rows,
+)
 from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
 from rllib_distrl.model.critics import ObservationHead, load_critic
 from rllib_distrl.model.loading import load_model
@@ -84,6 +89,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         if self.critic_kind == "separate":
             trunk = trunk_of(self.policy)
             self.critic = copy.deepcopy(trunk) if self.lora is None else trunk_beside(self.policy)
+            if self.model_config.get("critic_freeze", "none") == "attention":
+                freeze_attention(self.critic)
         if self.critic_kind != "none":
             self._make_value_head()
         seed = 2 * int(self.model_config.get("seed") or 0)

@@ -29,6 +29,8 @@ MATHS = {
 # Settings of the learner and the module around it, with a configuration that does not read them.
 ELSEWHERE = {
     "critic_lr": (1e-2, {"critic": "none"}),
+    "critic_epochs": (2, {"critic": "none"}),
+    "critic_freeze": ("attention", {"critic": "shared"}),
     "critic_warmup_iterations": (3, {"critic": "none"}),
     "critic_pretraining": ({"rollouts": 64}, {"critic": "none"}),
     "critic_observation": ("state", {"critic": "none"}),

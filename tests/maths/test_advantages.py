@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.maths.advantages import discounted_sum, gae, returns_to_go, whiten
+from rllib_distrl.maths.advantages import (
+    discounted_sum,
+    gae,
+    length_gae,
+    returns_to_go,
+    whiten,
+)
 from tests.maths.several_learners import on_learners
 
 MASK = torch.tensor([[True] * 6, [True] * 2 + [False] * 4, [True] * 5 + [False]])
@@ -40,6 +46,16 @@ def test_gae_equals_rllibs():
         )
         expected = targets - values[b, :length].numpy()
         assert ours[b, :length].numpy() == pytest.approx(expected, abs=1e-6)
+
+
+def test_the_lambda_of_each_length_is_its_own():
+    values, rewards = batch()
+    found = length_gae(values, rewards, MASK, alpha=0.4)
+    # Six tokens: 1 - 1/2.4; two: below 0, hence 0; five: 1 - 1/2.
+    for row, lambda_ in enumerate([1 - 1 / 2.4, 0.0, 0.5]):
+        alone = slice(row, row + 1)
+        expected = gae(values[alone], rewards[alone], MASK[alone], 1.0, lambda_)
+        assert torch.allclose(found[alone], expected, atol=1e-12)
 
 
 @pytest.mark.parametrize(("gamma", "lambda_"), [(1.0, 1.0), (0.9, 1.0)])

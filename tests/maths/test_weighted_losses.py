@@ -25,6 +25,16 @@ def test_cispo_keeps_the_gradient_of_clipped_tokens():
     assert bounded == pytest.approx([-1.3 * 2, 0.7 * 1, -1.1 * 0.5])
 
 
+def test_double_sided_leaves_out_what_is_far_off_on_either_side():
+    # Ratios 1.5, .5 and 1.1; inside of the bounds it is the plain importance-weighted gradient.
+    found = gradient(weighted_losses.double_sided, clip_param=0.6, clip_param_high=5.0)
+    assert found == pytest.approx([-1.5 * 2, 0.5 * 1, -1.1 * 0.5])
+    below = gradient(weighted_losses.double_sided, clip_param=0.4, clip_param_high=5.0)
+    assert below == pytest.approx([-1.5 * 2, 0.0, -1.1 * 0.5])
+    both = gradient(weighted_losses.double_sided, clip_param=0.4, clip_param_high=None)
+    assert both == pytest.approx([0.0, 0.0, -1.1 * 0.5])
+
+
 def test_truncated_importance_is_cut_at_its_cap():
     assert gradient(weighted_losses.truncated_importance, cap=1.4) == pytest.approx(
         [-1.4 * 2, 0.5, -0.55]
