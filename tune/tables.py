@@ -13,6 +13,7 @@ import json
 import statistics
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from rllib_distrl.cli.methods import markdown
 from rllib_distrl.experiments.decisions import Decisions, decide
@@ -21,9 +22,12 @@ from rllib_distrl.experiments.record import Record, read_records
 from rllib_distrl.experiments.results import Results, arrange
 from rllib_distrl.experiments.sweep import at_equal_average
 from rllib_distrl.experiments.tables import Table, results_table, tested
+from rllib_distrl.runs.log import read_progress
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results"
+LAST = 100
+"""Iterations of the main job whose calibration is kept."""
 MAIN_JOB, IGNORANCE = RESULTS / "main-job.json", RESULTS / "ignorance.json"
 
 COUNTDOWN, GRAPH, GRADED = "headline-countdown", "headline-graph-path", "headline-graded"
@@ -154,6 +158,25 @@ TABLES = {
 }
 
 
+def _calibration(iterations: list[dict[str, Any]]) -> dict[str, Any]:
+    """The shares and the largest deviation of the PIT over the returns of some iterations."""
+
+    def mean(name: str) -> float:
+        return statistics.mean(
+            row[f"learners/default_policy/quantile_{name}"] for row in iterations
+        )
+
+    shares = [mean(f"pit_{i}") for i in range(10)]
+    off = [abs(sum(shares[: i + 1]) - (i + 1) / 10) for i in range(10)]
+    return {
+        "iterations": len(iterations),
+        "coverage_90": round(mean("coverage_90"), 4),
+        "coverage_50": round(mean("coverage_50"), 4),
+        "pit": [round(share, 4) for share in shares],
+        "deviation": round(max(off), 4),
+    }
+
+
 def keep_main_job(folders: list[Path]) -> None:
     """Writes docs/results/main-job.json from run folders."""
     runs = []
@@ -167,6 +190,7 @@ def keep_main_job(folders: list[Path]) -> None:
                 "commit": meta["commit"],
                 **{key: found[key] for key in ("problems", "samples", "before", "after")},
                 "critic": {k: v for k, v in critic.items() if "explained_variance" in k},
+                "calibration": _calibration(read_progress(folder / "progress.jsonl")[-LAST:]),
             }
         )
     command = "distrl train configs/countdown/distrl.toml run.seed=SEED"
