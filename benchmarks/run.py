@@ -145,13 +145,18 @@ def machine() -> dict:
     }
 
 
-def measure(groups: list[str], repeats: int, warmup: int, environments: Path) -> dict:
-    """Measures the ratios of some groups."""
-    record = {
+def about() -> dict:
+    """What a measurement is recorded with: machine, commit, and when."""
+    return {
         "machine": machine(),
         "commit": git("rev-parse", "--short", "HEAD") + ("+" if git("status", "-s") else ""),
         "date": time.strftime("%Y-%m-%d %H:%M"),
     }
+
+
+def measure(groups: list[str], repeats: int, warmup: int, environments: Path) -> dict:
+    """Measures the ratios of some groups."""
+    record = about()
     with tempfile.TemporaryDirectory() as scratch:
         models = Path(scratch)
         for name in WORKLOADS:

@@ -1,134 +1,191 @@
-"""What turns cost: an engine that keeps the past, one that computes it again, and a slow tool.
+"""What turns cost, from prompts to graded episodes, and what a slow tool costs.
 
-    python -m benchmarks.turns    # a random model of the small benchmark's size, one thread
+    python -m benchmarks.turns [--rounds 7] [--dry]
 
-64 rows sample 64 tokens each: in one turn; in four of 16 tokens with replies of 8 tokens between
-them, the past kept; the same with the past computed again at each turn. Then 2,048 rows, 64 at a
-time, where a tenth of the replies take 200 ms, and where none does. Rounds are interleaved; printed
-are medians over rounds of the ratio of two times of the same round.
+The small workload's model; 64 rows sample 64 tokens each: in one turn; in four of 16 tokens with
+replies of 8 tokens between them. Then 1,024 rows, 64 at a time, in four turns, where every reply
+comes at once, and where a tenth of them take 200 ms. Rounds are interleaved; a ratio is that of two
+runs of the same round, by CPU seconds for the first and by the wall clock for the second. Writes
+benchmarks/results/turns.json and renews the table of docs/performance.md.
 """
 
+import argparse
+import json
+import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, Qwen2Config
 
-from rllib_distrl.engine import Request, SamplingParams, TorchEngine
-from rllib_distrl.engine.conversation import Answer, converse
-from rllib_distrl.rollout.turns import SLOW_REPLIES
+from benchmarks.run import RESULTS, ROOT, about
+from benchmarks.task import WordTask
+from benchmarks.workload import GENERATIONS, PROMPTS, WORDS, Stopwatch, make_model
+from distrl_envs import Draws, Grade, Problem, Reply, TokenEnv, Turn
+from rllib_distrl import DistRLConfig
+from rllib_distrl.experiments.pages import renew_table
+from rllib_distrl.method.prompt_samplers import PromptRequest
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 
-ROWS, QUEUE, TURNS, TURN, REPLY, PROMPT = 64, 2048, 4, 16, 8, 16
-SLOW_SHARE, SLOW_S = 0.1, 0.2
-ROUNDS = 9
-TOKENS = TURNS * TURN
-
-
-class Partner:
-    """Replies after every 16 sampled tokens, at once or from a thread that sleeps now and then."""
-
-    longest = PROMPT + TOKENS + TURNS * REPLY
-    stops: Callable[[int, np.ndarray], bool] | None = None
-
-    def __init__(self, *, slow: bool = False):
-        self.rng = np.random.default_rng(0)
-        self.pool = ThreadPoolExecutor(SLOW_REPLIES) if slow else None
-        self.coming: list[Future[Answer]] = []
-        self.there: list[Answer] = []
-
-    def ended(self, place: int, tokens: np.ndarray) -> bool:
-        if len(tokens) >= TOKENS:
-            return False
-        answer = Answer(place, range(10, 10 + REPLY), len(tokens) + TURN)
-        if self.pool is None:
-            self.there.append(answer)
-        else:
-            sleeps = SLOW_S * (self.rng.random() < SLOW_SHARE)
-            self.coming.append(self.pool.submit(_after, sleeps, answer))
-        return True
-
-    def ready(self, *, wait: bool) -> Sequence[Answer]:
-        while True:
-            done = [future for future in self.coming if future.done()]
-            self.coming = [future for future in self.coming if future not in done]
-            now = self.there + [future.result() for future in done]
-            self.there = []
-            if now or not wait:
-                return now
-            time.sleep(0.0002)
+ROWS, QUEUE, TURNS, TURN, REPLY = PROMPTS * GENERATIONS, 1024, 4, 16, 8
+SLOW_ONE_IN, SLOW_S = 10, 0.2
+OUT, PAGE = RESULTS.with_name("turns.json"), ROOT / "docs" / "performance.md"
+VISITS = count()
 
 
-def _after(seconds: float, answer: Answer) -> Answer:
-    time.sleep(seconds)
-    return answer
+class TalkTask(WordTask):
+    """The workload's prompts; every turn is answered by eight words, some late."""
+
+    max_turns, max_reply_tokens = TURNS, REPLY
+
+    def __init__(self, slow: bool = False):
+        super().__init__()
+        self.replies_slowly = slow
+
+    def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
+        if self.replies_slowly and draws.below(SLOW_ONE_IN) == 0:
+            time.sleep(SLOW_S)
+        return Reply(" ".join(WORDS[10 : 10 + REPLY]))
+
+    def grade_turns(self, problem: Problem, turns: Sequence[Turn], *, truncated: bool) -> Grade:
+        return self.grade(problem, " ".join(turn.completion for turn in turns))
 
 
-class Again:
-    """An engine that keeps nothing of a row that waits."""
+class FixedTurns(TokenEnv):
+    """Turns end after 16 tokens: the workload's model says no EOS."""
 
-    def __init__(self, engine: TorchEngine):
-        self.version, self.generate = engine.version, engine.generate
+    def ends_turn(self, completion: Sequence[int], start: int = 0) -> bool:
+        return len(completion) - start >= TURN
+
+    def room(self, prompt_length: int, completion: Any, replies: Any = ()) -> int:
+        return min(TURN, super().room(prompt_length, completion, replies))
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+ENV = "benchmarks/FixedTurns-v0"
+if ENV not in gymnasium.registry:
+    gymnasium.register(
+        ENV, "benchmarks.turns:FixedTurns", disable_env_checker=True, order_enforce=False
+    )
+
+
+def make_runner(model: Path, turns: int, slow: bool = False) -> CompletionEnvRunner:
+    """A runner on the workload, in one turn or in four."""
+    config = DistRLConfig()
+    if turns == 1:
+        config.environment(
+            "distrl_envs:distrl/Custom-v0", env_config={"task": "benchmarks.task:WordTask"}
+        )
+    else:
+        task = {"task": "benchmarks.turns:TalkTask", "task_config": {"slow": slow}}
+        config.environment(f"benchmarks.turns:{ENV}", env_config=task)
+    config.rl_module(model_config={"model": str(model)})
+    config.rollout(
+        prompts_per_iteration=PROMPTS,
+        num_generations=GENERATIONS,
+        max_completion_tokens=TURNS * TURN,
+        max_batch_size=ROWS,
+    )
+    config.env_runners(num_env_runners=0)
+    config.debugging(seed=0, log_level="ERROR")
+    config.validate()
+    return CompletionEnvRunner(config=config)
+
+
+def sampled(runner: CompletionEnvRunner, rows: int, turns: int) -> dict[str, float]:
+    """Seconds of so many rows, from prompts to episodes."""
+    visit, watch = next(VISITS), Stopwatch()
+    prompts = [PromptRequest(row, visit) for row in range(PROMPTS)]
+    with watch.running():
+        report = runner.sample_prompts(prompts, rows // PROMPTS)
+    assert report.error is None, report.error.text
+    lengths = {len(episode) for episode in report.episodes}
+    said = {len(episode.infos[0].get("replies", ())) for episode in report.episodes}
+    assert lengths == {TURNS * TURN} and said == {turns - 1}, (lengths, said)
+    return watch.measured(rows * TURNS * TURN)
+
+
+def prefilled(runner: CompletionEnvRunner) -> float:
+    """Tokens that the decoder computes at once when a row takes its next turn, on average."""
+    given, decoder = [], runner.engine.decoder
+    resume = decoder.resume
+
+    def counted(parked: Sequence[Any], more: Sequence[Sequence[int]]) -> Any:
+        given.extend(map(len, more))
+        return resume(parked, more)
+
+    decoder.resume = counted
+    try:
+        sampled(runner, ROWS, TURNS)
+    finally:
+        del decoder.resume
+    assert len(given) == ROWS * (TURNS - 1)
+    return float(np.mean(given))
+
+
+def measure(rounds: int) -> dict[str, Any]:
+    """Ratios of all rounds, and the tokens of a turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder), "fixed")
+        one, four, slow = (
+            make_runner(model, *kind) for kind in ((1, False), (TURNS, False), (TURNS, True))
+        )
+        ways: dict[str, Callable[[], dict[str, float]]] = {
+            "one turn": lambda: sampled(one, ROWS, 1),
+            "four turns": lambda: sampled(four, ROWS, TURNS),
+            "queue": lambda: sampled(four, QUEUE, TURNS),
+            "queue, slow replies": lambda: sampled(slow, QUEUE, TURNS),
+        }
+        tokens = prefilled(four)
+        for work in ways.values():
+            work()
+        found = [{name: work() for name, work in ways.items()} for _ in range(rounds)]
+
+    def ratio(name: str, base: str, clock: str) -> dict[str, Any]:
+        ratios = [one[name][clock] / one[base][clock] for one in found]
+        low, median, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        return {"median": median, "low": low, "high": high, "ratios": ratios, "clock": clock}
+
+    return {
+        **about(),
+        "four_turns_vs_one": ratio("four turns", "one turn", "cpu_s"),
+        "slow_replies_vs_fast": ratio("queue, slow replies", "queue", "wall_s"),
+        "prefilled_tokens_a_turn": tokens,
+        "seconds": found,
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """As it stands in docs/performance.md."""
+    lines = ["| cost | median | quartiles | aim | what |", "|---|---|---|---|---|"]
+    for name, aim, what in (
+        ("four_turns_vs_one", 1.15, "CPU seconds of 64 tokens in four turns against one turn"),
+        ("slow_replies_vs_fast", 1.1, "seconds of a queue whose tenth reply takes 200 ms"),
+    ):
+        found = results[name]
+        missed = "" if found["median"] <= aim else " (missed)"
+        quartiles = f"{found['low']:.2f} to {found['high']:.2f}"
+        lines.append(
+            f"| `{name}` | {found['median']:.2f} | {quartiles} | ≤ {aim}{missed} | {what} |"
+        )
+    tokens = results["prefilled_tokens_a_turn"]
+    what = f"tokens computed for a turn: a reply of {REPLY} and the turn's last token"
+    lines.append(f"| `prefilled_tokens_a_turn` | {tokens:g} | | {REPLY + 1} | {what} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Prints one line for each comparison."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-    )
-    engine = TorchEngine(config, [], max_batch_size=ROWS)
-    engine.load_weights(AutoModelForCausalLM.from_config(config).state_dict(), 0)
-    params = SamplingParams(TOKENS)
-    rng = np.random.default_rng(0)
-    prompts = [rng.integers(4, 128, PROMPT).tolist() for _ in range(QUEUE)]
-    first = [Request(prompt, (0, row, 0, 0), limit=TURN) for row, prompt in enumerate(prompts)]
-    whole = [replace(request, limit=None) for request in first[:ROWS]]
-
-    def talk(other: Any, requests: Sequence[Request], *, slow: bool = False) -> None:
-        found = dict(converse(other, requests, params, Partner(slow=slow)))
-        assert {len(completion.tokens) for completion in found.values()} == {TOKENS}
-
-    ways: dict[str, Callable[[], object]] = {
-        "one turn": lambda: engine.generate(whole, params),
-        "four turns, past kept": lambda: talk(engine, first[:ROWS]),
-        "four turns, computed again": lambda: talk(Again(engine), first[:ROWS]),
-        "a queue, fast replies": lambda: talk(engine, first),
-        "a queue, slow replies": lambda: talk(engine, first, slow=True),
-    }
-    for work in ways.values():
-        work()
-    taken = {name: np.zeros(ROUNDS) for name in ways}
-    for number in range(ROUNDS):
-        for name, work in ways.items():
-            taken[name][number] = seconds(work)
-    for name, base in (
-        ("four turns, past kept", "one turn"),
-        ("four turns, computed again", "one turn"),
-        ("a queue, slow replies", "a queue, fast replies"),
-    ):
-        ratios = taken[name] / taken[base]
-        print(
-            f"{name}: {np.median(taken[name]):.3f} s, {np.median(ratios):.2f} times {base} "
-            f"({ratios.min():.2f} to {ratios.max():.2f} in {ROUNDS} rounds)"
-        )
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--dry", action="store_true", help="do not write the results")
+    chosen = parser.parse_args()
+    results = measure(chosen.rounds)
+    print(table(results))
+    if not chosen.dry:
+        OUT.write_text(json.dumps(results, indent=1) + "\n")
+        renew_table(PAGE, table(results), "turns")
 
 
 if __name__ == "__main__":

@@ -310,7 +310,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     ) -> tuple[Observation, float, bool, bool, Info]:
         """What a step returns after which no token of the same turn may follow."""
         completion, replies = self._completion, self._replies
-        self._turns.append(Turn(self._text(completion[self._start :])))
+        known = self._known[len(replies) :] if self._known else ()
+        said = known[0].said if known and known[0].at == len(completion) else None
+        said = self._text(completion[self._start :]) if said is None else said
+        self._turns.append(Turn(said))
         made = self._next_reply() if ended else None
         info: Info = {}
         if made is not None:
@@ -400,21 +403,22 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         reply = asked(self.task, problem, list(turns), address)
         if reply is None:
             return None
+        said = turns[-1].completion
         if reply.over:
-            return EnvReply(at, (), reply, "stop")
+            return EnvReply(at, (), reply, "stop", said)
         if len(turns) >= self.max_turns:
-            return EnvReply(at, (), reply, "turns")
+            return EnvReply(at, (), reply, "turns", said)
         if at >= self.max_completion_tokens:
-            return EnvReply(at, (), reply, "length")
+            return EnvReply(at, (), reply, "length", said)
         end = completion[-1] if completion[-1] in self.eos_token_ids else None
         try:
             ids, shown = self._reply_tokens.encode(reply, end, prompt[-1])
         except ValueError as error:
             what = at_turn(self.task, problem, len(turns))
             raise TaskError(f"{what} cannot be shown to the model: {error}") from error
-        made = EnvReply(at, ids, shown)
+        made = EnvReply(at, ids, shown, said=said)
         if not self.room(len(prompt), at, [*replies, made]):
-            return EnvReply(at, (), reply, "context")
+            return EnvReply(at, (), reply, "context", said)
         return made
 
     def room(
@@ -444,7 +448,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         """
         turns, start = [], 0
         for reply in replies:
-            turns.append(Turn(self._text(completion[start : reply.at]), reply.reply))
+            said = self._text(completion[start : reply.at]) if reply.said is None else reply.said
+            turns.append(Turn(said, reply.reply))
             start = reply.at
         if start < len(completion) or not turns:
             turns.append(Turn(self._text(completion[start:])))

@@ -61,12 +61,14 @@ class EnvReply(NamedTuple):
         finish: Why the episode is over: "stop" (the reply says so), "turns" (it was the last turn
             allowed), "length" (no more tokens may be sampled) or "context" (nothing fits behind
             the reply); None where the model goes on.
+        said: The turn that is answered, decoded; None where nobody has yet.
     """
 
     at: int
     ids: tuple[int, ...]
     reply: Reply
     finish: str | None = None
+    said: str | None = None
 
 
 def interleaved(

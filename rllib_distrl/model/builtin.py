@@ -67,6 +67,8 @@ class BuiltinSpec:
         lr: Peak learning rate of AdamW; linear warm-up, then a cosine.
         warmup_steps: Steps of the warm-up.
         seed: Of the initial weights and the examples.
+        start: Name of the built-in model of the same shape whose weights it starts from, instead
+            of random ones.
     """
 
     name: str
@@ -83,6 +85,7 @@ class BuiltinSpec:
     lr: float = 1e-2
     warmup_steps: int = 50
     seed: int = 0
+    start: str | None = None
 
     def make_task(self, split: str = "train") -> GeneratedTask:
         """The task whose solutions the model is trained on."""
@@ -122,6 +125,7 @@ class BuiltinSpec:
         task = self.make_task()
         return {
             "spec": asdict(self),
+            "start": SPECS[self.start].key() if self.start else None,
             "vocabulary": VOCABULARY,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -153,8 +157,15 @@ SPECS = {
             intermediate_size=96,
             steps=300,
         ),
-        BuiltinSpec("mastermind", task="mastermind", steps=1_200),
-        BuiltinSpec("countdown-check", task="countdown_check", window=160, steps=2_200),
+        BuiltinSpec("mastermind", task="mastermind", steps=500, lr=7e-3),
+        BuiltinSpec(
+            "countdown-check",
+            task="countdown_check",
+            window=160,
+            start="countdown",
+            steps=300,
+            lr=3e-3,
+        ),
         # For tests and quick looks: knows the form of an answer, seldom the answer.
         BuiltinSpec(
             "countdown-tiny",
@@ -204,16 +215,17 @@ def builtin_folder(spec: BuiltinSpec, root: Path | None = None) -> Path:
     """
     key = spec.key()
     folder = CachedFolder(f"{spec.name}-{content_key(key)}", f"{PREFIX}{spec.name}", root)
-    del key["sources"]  # already in the hash; too long to record
-    return folder.get(lambda target: {"key": key, **warm_start(spec, target)})
+    del key["sources"], key["start"]  # already in the hash; too long to record
+    return folder.get(lambda target: {"key": key, **warm_start(spec, target, root)})
 
 
-def warm_start(spec: BuiltinSpec, folder: Path) -> dict[str, Any]:
+def warm_start(spec: BuiltinSpec, folder: Path, root: Path | None = None) -> dict[str, Any]:
     """Trains the model of a specification and writes its Hugging Face folder.
 
     Args:
         spec: The model and its recipe.
         folder: Gets configuration, weights, tokenizer and generation configuration.
+        root: Cache directory of the model that it starts from.
 
     Returns:
         For the record: parameters, losses (nats per completion token), CPU seconds.
@@ -223,6 +235,12 @@ def warm_start(spec: BuiltinSpec, folder: Path) -> dict[str, Any]:
     started = time.process_time()
     with _undisturbed(spec.seed):
         model = AutoModelForCausalLM.from_config(spec.model_config(), dtype=torch.float32)
+        if spec.start is not None:
+            with no_progress_bars():
+                other = AutoModelForCausalLM.from_pretrained(
+                    builtin_folder(SPECS[spec.start], root), dtype=torch.float32
+                )
+            model.load_state_dict(other.state_dict())
         train_loss = _train(model, spec)
         validation_loss = _validate(model, spec)
     model.generation_config = GenerationConfig(

@@ -258,11 +258,11 @@ def test_the_micro_batch_is_the_largest_that_leaves_a_tenth_of_the_memory(monkey
     assert longest == 7 + 24
     config.environment("distrl_envs:distrl/Mastermind-v0")
     config.validate()
-    # Replies of four tokens come after five of the six guesses.
-    assert estimates.longest_sequence(config, config.rollout_settings) == 4 + 24 + 5 * 4
+    # Replies of four tokens come after four of the five guesses.
+    assert estimates.longest_sequence(config, config.rollout_settings) == 7 + 24 + 4 * 4
     config.environment(env_config={"max_reply_tokens": 7, "max_turns": 2})
     config.validate()
-    assert estimates.longest_sequence(config, config.rollout_settings) == 4 + 24 + 7
+    assert estimates.longest_sequence(config, config.rollout_settings) == 7 + 24 + 7
     config = distrl_config(micro_batch_tokens=100)
     config.validate()
     assert chosen(1_000) == 16_384

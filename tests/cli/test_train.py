@@ -269,7 +269,7 @@ def test_explain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "replies" not in result.stdout
     turns = ["environment.env=distrl_envs:distrl/Mastermind-v0", "run.model=builtin:mastermind"]
     result = CliRunner().invoke(app, ["explain", "tiny.toml", *turns])
-    assert "at most 5 x 4 tokens in an episode" in result.stdout, result.stderr
+    assert "at most 4 x 4 tokens in an episode" in result.stdout, result.stderr
     stock = CliRunner().invoke(
         app, ["explain", "tiny.toml", "run.algorithm=PPO", "training.minibatch_size=64"]
     )

@@ -28,11 +28,14 @@ from distrl_envs.turns import EnvReply
 from tests.envs.byte_tokenizer import byte_tokenizer
 
 GAMES = ("blackjack", "mastermind", "countdown_check")
-BLACKJACK, MASTERMIND, CHECK = BlackjackTask(), MastermindTask(), CountdownCheckTask()
+BLACKJACK, CHECK = BlackjackTask(), CountdownCheckTask()
+MASTERMIND = MastermindTask(places=3, guesses=6)
 HAND = Problem(
     0, "6 10 ; 16 , 0 -> 9 :", {"cards": (6, 10), "dealer": 9}, "6 10|9",
 )  # fmt: skip
-CODE = Problem(0, "3 , 6 :", {"code": (1, 2, 2)}, "6|1 2 2")
+CODE = Problem(
+    0, "3 4 5 -> 0 , 0 :", {"code": (1, 2, 2), "opening": (3, 4, 5)}, "6|1 2 2|3 4 5",
+)  # fmt: skip
 NUMBERS = Problem(0, "3 4 7 9 -> 24 :", {"numbers": (3, 4, 7, 9), "target": 24}, "3 4 7 9|24")
 EOS_ID = VOCABULARY[EOS]
 SOLVED = "3 * 4 = 12 , 9 - 7 = 2 , 12 * 2 = 24"
@@ -192,8 +195,8 @@ def test_an_episode_that_never_ends_is_an_error():
         def respond(self, problem, turns, draws):
             return Reply("1 , 1")
 
-    with pytest.raises(TaskError, match=r"Endless\.respond\(\).*did not end.*turn 6"):
-        game(Endless(), CODE, *["1 1 1"] * 6)
+    with pytest.raises(TaskError, match=r"Endless\.respond\(\).*did not end.*turn 5"):
+        game(Endless(), CODE, *["1 1 1"] * 5)
 
 
 # --- Blackjack: rules
@@ -492,19 +495,46 @@ def test_spellings_of_a_guess(text):
     assert game(MASTERMIND, CODE, text)[0].reply.text == "3 , 0"
 
 
-def test_the_code_is_not_in_the_prompt_and_replies_need_no_chance():
-    assert {MASTERMIND.problem(row).prompt for row in range(20)} == {"3 , 6 :"}
+def test_a_prompt_is_an_opening_and_what_it_tells_and_replies_need_no_chance():
+    codes = {}
+    for row in range(400):
+        problem = MASTERMIND.problem(row)
+        opening, code = problem.data["opening"], problem.data["code"]
+        exact, misplaced = feedback(opening, code)
+        shown = " ".join(map(str, opening))
+        assert problem.prompt == f"{shown} -> {exact} , {misplaced} :" and opening != code
+        assert shown in MASTERMIND.instruction(problem)
+        codes.setdefault(problem.prompt, set()).add(code)
+    assert max(map(len, codes.values())) > 1
     replies = {MASTERMIND.respond(CODE, [Turn("2 1 2")], Draws(b"%d" % i)) for i in range(5)}
     assert replies == {Reply("1 , 2")}
+
+
+def test_an_opening_leaves_its_codes_equally_likely():
+    task, draws = MastermindTask(numbers=3), Draws(b"openings")
+    drawn = [task.attempt(draws, 0) for _ in range(4_000)]
+    counts = Counter((one[0].prompt, one[0].data["code"]) for one in drawn if one)
+    # An opening of two numbers has one right with 2 x 2/3 x 1/3, none with 1/9, given its code.
+    assert sum(one is None for one in drawn) / 4_000 == pytest.approx(4 / 9, abs=0.04)
+    for prompt, codes in (("1 2 -> 1 , 0 :", 4), ("1 1 -> 0 , 0 :", 4), ("1 2 -> 0 , 1 :", 2)):
+        found = [counts[shown, code] for shown, code in counts if shown == prompt]
+        assert len(found) == codes and stats.chisquare(found).pvalue > 1e-3
+
+
+def test_the_codes_that_are_left_by_hand():
+    assert len(MASTERMIND.allowed(CODE, ())) == 27  # none of 3, 4, 5
+    left = MASTERMIND.allowed(CODE, [Turn("1 1 2"), Turn("no guess")])
+    assert left == [(1, 1, 1), (1, 1, 6), (1, 2, 2), (1, 6, 2), (2, 1, 2), (6, 1, 2)]
 
 
 def test_two_difficulties_are_two_tasks():
     easy = {MASTERMIND.problem(row).key for row in range(30)}
     assert not easy & {MastermindTask(numbers=5).problem(row).key for row in range(30)}
     keys = {
-        split: {MastermindTask(split).problem(row).key for row in range(1_500)} for split in SPLITS
+        split: {MastermindTask(split, numbers=2).problem(row).key for row in range(200)}
+        for split in SPLITS
     }
-    assert sum(map(len, keys.values())) == 216 == len(set.union(*keys.values()))
+    assert sum(map(len, keys.values())) == 4 * 3 == len(set.union(*keys.values()))
 
 
 # --- Countdown with a checking tool
@@ -571,15 +601,16 @@ def test_what_a_critic_is_told_of_a_hand():
 
 
 def test_what_a_critic_is_told_of_a_code():
-    # 1 1 2 is right in two places. Of the 15 codes that give that answer 10 begin with 1, and one,
-    # 1 2 2, with 1 2.
+    # The opening leaves the numbers 1, 2 and 6; 1 1 2 is right in two places. Of the six codes that
+    # are left four begin with 1, and one, 1 2 2, with 1 2.
     turns = (Turn("1 1 2", Reply("2 , 0")),)
     start, one, two = MASTERMIND.critic_observation(CODE, turns, ["", "1", "1 2"])
-    left = math.log(15) / math.log(216)
+    left = math.log(6) / math.log(216)
     assert start == pytest.approx((1 / 6, left, 0, 0, 1))
-    assert one == pytest.approx((1 / 6, left, 1 / 3, 1 / 3, 10 / 15))
-    assert two == pytest.approx((1 / 6, left, 2 / 3, 2 / 3, 1 / 15))
-    assert MASTERMIND.critic_observation(CODE, (), [""])[0][:2] == (0, 1)
+    assert one == pytest.approx((1 / 6, left, 1 / 3, 1 / 3, 4 / 6))
+    assert two == pytest.approx((1 / 6, left, 2 / 3, 2 / 3, 1 / 6))
+    first = MASTERMIND.critic_observation(CODE, (), [""])[0]
+    assert first[:2] == pytest.approx((0, math.log(27) / math.log(216)))
 
 
 @pytest.mark.parametrize("name", GAMES)

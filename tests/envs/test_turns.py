@@ -262,6 +262,18 @@ def test_turns_of_an_episode_that_goes_on():
     assert env.turns_of([6, EOS, 7, 8], replies) == [Turn("3", reply), Turn("4 5")]
 
 
+def test_what_a_reply_answers_is_not_decoded_again():
+    env = TokenEnv(Guess())
+    replies = asked_and_known(env, WON)
+    assert [reply.said for reply in replies] == ["3", "8", "5"]
+    other = [reply._replace(said=said) for reply, said in zip(replies, "678", strict=True)]
+    assert [turn.completion for turn in env.turns_of(WON, other)] == ["6", "7", "8"]
+    [verdict] = env.grade_many([0], [WON], [other])
+    assert verdict.grade == Grade(0.75, "wrong") and verdict.text.startswith("6\n")
+    last = play(env, WON, replies=other, verdict=verdict)[-1]
+    assert [turn.completion for turn in last[-1]["turns"]] == ["6", "7", "8"]
+
+
 @pytest.mark.parametrize("obs_mode", OBS_MODES)
 def test_check_env(obs_mode):
     tokenizer = chatml()

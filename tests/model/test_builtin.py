@@ -167,9 +167,21 @@ def test_every_field_of_the_specification_is_in_the_key():
             "steps": 41,
             "lr": 0.01,
             "seed": 1,
+            "start": "countdown",
         }.items()
     ]
     assert all(spec.key() != SHORT.key() for spec in changed)
+
+
+def test_a_model_starts_from_another(short, monkeypatch):
+    monkeypatch.setitem(SPECS, "short", SHORT)
+    on = replace(SHORT, name="on", start="short", steps=1, lr=1e-6, seed=1)
+    key, root = on.key(), short.parent
+    weights, before = (load_model(str(f)).state_dict() for f in (builtin_folder(on, root), short))
+    assert all(torch.allclose(weights[name], before[name], atol=2e-6) for name in before)
+    assert any(not weights[name].equal(before[name]) for name in before)
+    monkeypatch.setitem(SPECS, "short", replace(SHORT, steps=41))
+    assert on.key() != key  # What it starts from is another model.
 
 
 def test_find_spec():

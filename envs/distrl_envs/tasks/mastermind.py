@@ -19,8 +19,10 @@ FEWEST_PLACES, MOST_PLACES = 2, 5
 FEWEST_NUMBERS, MOST_NUMBERS = 2, 10
 MOST_CODES = 10_000
 MOST_GUESSES = 20
-RANDOM_SHARE = 0.25
+RANDOM_SHARE = 0.2
 """Share of guesses in a demonstration that do not heed what is known (our choice)."""
+OPENINGS = 2
+"""A number of the opening is that of the code in one of so many cases, else drawn (our choice)."""
 TAGGED = re.compile(r"<guess>(.*?)(?:</guess>|$)", re.DOTALL)
 GUESS = re.compile(r"[0-9]{1,2}(?:[\s,]+[0-9]{1,2})*")
 UNREADABLE = "-"
@@ -32,10 +34,14 @@ Code = tuple[int, ...]
 class MastermindTask(GeneratedTask):
     """Find a code of `places` numbers from 1..`numbers`, each of which may occur again.
 
-    The prompt `3 , 6 :` says how many places and numbers, and no more: what the code is, replies
-    tell. A turn is one guess, `1 1 2` for instance, and the reply `1 , 2` how many numbers are
-    right where they stand, and how many more are in the code at another place. A turn that is no
-    guess is spent: its reply is `-`, its status `malformed`.
+    The prompt `1 4 -> 1 , 0 :` is a first guess, the opening, and what it tells: how many numbers
+    are right where they stand, and how many more are in the code at another place. A turn is one
+    guess, `1 2` for instance, and the reply what that tells, `0 , 1`. A turn that is no guess is
+    spent: its reply is `-`, its status `malformed`.
+
+    Half of the opening's numbers are the code's, the others drawn; it is never the code. Codes that
+    the replies allow are equally likely all the same. Problems differ by code and opening, so that
+    who is trained on some has met the codes of others.
 
     The score of a code found with guess g of G is 1 - (g - 1) / G, so that 1/G goes to the last
     one; a code that is not found scores 0.
@@ -44,11 +50,11 @@ class MastermindTask(GeneratedTask):
     name = "mastermind"
     names_answers = False
     critic_numbers = ("turn", "codes", "written", "right", "possible")
-    max_prompt_tokens = max_reply_tokens = 4
+    max_reply_tokens = 4
 
     def __init__(
-        self, split: str = "train", seed: int = 0, places: int = 3, numbers: int = 6,
-        guesses: int = 6,
+        self, split: str = "train", seed: int = 0, places: int = 2, numbers: int = 6,
+        guesses: int = 5,
     ):  # fmt: skip
         """Chooses the split, the seed, and how hard it is.
 
@@ -71,6 +77,7 @@ class MastermindTask(GeneratedTask):
             )
         self.places, self.numbers, self.guesses = places, numbers, guesses
         self.max_turns = guesses
+        self.max_prompt_tokens = places + 5  # the opening, "->", what it tells, ":"
         self.max_completion_tokens = guesses * (places + 1)  # with EOS
 
     @property
@@ -78,12 +85,20 @@ class MastermindTask(GeneratedTask):
         """How many places and numbers."""
         return f"{self.places},{self.numbers}"
 
-    def attempt(self, draws: Draws, row: int) -> tuple[Problem, str]:
-        """Draws a code; the solution names it at once."""
+    def attempt(self, draws: Draws, row: int) -> tuple[Problem, str] | None:
+        """Draws a code and an opening; the solution names the code at once."""
         code = tuple(1 + draws.below(self.numbers) for _ in range(self.places))
-        shown = " ".join(map(str, code))
-        prompt = f"{self.places} , {self.numbers} :"
-        return Problem(row, prompt, {"code": code}, f"{self.numbers}|{shown}"), shown
+        opening = tuple(
+            number if draws.below(OPENINGS) == 0 else 1 + draws.below(self.numbers)
+            for number in code
+        )
+        if opening == code:
+            return None
+        shown, guess = " ".join(map(str, code)), " ".join(map(str, opening))
+        exact, misplaced = feedback(opening, code)
+        data = {"code": code, "opening": opening}
+        key = f"{self.numbers}|{shown}|{guess}"
+        return Problem(row, f"{guess} -> {exact} , {misplaced} :", data, key), shown
 
     def solution(self, problem: Problem, rng: np.random.Generator) -> str:
         """The code, as a guess that could not be known to be right."""
@@ -92,32 +107,43 @@ class MastermindTask(GeneratedTask):
     def demonstration(
         self, problem: Problem, rng: np.random.Generator, solution: str | None = None
     ) -> list[Turn]:
-        """Guesses at random among the codes that the replies allow; one in four among all."""
+        """Guesses at random among the codes that the replies allow; one in five among all."""
         codes = all_codes(self.places, self.numbers)
-        allowed = range(len(codes))
 
         def move(problem: Problem, turns: Sequence[Turn]) -> str:
-            nonlocal allowed
-            if turns:
-                last = self._guess(turns[-1].completion)
-                assert last is not None
-                told = feedback(last, problem.data["code"])
-                would_be = feedback_of_all(last, self.numbers)
-                allowed = [index for index in allowed if would_be[index] == told]
-            pool = range(len(codes)) if rng.random() < RANDOM_SHARE else allowed
-            return " ".join(map(str, codes[pool[int(rng.integers(len(pool)))]]))
+            pool = codes if rng.random() < RANDOM_SHARE else self.allowed(problem, turns)
+            return " ".join(map(str, pool[int(rng.integers(len(pool)))]))
 
         return played(self, problem, move, rng)
 
+    def allowed(self, problem: Problem, turns: Sequence[Turn]) -> Sequence[Code]:
+        """The codes that would have been answered like that, in order.
+
+        Args:
+            problem: Its opening counts.
+            turns: Those that are no guess tell nothing.
+        """
+        codes = all_codes(self.places, self.numbers)
+        left: Sequence[int] = range(len(codes))
+        guesses = [problem.data["opening"], *(self._guess(turn.completion) for turn in turns)]
+        for guess in guesses:
+            if guess is not None:
+                told = feedback(guess, problem.data["code"])
+                would_be = feedback_of_all(guess, self.numbers)
+                left = [index for index in left if would_be[index] == told]
+        return [codes[index] for index in left]
+
     def instruction(self, problem: Problem) -> str:
         """The rules in English."""
-        example = " ".join(str(1 + i % self.numbers) for i in range(self.places))
+        opening = " ".join(map(str, problem.data["opening"]))
+        exact, misplaced = feedback(problem.data["opening"], problem.data["code"])
         return (
             f"Find my code: {self.places} numbers, each of 1 to {self.numbers}, which may occur "
             f"again. You have {self.guesses} guesses; fewer are better. End each turn with one "
-            f"guess, as in <guess>{example}</guess>. I answer with two numbers, for instance 1 , 2 "
-            "where one number is right where it stands and two more are in the code at another "
-            "place. To what is no guess I answer - and it counts as one."
+            f"guess, as in <guess>{opening}</guess>. I answer with two numbers: to that guess "
+            f"{exact} , {misplaced} because {exact} of its numbers are right where they stand and "
+            f"{misplaced} more are in the code at another place. To what is no guess I answer - "
+            "and it counts as one."
         )
 
     def critic_observation(
@@ -129,18 +155,7 @@ class MastermindTask(GeneratedTask):
         codes); how many numbers of this turn's guess are written and how many of these are right
         where they stand, as shares; the share of the allowed codes that begin so.
         """
-        code, allowed = problem.data["code"], all_codes(self.places, self.numbers)
-        for turn in turns:
-            if (guess := self._guess(turn.completion)) is not None:
-                told = feedback(guess, code)
-                would_be = dict(
-                    zip(
-                        all_codes(self.places, self.numbers),
-                        feedback_of_all(guess, self.numbers),
-                        strict=True,
-                    )
-                )
-                allowed = tuple(one for one in allowed if would_be[one] == told)
+        code, allowed = problem.data["code"], self.allowed(problem, turns)
         left = log(len(allowed)) / log(self.numbers**self.places)
         found = []
         for text in texts:
