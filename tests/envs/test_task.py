@@ -70,7 +70,7 @@ def test_rows_are_pinned():
     assert first["sums"] == "25 + 16 ="
     assert first["blackjack"] == "3 10 ; 13 , 0 -> 10 :"
     assert first["countdown_check"] == "1 5 8 8 -> 23 :"
-    assert first["mastermind"] == "4 2 -> 1 , 0 :"
+    assert first["mastermind"] == "1 3 -> 1 , 0 :"
 
 
 @pytest.mark.parametrize("name", GENERATED)

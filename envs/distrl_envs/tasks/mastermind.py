@@ -21,6 +21,7 @@ MOST_CODES = 10_000
 MOST_GUESSES = 20
 RANDOM_SHARE = 0.2
 """Share of guesses in a demonstration that do not heed what is known (our choice)."""
+DEALS = 1_000
 OPENINGS = 2
 """A number of the opening is that of the code in one of so many cases, else drawn (our choice)."""
 TAGGED = re.compile(r"<guess>(.*?)(?:</guess>|$)", re.DOTALL)
@@ -40,8 +41,8 @@ class MastermindTask(GeneratedTask):
     spent: its reply is `-`, its status `malformed`.
 
     Half of the opening's numbers are the code's, the others drawn; it is never the code. Codes that
-    the replies allow are equally likely all the same. Problems differ by code and opening, so that
-    who is trained on some has met the codes of others.
+    the replies allow are equally likely all the same. A problem is a deal of code and opening: all
+    splits have all codes, for one that is never met in training would be one not to guess.
 
     The score of a code found with guess g of G is 1 - (g - 1) / G, so that 1/G goes to the last
     one; a code that is not found scores 0.
@@ -97,7 +98,7 @@ class MastermindTask(GeneratedTask):
         shown, guess = " ".join(map(str, code)), " ".join(map(str, opening))
         exact, misplaced = feedback(opening, code)
         data = {"code": code, "opening": opening}
-        key = f"{self.numbers}|{shown}|{guess}"
+        key = f"{self.numbers}|{shown}|{guess}|{draws.below(DEALS)}"
         return Problem(row, f"{guess} -> {exact} , {misplaced} :", data, key), shown
 
     def solution(self, problem: Problem, rng: np.random.Generator) -> str:
