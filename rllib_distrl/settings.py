@@ -42,6 +42,11 @@ Choice = str | dict[str, Any]
 Schedule = list[list[float]]
 """RLlib's: [[env step, value], ...], linear between them."""
 
+TWIN = "twin"
+NUMBERS_FOR_CRITICS = ("state", "stock")
+"""Values of ``critic_observation`` that are numbers at every token, a column of the batch."""
+CRITIC_TRUNKS = {"separate": 1, TWIN: 2}
+"""How many trunks of its own a ``critic`` has; others read the policy's states."""
 MOST_MICRO_BATCH_TOKENS = 16_384
 """``micro_batch_tokens`` where memory allows (our choice)."""
 
@@ -598,23 +603,25 @@ class TrainingSettings(Settings):
     aggregation: Choice = "token_mean"
     """How token losses become one: ``token_mean``, ``sequence_mean``, ``sequence_sum`` or
     ``constant``."""
-    critic: Literal["separate", "shared", "detached", "none"] = "separate"
-    """Whether the critic has a trunk of its own, the policy's, that without its gradient, or
-    whether there is none."""
-    critic_observation: Literal["none", "state", "text"] = "none"
+    critic: Literal["separate", "twin", "shared", "detached", "none"] = "separate"
+    """Whether the critic has a trunk of its own, is two critics with a trunk each, of which in
+    every state the one with the smaller mean counts (DSAC-T), has the policy's trunk, that without
+    its gradient, or whether there is none."""
+    critic_observation: Literal["none", "state", "text", "stock"] = "none"
     """What the critic, and never the policy, sees beside the tokens: ``state``, numbers of the
     task's verifier at every token (`Task.critic_observation`); ``text``, such as a reference
-    answer, before the rows of a separate critic (`Task.critic_text`)."""
+    answer, before the rows of a critic with a trunk of its own (`Task.critic_text`); ``stock``, the
+    return so far, where rewards come before the end."""
     critic_checkpoint: str | None = None
-    """Folder written by ``distrl export --critic`` to start a separate critic from; None: a copy of
-    the policy's trunk."""
+    """Folder written by ``distrl export --critic`` to start a critic with a trunk of its own from;
+    None: a copy of the policy's trunk."""
     critic_lr: Rate | None = None
     """Learning rate of the critic's own parameters; None: ``lr``."""
     critic_epochs: Count | None = None
     """Passes of the critic over a batch, those beyond ``num_epochs`` alone and after the policy's;
     None: ``num_epochs``."""
     critic_freeze: Literal["none", "attention"] = "none"
-    """What of a separate critic's trunk stays as it was: nothing, or its attention."""
+    """What of a critic's own trunk stays as it was: nothing, or its attention."""
     critic_warmup_iterations: NotNegativeInt = 0
     """Iterations in which only the critic learns."""
     critic_pretraining: PretrainingSettings | None = None

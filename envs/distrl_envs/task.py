@@ -36,8 +36,9 @@ LARGEST_SCORE = 3.4e38
 MOST_CRITIC_NUMBERS = 16
 """Most numbers per token that a task may tell a critic."""
 
-CRITIC_OBSERVATIONS = ("none", "state", "text")
-"""What a critic sees beside the tokens: nothing, `Task.critic_observation`, `Task.critic_text`."""
+CRITIC_OBSERVATIONS = ("none", "state", "text", "stock")
+"""What a critic sees beside the tokens: nothing, `Task.critic_observation`, `Task.critic_text`, or
+the return so far."""
 
 STATUSES = (
     "correct", "wrong", "no_answer", "too_long", "timeout", "worker_died", "unchecked",

@@ -174,8 +174,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             max_reply_tokens: Where a reply is cut, what the chat template puts around it included;
                 by default the task's, or 256 with another tokenizer than its own.
             critic_observation: What a critic, and no policy, may see beside the tokens: "none",
-                "state" (`Task.critic_observation`) or "text" (`Task.critic_text`); nothing that
-                `reset` and `step` let a policy observe depends on it.
+                "state" (`Task.critic_observation`), "text" (`Task.critic_text`) or "stock" (the
+                return so far, which whoever plays the episode adds up); nothing that `reset` and
+                `step` let a policy observe depends on it.
 
         Raises:
             ValueError: On any argument out of bounds, a task without problems, a stop string that
@@ -688,6 +689,13 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             raise ValueError(
                 f"The task {task.name!r} names {len(task.critic_numbers)} critic_numbers; it must "
                 f"name 1 to {MOST_CRITIC_NUMBERS} of what its method critic_observation gives."
+            )
+        if wanted == "stock" and not (task.has_step_reward or self.has_turns):
+            raise ValueError(
+                f"Got critic_observation='stock', but the task {task.name!r} rewards the end of an "
+                "episode alone: the return so far is 0 at every token. Leave critic_observation "
+                "out; where a wrapper gives rewards before the end, let the task have "
+                "has_step_reward = True."
             )
         room = MOST_CRITIC_TEXT
         if window is not None:

@@ -55,6 +55,7 @@ from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION, DistRLLearner
 from rllib_distrl.learner.step import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.method import registry
+from rllib_distrl.method.allocators import warn_of_rows_seen_once
 from rllib_distrl.model.causal_lm_module import DistRLModule
 from rllib_distrl.model.loading import resolve
 from rllib_distrl.recipe_schema import builder_parameters, check_names
@@ -237,7 +238,7 @@ class DistRLConfig(AlgorithmConfig):
         if self.seed is None:
             self.seed = secrets.randbelow(2**31)
         settings = env_settings(self.model_config["model"], self.rollout_settings, "token")
-        if self.critic_observation != "none":
+        if self.critic_observation != "none" or "critic_observation" in self.env_config:
             settings["critic_observation"] = self.critic_observation
         set_env_settings(self, settings)
         if self.micro_batch_tokens == "auto":
@@ -294,6 +295,8 @@ class DistRL(Algorithm):
         self.prompt_sampler = sampler(n_rows, self.config.seed)
         allocator = registry.resolve(ALLOCATOR, self.config.allocator)
         self.allocator = allocator(self.config.rollout_settings.num_generations, self.config.seed)
+        self._allocator_name = allocator.name
+        warn_of_rows_seen_once(allocator, sampler, n_rows)
         self._critic_pretrained = self.config.critic_pretraining is None
         self._refused_in_a_row = 0
         self._warn_of_mismatch = MismatchWarning(self.config)
@@ -508,8 +511,7 @@ class DistRL(Algorithm):
         if self.config.rollout_settings.segment_tokens:
             state[OPEN_ROWS] = self.batches.get_state()
         state[PROMPT_SAMPLER] = self.batches.prompts_learned
-        name = registry.resolve(ALLOCATOR, self.config.allocator).name
-        state[ALLOCATOR] = {name: self.allocator.get_state()}
+        state[ALLOCATOR] = {self._allocator_name: self.allocator.get_state()}
         state[SETTINGS] = module_settings(self.config)
         state[WEIGHTS] = self.weight_sync.contents()
         state[CRITIC_PRETRAINED] = self._critic_pretrained
@@ -533,9 +535,8 @@ class DistRL(Algorithm):
                 self.batches.set_state(before)
                 raise
         # What another allocator has learned means something else: this one starts anew.
-        name = registry.resolve(ALLOCATOR, self.config.allocator).name
-        if name in state.get(ALLOCATOR, {}):
-            self.allocator.set_state(state[ALLOCATOR][name])
+        if self._allocator_name in state.get(ALLOCATOR, {}):
+            self.allocator.set_state(state[ALLOCATOR][self._allocator_name])
         super().set_state(state)
         self._refused_in_a_row = 0
         self._restored_weights = state.get(WEIGHTS)

@@ -16,6 +16,7 @@ import psutil
 from distrl_envs.tokenizers import VOCABULARY
 from rllib_distrl.rllib_traps import is_registered_env
 from rllib_distrl.settings import (
+    CRITIC_TRUNKS,
     MOST_MICRO_BATCH_TOKENS,
     RolloutSettings,
     micro_batch_budget,
@@ -186,7 +187,7 @@ def learner_memory(
 
     Args:
         shape: The model.
-        critic: "separate" (own trunk), "shared", "detached" or "none".
+        critic: "separate" (own trunk), "twin" (two), "shared", "detached" or "none".
         critic_outputs: Outputs of the value head.
         micro_batch_tokens: Tokens that are computed in one forward and backward pass.
         precision: "fp32" or "bf16", whose products are half as large, and which keeps a copy
@@ -199,15 +200,16 @@ def learner_memory(
     from rllib_distrl.maths.lm_head import ACCELERATOR_LOGITS, CPU_LOGITS
 
     most_logits = ACCELERATOR_LOGITS if on_gpu else CPU_LOGITS
-    each, trunks = _FLOAT32, 2 if critic == "separate" else 1
+    each, own_trunks = _FLOAT32, CRITIC_TRUNKS.get(critic, 0)
+    trunks = 1 + own_trunks
     head = (shape.hidden + 1) * critic_outputs if critic != "none" else 0
     if adapter_parameters is None:
         policy = shape.parameters
-        own = head + (shape.trunk_parameters if critic == "separate" else 0)
+        own = head + own_trunks * shape.trunk_parameters
         trained = policy + own
     else:
         policy = shape.parameters + adapter_parameters
-        own = head + (adapter_parameters if critic == "separate" else 0)
+        own = head + own_trunks * adapter_parameters
         trained = own + adapter_parameters
     block = _block_activations(shape, each if precision == "fp32" else each // 2, each)
     kept = shape.layers * block
@@ -341,7 +343,7 @@ class Needs:
             longest: Tokens of the longest sequence, prompt included.
             budget: Token places of a micro-batch; None: those of the configuration.
         """
-        from rllib_distrl.method.heads import head_stage
+        from rllib_distrl.method.heads import make_head
 
         settings, updates = config.model_config, count_updates(config, rollout)
         # In steady state every segment of a completion is under way, and whole groups come in
@@ -357,7 +359,7 @@ class Needs:
         learner = learner_memory(
             shape,
             critic=settings.get("critic", "separate"),
-            critic_outputs=head_stage(settings)().n_outputs if "head" in settings else 1,
+            critic_outputs=make_head(settings).n_outputs if "head" in settings else 1,
             micro_batch_tokens=budget,
             precision=settings.get("precision", "fp32"),
             activation_checkpointing=settings.get("activation_checkpointing", False),

@@ -23,6 +23,7 @@ from rllib_distrl.model.loading import (
     load_model,
     load_tokenizer,
 )
+from rllib_distrl.settings import CRITIC_TRUNKS
 
 
 def policy_state(algo: Any) -> dict[str, Any]:
@@ -104,7 +105,7 @@ def export_critic(algo: Any, path: str | Path) -> None:
     if not critic:
         raise ValueError(f"{type(algo).__name__} has no critic to export.")
     settings = algo.config.model_config
-    if settings.get("critic", "separate") != "separate":
+    if (kind := settings.get("critic", "separate")) not in CRITIC_TRUNKS:
         trunk = f"{POLICY_PREFIX}{trunk_name(load_model(settings['model']))}."
         critic |= {
             TRUNK + name.removeprefix(trunk): t
@@ -119,6 +120,7 @@ def export_critic(algo: Any, path: str | Path) -> None:
         head_center=settings.get("head_center", "mean"),
         trunk_config=load_config(settings["model"]).to_dict(),
         critic_observation=settings.get("critic_observation", "none"),
+        critic=kind if kind in CRITIC_TRUNKS else "separate",
     )
 
 

@@ -12,7 +12,7 @@ from rllib_distrl.maths.advantages import TARGETS
 from rllib_distrl.method.heads import head_stage
 from rllib_distrl.method.pipeline import SHARED, Method
 from rllib_distrl.method.registry import KINDS, LEARNED_STATS, Stage, methods, resolve
-from rllib_distrl.settings import TrainingSettings
+from rllib_distrl.settings import CRITIC_TRUNKS, TrainingSettings
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ PARTS = (
           "head", "n_quantiles", "gamma")),
     Part("a critic with critic_lambda < 1, whose targets are not just the observed returns",
          lambda c: _bootstraps(c) or _says_returns(c), ("target",)),
-    Part("a separate critic", lambda c: c.critic == "separate",
-         ("critic_checkpoint", "critic_freeze")),
+    Part("a critic with a trunk of its own ('separate' or 'twin')",
+         lambda c: c.critic in CRITIC_TRUNKS, ("critic_checkpoint", "critic_freeze")),
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
     Part("a critic of head 'quantile' with n_quantiles >= 2 that does not come from a "
          "critic_checkpoint",

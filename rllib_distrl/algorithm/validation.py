@@ -13,7 +13,7 @@ from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
 from rllib_distrl.algorithm.wiring import check_model_config, check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_factor, lr_schedule_settings
 from rllib_distrl.method.allocators import EQUAL
-from rllib_distrl.method.heads import head_stage
+from rllib_distrl.method.heads import make_head
 from rllib_distrl.method.loss_terms import TEMPERATURE
 from rllib_distrl.method.pipeline import OPTIMISM, Method
 from rllib_distrl.method.registry import Stage, resolve, smallest_group
@@ -23,6 +23,7 @@ from rllib_distrl.model.lora import check_lora
 from rllib_distrl.recipe_schema import builder_parameters, check_value, nearest
 from rllib_distrl.rllib_traps import given_model_config
 from rllib_distrl.settings import (
+    CRITIC_TRUNKS,
     DistanceSettings,
     EnsembleSettings,
     PretrainingSettings,
@@ -151,10 +152,10 @@ def _check_overlap(config: Any) -> None:
 def _check_critic_checkpoint(config: Any) -> None:
     if config.critic_checkpoint is None:
         return
-    if config.critic != "separate":
+    if config.critic not in CRITIC_TRUNKS:
         raise ValueError(
             f"critic_checkpoint brings a trunk of its own, but critic is {config.critic!r}. "
-            "Set critic = 'separate', or leave critic_checkpoint out."
+            "Set critic = 'separate' or 'twin', or leave critic_checkpoint out."
         )
     check_critic(
         config.critic_checkpoint,
@@ -162,13 +163,14 @@ def _check_critic_checkpoint(config: Any) -> None:
         n_quantiles=config.n_quantiles,
         head_center=config.head_center,
         critic_observation=config.critic_observation,
+        critic=config.critic,
     )
 
 
 def _check_head(config: Any) -> None:
     if config.critic == "none":
         return
-    support = head_stage(TrainingSettings.of(config).to_dict())().support
+    support = make_head(TrainingSettings.of(config).to_dict()).support
     value = config.init_value
     if support and value is not None and not support[0] <= value <= support[-1]:
         raise ValueError(
@@ -198,6 +200,11 @@ def _check_pretraining(config: Any) -> None:
     if settings.samples is not None and not Path(settings.samples).exists():
         raise ValueError(
             f"critic_pretraining.samples is {settings.samples!r}, which is no file or folder."
+        )
+    if settings.samples is not None and config.critic_observation == "stock":
+        raise ValueError(
+            "critic_pretraining.samples holds scores, and critic_observation = 'stock' is made of "
+            "the rewards before them. Use critic_pretraining.rollouts."
         )
     per_iteration = config.rollout_settings.episodes_per_iteration
     if settings.rollouts % per_iteration:
@@ -242,6 +249,11 @@ def _check_method(config: Any) -> None:
             f"critic_observation is 'text', but critic is {config.critic!r}: the policy's trunk "
             "would read what only the critic may see. Set critic = 'separate', or "
             "critic_observation = 'state'."
+        )
+    if config.critic_observation == "stock" and config.gamma != 1.0:
+        raise ValueError(
+            f"critic_observation is 'stock', the undiscounted return so far, but gamma is "
+            f"{config.gamma}. Set gamma = 1.0, or leave critic_observation out."
         )
     EnsembleSettings(**config.ensemble)
     DistanceSettings(**config.distance)

@@ -25,8 +25,9 @@ from rllib_distrl.recipe_schema import check_environment, nearest
 from rllib_distrl.rllib_traps import given_model_config, is_registered_env
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.contract import check_contract
-from rllib_distrl.settings import RolloutSettings
+from rllib_distrl.settings import NUMBERS_FOR_CRITICS, TWIN, RolloutSettings
 
+_STOCK_CRITICS = ("separate", "shared", "detached", "none")
 # What `CausalLMModule` reads, whatever the algorithm.
 _MODEL_KEYS = frozenset(
     {
@@ -77,6 +78,7 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     _check_algorithm(config)
     check_contract(config)
     check_model_config(config)
+    _check_critic_of_stock(config)
     told = _told_to_critic(config)
     set_env_settings(config, {**env_settings(model, rollout, obs_mode="incremental"), **told})
     _check_minibatches(config, rollout)
@@ -126,6 +128,17 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
     )
 
 
+def _check_critic_of_stock(config: Any) -> None:
+    """Refuses a critic whose loss RLlib's own algorithms do not have."""
+    critic = given_model_config(config).get("critic", "separate")
+    if critic not in _STOCK_CRITICS:
+        raise ValueError(
+            f"rl_module(model_config=...) has critic = {critic!r}; with RLlib's own algorithms it "
+            f"must be one of {', '.join(_STOCK_CRITICS)}"
+            + (": they would teach one of two critics alone." if critic == TWIN else ".")
+        )
+
+
 def _told_to_critic(config: Any) -> dict[str, Any]:
     """What the environment must know of ``critic_observation`` in a stock algorithm's module.
 
@@ -133,18 +146,19 @@ def _told_to_critic(config: Any) -> dict[str, Any]:
     infos, of which they make nothing.
     """
     wanted = given_model_config(config).get("critic_observation", "none")
-    if wanted not in ("none", "state"):
+    if wanted not in ("none", *NUMBERS_FOR_CRITICS):
         raise ValueError(
             f"rl_module(model_config=...) has critic_observation = {wanted!r}; with RLlib's own "
-            "algorithms it must be 'none' or 'state': their learner connectors do not carry a "
-            "text. Use 'state', or one of ours, which take 'text' in training()."
+            "algorithms it must be 'none', 'state' or 'stock': their learner connectors do not "
+            "carry a text. Use 'state', or one of ours, which take 'text' in training()."
         )
     if wanted != "none" and given_model_config(config).get("critic") == "none":
         raise ValueError(
             f"rl_module(model_config=...) has critic_observation = {wanted!r}, but critic is "
             "'none'. Leave critic_observation out, or choose a critic."
         )
-    return {} if wanted == "none" else {"critic_observation": wanted}
+    asked = wanted != "none" or "critic_observation" in config.env_config
+    return {"critic_observation": wanted} if asked else {}
 
 
 def check_model_config(config: Any) -> None:
@@ -207,6 +221,12 @@ def set_env_settings(config: Any, settings: dict[str, Any]) -> None:
             remedy = "Remove it from env_config: it follows from the model."
             if name == "max_completion_tokens":
                 remedy = f"Say it once: rollout({name}={got!r}), [rollout] {name} in a recipe."
+            if name == "critic_observation":
+                raise ValueError(
+                    f"env_config has {name}={got!r:.80}, and the critic's setting is {value!r}. "
+                    f"Say it once: training({name}={got!r}), [training] {name} in a recipe, or "
+                    f"rl_module(model_config={{{name!r}: {got!r}}}) with RLlib's own algorithms."
+                )
             raise ValueError(
                 f"env_config has {name}={got!r:.80}, but the rollout has {value!r:.80}. {remedy}"
             )

@@ -13,6 +13,7 @@ from rllib_distrl.algorithm.estimates import size
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import TrainingStopped, list_checkpoints
 from rllib_distrl.runs.folder import RunFolder
+from rllib_distrl.settings import CRITIC_TRUNKS
 
 
 def check_problems(recipe: Recipe, config: Any) -> list[str]:
@@ -88,7 +89,7 @@ def _parameters(model: str, settings: dict[str, Any]) -> tuple[int, int]:
     model_config = load_config(model)
     policy = without_weights(model_config)
     weights = sum(p.numel() for p in policy.parameters())
-    trunks = 2 if settings.get("critic", "separate") == "separate" else 1
+    trunks = 1 + CRITIC_TRUNKS.get(settings.get("critic", "separate"), 0)
     if lora := settings.get("lora"):
         return weights, trunks * count_adapter_parameters(lora, model_config)
     trunk = sum(p.numel() for p in policy.base_model.parameters())

@@ -8,6 +8,8 @@ import pandas as pd
 import pyarrow as pa
 import ray
 
+from distrl_envs.task import Grade
+from distrl_envs.token_env import Verdict
 from distrl_envs.tokenizers import load_tokenizer
 from rllib_distrl.algorithm.wiring import env_settings
 from rllib_distrl.engine.protocol import Completion, Request
@@ -19,7 +21,7 @@ from rllib_distrl.evaluation.store import SCHEMA, read_part, sample_parts
 from rllib_distrl.learner.token_table import judge_tokens
 from rllib_distrl.maths.choosing import Stopping, best_by_value, stopping, weighted_vote
 from rllib_distrl.maths.majority import group_answers
-from rllib_distrl.rollout.episodes import Played, build_episode
+from rllib_distrl.rollout.episodes import Played, build_episode, play
 
 LEVEL = 0.9
 """Of the quantile that decides about stopping."""
@@ -157,6 +159,10 @@ def _episode(env: Any, record: Mapping[str, Any]) -> Any:
         versions=np.zeros_like(tokens),
     )
     request = Request(info["prompt_ids"], (0, record["row"], record["sample"], 0))
+    if env.unwrapped.critic_observation == "stock":  # The rewards before the end are needed too.
+        grade = Grade(record["score"], record["status"], record["answer"])
+        played = play(env, request, completion, Verdict(record["completion"], grade))
+        return build_episode(env, request, completion, played, {})
     infos = [info, *[{}] * len(tokens)]
     rewards = [0.0] * (len(tokens) - 1) + [record["score"]]
     played = Played([0, *tokens.tolist()], rewards, infos, terminated=True, truncated=False)

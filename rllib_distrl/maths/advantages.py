@@ -11,7 +11,6 @@ equal the observed return. Below, `comonotone` and `expected_value` narrow the l
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -282,6 +281,33 @@ def mixture(
     return zero_padding(torch.stack(laws[::-1], dim=1), loss_mask)
 
 
+def mixture_mean(
+    quantiles: Float[Tensor, "B T N"],
+    rewards: Float[Tensor, "B T"],
+    loss_mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float = 1.0,
+    lambda_: float = 0.95,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "B T N"]:
+    """`mixture` with the projection `bin_mean`, which keeps the mean: that of its targets is GAE's.
+
+    Our choice.
+
+    Args:
+        quantiles: Θ_i(s_t).
+        rewards: r_t.
+        loss_mask: True where a token counts.
+        gamma: γ.
+        lambda_: λ.
+        generator: Unused.
+    """
+    return mixture(
+        quantiles, rewards, loss_mask, gamma=gamma, lambda_=lambda_, generator=generator,
+        projection="bin_mean",
+    )  # fmt: skip
+
+
 def _midpoint_projection(atoms: Tensor, weights: Tensor, n: int) -> Tensor:
     """Quantiles at the midpoints, (B, N), of ordered atoms (B, K) and their weights (B, K)."""
     taus = midpoints(n, dtype=atoms.dtype, device=atoms.device)
@@ -377,7 +403,7 @@ def expected_value(
 
     Expected value substitution of DSAC-T (arXiv 2310.05858): the law of the next state is replaced
     by its mean, so that the critic learns the law of λ-returns, which is that of the return at
-    λ = 1 alone and narrower below. Its twin critics and its scaling of the loss are not here.
+    λ = 1 alone and narrower below. Its twin critics are `method.heads.Twin`.
 
     Args:
         quantiles: Θ_i(s_t).
@@ -396,7 +422,7 @@ def expected_value(
 TARGETS: dict[str, Callable[..., Tensor]] = {
     "comonotone": comonotone,
     "mixture": mixture,
-    "mixture_mean": partial(mixture, projection="bin_mean"),
+    "mixture_mean": mixture_mean,
     "sample_replacement": sample_replacement,
     "monte_carlo": monte_carlo,
     "expected_value": expected_value,

@@ -7,19 +7,40 @@ come back: a data set, or a prompt sampler with a pool.
 """
 
 import heapq
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from rllib_distrl.method.batch import forget_oldest
+from rllib_distrl.method.batch import PROMPTS_REMEMBERED, forget_oldest
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
 from rllib_distrl.method.prompt_weights import EDGES, bin_of
-from rllib_distrl.method.registry import register
+from rllib_distrl.method.registry import Stage, register
 from rllib_distrl.settings import Count, NotNegative, Positive, Share
 
 EQUAL = "equal"
+
+logger = logging.getLogger(__name__)
+
+
+def warn_of_rows_seen_once(allocator: Stage, sampler: Stage, n_rows: int) -> None:
+    """Says so where an allocator learns nothing, because no row returns while it is remembered.
+
+    Args:
+        allocator: The stage.
+        sampler: Of the prompts.
+        n_rows: Of the task.
+    """
+    rows = min(n_rows, sampler.settings.get("pool") or n_rows)
+    if allocator.name != EQUAL and rows > PROMPTS_REMEMBERED:
+        logger.warning(
+            "allocator %r remembers the last %s prompts, and %s are served one after the other: it "
+            "will know none of them. Take a data set, or a prompt_sampler with a pool, such as "
+            "{name = 'variance_mix', pool = 1000}.",
+            allocator.name, f"{PROMPTS_REMEMBERED:,}", f"{rows:,}",
+        )  # fmt: skip
 
 
 class Allocator(Protocol):

@@ -22,7 +22,7 @@ from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.losses import squared_value_loss
 from rllib_distrl.maths.quantiles import center_delta, center_delta_bias, quantile_huber_loss
 from rllib_distrl.method.registry import Stage, register, resolve
-from rllib_distrl.settings import Positive, TrainingSettings
+from rllib_distrl.settings import TWIN, Positive, TrainingSettings
 
 _ROUNDING = 1e-5  # sums of rewards may end a little outside
 
@@ -168,6 +168,55 @@ class Categorical:
 
 def _on(support: tuple[float, ...], probs: Tensor) -> Law:
     return Law(probs.new_tensor(support).expand_as(probs), probs)
+
+
+class Twin:
+    """Two critics side by side, K = 2: in each state the law of the smaller mean is what they say.
+
+    Clipped double learning of DSAC-T (Duan et al. 2023, arXiv 2310.05858; its authors' code): the
+    law in a target, whole, is that of the critic whose mean is smaller there, min(V₁, V₂) is the
+    actor's value, both critics learn the same targets, and their losses add up. Its third part,
+    weights by the running variance and a bound on targets, tames the gradient of a Gaussian law;
+    heads here have bounded gradients, so it is left out.
+    """
+
+    def __init__(self, head: Head) -> None:
+        """Two of a head: raw outputs are the first critic's, then the second's."""
+        self.head, self.support = head, head.support
+        self.n_outputs = 2 * head.n_outputs
+
+    def start(self, value: float) -> Tensor:
+        """See `Head`; both alike."""
+        return self.head.start(value).repeat(2)
+
+    def law(self, outputs: Tensor) -> Law:
+        """See `Head`."""
+        first, second = map(self.head.law, outputs.chunk(2, dim=-1))
+        chosen = (first.mean <= second.mean).unsqueeze(-1)
+        atoms = torch.where(chosen, first.atoms, second.atoms)
+        if first.probs is None:
+            return Law(atoms)
+        return Law(atoms, torch.where(chosen, first.weights, second.weights))
+
+    def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """See `Head`; the sum of both critics' losses."""
+        first, second = outputs.chunk(2, dim=-1)
+        return self.head.loss(first, targets, loss_mask) + self.head.loss(
+            second, targets, loss_mask
+        )
+
+
+def make_head(settings: Mapping[str, Any]) -> Head:
+    """What makes laws of a critic's raw outputs: the head that settings name, or two of it.
+
+    Args:
+        settings: As of `head_stage`, and `critic`.
+
+    Raises:
+        ValueError: As `head_stage`.
+    """
+    head = head_stage(settings)()
+    return Twin(head) if settings.get("critic") == TWIN else head
 
 
 def head_stage(settings: Mapping[str, Any]) -> Stage:

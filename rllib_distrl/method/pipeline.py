@@ -10,7 +10,7 @@ from torch import Tensor
 from rllib_distrl.maths.advantages import whiten
 from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.heads import Head, check_targets, head_stage
+from rllib_distrl.method.heads import Head, check_targets, make_head
 from rllib_distrl.method.registry import Spec, Stage, resolve
 from rllib_distrl.settings import TrainingSettings
 
@@ -79,7 +79,7 @@ class Method:
             aggregation=stage("aggregation", chosen.aggregation),
             importance_correction=None if correction.name == "none" else correction,
             target=None if chosen.critic == "none" else stage("target", chosen.target),
-            head=head_stage(chosen.to_dict())(),
+            head=make_head(chosen.to_dict()),
             read_out=stage("read_out", chosen.read_out),
             bonus_statistic=stage("bonus_statistic", chosen.bonus_stat),
             controllers=stages("controller", chosen.controllers),

@@ -14,13 +14,14 @@ from ray.rllib.core.rl_module.apis.target_network_api import TARGET_NETWORK_ACTI
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.numpy import convert_to_numpy
 from torch import nn
+from torch.nn.functional import linear
 
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
 from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.lm_head import score_by_hidden, token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
-from rllib_distrl.method.heads import Head, head_stage
+from rllib_distrl.method.heads import Head, make_head
 from rllib_distrl.model.attention import (
     autocast,
     checkpoint_activations,
@@ -28,7 +29,7 @@ from rllib_distrl.model.attention import (
     packs_rows,
 )
 from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
-from rllib_distrl.model.critics import ObservationHead, load_critic
+from rllib_distrl.model.critics import ObservationHead, draw_apart, load_critic
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.model.lora import add_adapters, merged_state, trunk_beside
 from rllib_distrl.model.self_check import prepare_policy
@@ -42,7 +43,12 @@ from rllib_distrl.model.sequences import (
     from_incremental_obs,
     from_prompts,
 )
-from rllib_distrl.settings import RolloutSettings, micro_batch_budget
+from rllib_distrl.settings import (
+    CRITIC_TRUNKS,
+    NUMBERS_FOR_CRITICS,
+    RolloutSettings,
+    micro_batch_budget,
+)
 
 POLICY_PREFIX = "policy."
 
@@ -51,15 +57,16 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     """Policy: a Hugging Face causal LM. Critic: a linear head on a trunk of states.
 
     ``model_config`` keys: ``model`` (path, hub id or ``builtin:...``), ``critic``
-    (``separate``: own trunk, a copy of the policy's; ``shared``: the policy's states;
-    ``detached``: those without their gradient; ``none``), ``temperature`` of the sampling
-    distribution, ``micro_batch_tokens``, ``precision`` (``fp32``, or ``bf16``: autocast of the
-    trunks over float32 weights, with float32 logits), ``activation_checkpointing``,
-    ``critic_observation`` (``state``: the critic's head also reads the column
-    ``critic_observations``; ``text``: a separate critic's rows begin with ``critic_text_ids``),
-    ``lora`` (see `lora.check_lora`; a separate critic then has adapters of its own on the same
-    frozen weights) and ``seed``, ``critic_checkpoint`` (a folder of `critic_folder` to start the
-    separate critic from), and ``max_seq_len`` for RLlib's own connectors.
+    (``separate``: own trunk, a copy of the policy's; ``twin``, of `DistRLModule` alone: two such
+    critics; ``shared``: the policy's states; ``detached``: those without their gradient; ``none``),
+    ``temperature`` of the sampling distribution, ``micro_batch_tokens``, ``precision`` (``fp32``,
+    or ``bf16``: autocast of the trunks over float32 weights, with float32 logits),
+    ``activation_checkpointing``, ``critic_observation`` (``state``, ``stock``: the critic's head
+    also reads the column ``critic_observations``; ``text``: rows of a critic with a trunk of its
+    own begin with ``critic_text_ids``), ``lora`` (see `lora.check_lora`; a critic with a trunk of
+    its own then has adapters of its own on the same frozen weights) and ``seed``,
+    ``critic_checkpoint`` (a folder of `save_critic` to start such a critic from), and
+    ``max_seq_len`` for RLlib's own connectors.
 
     Serves both worlds: sequence batches of `SequencesFromEpisodes`, and the (B, T, ...)
     batches of RLlib's own learners with ``obs_mode="incremental"``. Prompts without actions
@@ -72,6 +79,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.policy: Any = load_model(self.model_config["model"])
         self.temperature = float(self.model_config.get("temperature", 1.0))
         self.critic_kind = self.model_config.get("critic", "separate")
+        self.n_critics = CRITIC_TRUNKS.get(self.critic_kind, 0)
         self.critic_observation = self.model_config.get("critic_observation", "none")
         self.micro_batch_tokens = micro_batch_budget(
             self.model_config.get("micro_batch_tokens", "auto")
@@ -86,28 +94,46 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             self._prepare_training()
 
     def _prepare_training(self) -> None:
-        if self.critic_kind == "separate":
-            trunk = trunk_of(self.policy)
-            self.critic = copy.deepcopy(trunk) if self.lora is None else trunk_beside(self.policy)
-            if self.model_config.get("critic_freeze", "none") == "attention":
-                freeze_attention(self.critic)
+        if self.n_critics:
+            trunks = [self._trunk_of_critic() for _ in range(self.n_critics)]
+            self.critic = trunks[0] if len(trunks) == 1 else nn.ModuleList(trunks)
         if self.critic_kind != "none":
             self._make_value_head()
         seed = 2 * int(self.model_config.get("seed") or 0)
-        for number, name in enumerate(("policy", "critic")):
-            if hasattr(self, name) and self.lora is not None:
-                add_adapters(getattr(self, name), self.lora, seed + number)
-            if hasattr(self, name) and self.model_config.get("activation_checkpointing", False):
-                checkpoint_activations(getattr(self, name))
+        for number, model in enumerate((self.policy, *self.critics)):
+            if self.lora is not None:
+                add_adapters(model, self.lora, seed + number)
+            if self.model_config.get("activation_checkpointing", False):
+                checkpoint_activations(model)
+
+    def _trunk_of_critic(self) -> nn.Module:
+        if self.lora is not None:
+            return trunk_beside(self.policy)
+        trunk = copy.deepcopy(trunk_of(self.policy))
+        if self.model_config.get("critic_freeze", "none") == "attention":
+            freeze_attention(trunk)
+        return trunk
+
+    @property
+    def critics(self) -> list[nn.Module]:
+        """The critic's own trunks, if it has any: one, or two of twins."""
+        if not self.n_critics or self.inference_only:
+            return []
+        own: Any = self.critic
+        return [own] if self.n_critics == 1 else list(own)
 
     def _make_value_head(self) -> None:
         hidden_size = self.policy.get_output_embeddings().weight.shape[1]
         self.value_head = nn.Linear(hidden_size, self.n_value_outputs)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        if self.critic_observation == "state":
-            seed = int(self.model_config.get("seed") or 0)
-            self.observation_head = ObservationHead(hidden_size, self.n_value_outputs, seed)
+        seed, count = int(self.model_config.get("seed") or 0), max(self.n_critics, 1)
+        if count > 1:
+            draw_apart(self.value_head.weight, seed)
+        if self.critic_observation in NUMBERS_FOR_CRITICS:
+            outputs = self.n_value_outputs // count
+            heads = [ObservationHead(hidden_size, outputs, seed + i) for i in range(count)]
+            self.observation_head = heads[0] if count == 1 else nn.ModuleList(heads)
         if checkpoint := self.model_config.get("critic_checkpoint"):
             load_critic(self, checkpoint)
 
@@ -323,18 +349,23 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def _critic_states(
         self, sequences: Sequences, policy_states: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(B, T, H) states for the value head, with what the critic alone is told behind them."""
-        if self.critic_kind == "separate":
-            states = self._states(self.critic, self._as_critic_reads(sequences))
+        """(B, T, H) states for the value head, with what the critic alone is told behind them.
+
+        Of twins both critics', one behind the other.
+        """
+        if self.n_critics:
+            rows = self._as_critic_reads(sequences)
+            parts = [self._states(trunk, rows) for trunk in self.critics]
         else:
             if policy_states is None:
                 policy_states = self._states(self.policy, sequences)
-            states = policy_states.detach() if self.critic_kind == "detached" else policy_states
-        if self.critic_observation != "state":
-            return states
-        if sequences.observations is None:
-            raise ValueError(self._not_told(CRITIC_OBSERVATIONS))
-        return self.observation_head.joined(states, sequences.observations)
+            parts = [policy_states.detach() if self.critic_kind == "detached" else policy_states]
+        if self.critic_observation in NUMBERS_FOR_CRITICS:
+            told = sequences.observations
+            if told is None:
+                raise ValueError(self._not_told(CRITIC_OBSERVATIONS))
+            parts = [ObservationHead.joined(states, told) for states in parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def _as_critic_reads(self, sequences: Sequences) -> Sequences:
         if self.critic_observation != "text":
@@ -366,11 +397,14 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     ) -> torch.Tensor:
         """Raw outputs of the value head (B, T, n_value_outputs), in its weights' float32."""
         if embeddings is not None:
-            embeddings = embeddings.to(self.value_head.weight.dtype)
-            if self.critic_observation != "state":
-                return self.value_head(embeddings)
-            states = embeddings[..., : self.value_head.in_features]
-            return self.value_head(states) + self.observation_head(embeddings)
+            head, count = self.value_head, max(self.n_critics, 1)
+            parts = embeddings.to(head.weight.dtype).chunk(count, dim=-1)
+            of_each = zip(parts, head.weight.chunk(count), head.bias.chunk(count), strict=True)
+            found = [linear(part[..., : head.in_features], w, b) for part, w, b in of_each]
+            if self.critic_observation in NUMBERS_FOR_CRITICS:
+                tell: Any = [self.observation_head] if count == 1 else self.observation_head
+                found = [x + told(part) for x, told, part in zip(found, tell, parts, strict=True)]
+            return found[0] if count == 1 else torch.cat(found, dim=-1)
         sequences = self.sequences(batch)
         outputs = sequences.actions.new_zeros(
             *sequences.actions.shape, self.n_value_outputs, dtype=self.value_head.weight.dtype
@@ -418,7 +452,7 @@ class DistRLModule(CausalLMModule):
     @functools.cached_property
     def head(self) -> Head:
         """What makes laws, and losses, of the value head's raw outputs."""
-        return head_stage(self.model_config)()
+        return make_head(self.model_config)
 
     @property
     def n_value_outputs(self) -> int:

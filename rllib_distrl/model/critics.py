@@ -27,6 +27,8 @@ CONFIG, WEIGHTS = "config.json", "critic.safetensors"
 TRUNK, HEAD, OBSERVED = "critic.", "value_head.", "observation_head."
 """Prefixes of the names in the file, which are those in `CausalLMModule`."""
 PARTS = TRUNK, HEAD, OBSERVED
+TWIN_SPREAD = 0.1
+"""By how much twin critics' raw outputs differ at the start, about (our choice)."""
 OBSERVATION_WIDTH = 64
 """Hidden units of what reads a critic's observations (our choice)."""
 
@@ -40,6 +42,7 @@ def save_critic(
     head_center: str,
     trunk_config: Mapping[str, Any],
     critic_observation: str = "none",
+    critic: str = "separate",
 ) -> None:
     """Writes a critic.
 
@@ -51,6 +54,7 @@ def save_critic(
         head_center: What the centre of the head is: `mean` or `median`.
         trunk_config: Of the trunk, as Transformers writes it.
         critic_observation: What it sees beside the tokens, as in `[training]`.
+        critic: "separate", or "twin" for two.
     """
     folder = Path(path)
     folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +65,7 @@ def save_critic(
         "format": FORMAT,
         **head_identity({"head": head, "n_quantiles": n_quantiles, "head_center": head_center}),
         **({} if critic_observation == "none" else {"critic_observation": critic_observation}),
+        **({} if critic == "separate" else {"critic": critic}),
         "trunk": dict(trunk_config),
     }
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -91,16 +96,18 @@ def check_critic(
     n_quantiles: int,
     head_center: str,
     critic_observation: str = "none",
+    critic: str = "separate",
 ) -> None:
     """Checks that a critic predicts what a module with these settings does.
 
     Raises:
-        ValueError: If the folder holds no critic, or one with another head or other observations.
+        ValueError: If the folder holds no critic, or one with another head or other observations,
+            or one in place of two.
     """
     config = read_critic_config(path)
-    config = {"head": "quantile", "critic_observation": "none", **config}
+    config = {"head": "quantile", "critic_observation": "none", "critic": "separate", **config}
     wanted = head_identity({"head": head, "n_quantiles": n_quantiles, "head_center": head_center})
-    wanted["critic_observation"] = critic_observation
+    wanted |= {"critic_observation": critic_observation, "critic": critic}
     for name, value in wanted.items():
         if (saved := config.get(name)) != value:
             raise ValueError(
@@ -113,7 +120,7 @@ def load_critic(module: nn.Module, path: str | Path) -> None:
     """Puts a saved critic into a module with a trunk and a head of the same shapes.
 
     Args:
-        module: A `CausalLMModule` with `critic="separate"`.
+        module: A `CausalLMModule` whose critic has a trunk of its own.
         path: The folder.
 
     Raises:
@@ -136,6 +143,22 @@ def load_critic(module: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def draw_apart(weight: Tensor, seed: int) -> None:
+    """Draws the weights of twin critics' heads, (2 K, H), so that the critics differ.
+
+    From N(0, s²/H), s = `TWIN_SPREAD`: trunks are copies of the policy's, and with heads of zeros
+    both critics would be one for ever. Our choice; DSAC-T draws its networks whole.
+
+    Args:
+        weight: Set in place.
+        seed: Of the weights, equal on all learners; torch's own generator is left alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(weight.shape, generator=generator)
+    with torch.no_grad():
+        weight.copy_(TWIN_SPREAD * drawn / math.sqrt(weight.shape[1]))
 
 
 class ObservationHead(nn.Module):

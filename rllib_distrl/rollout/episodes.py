@@ -1,6 +1,6 @@
 """Replaying completions through an env, and building RLlib's episodes from what it says."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,10 +86,12 @@ def build_episode(
         sampled before one and its tokens; extra model outputs: ``action_logp``,
         ``action_dist_inputs`` (logp, and entropy, which is NaN where the engine was not asked for
         it) and the version of the weights that sampled each token; ``critic_observations`` (T, n)
-        where the env tells them.
+        where a critic is told numbers.
     """
     steps = len(played.rewards)
     outputs = _outputs(env, request, completion)
+    if _tells_stock(env):
+        outputs[CRITIC_OBSERVATIONS] = returns_so_far(played.rewards)
     return SingleAgentEpisode(
         observations=_column(played.observations),
         observation_space=env.observation_space,
@@ -102,6 +104,26 @@ def build_episode(
         extra_model_outputs={name: column[:steps] for name, column in outputs.items()},
         len_lookback_buffer=0,
     )
+
+
+def returns_so_far(rewards: Sequence[float]) -> np.ndarray:
+    """The stock of each state, c_t = Σ_{s<t} r_s: what an episode has earned before a token.
+
+    A critic that is told it may know the law of the whole return, c_t + Z (Pires et al. 2025, arXiv
+    2501.13028, where the stock is part of the state; γ = 1 here, so that it is not divided by γ).
+
+    Args:
+        rewards: T.
+
+    Returns:
+        (T, 1) float32, 0 first.
+    """
+    before = np.cumsum([0.0, *rewards[:-1]])
+    return before[: len(rewards)].astype(np.float32)[:, None]
+
+
+def _tells_stock(env: Any) -> bool:
+    return env.unwrapped.critic_observation == "stock"
 
 
 def play_watched(
@@ -135,8 +157,13 @@ def play_watched(
         observation=observation, infos=_first_info(request, completion, info, sampling)
     )
     hook("on_episode_start", episode)
+    earned = 0.0
     for step, token in enumerate(np.asarray(completion.tokens, dtype=np.int64)):
         observation, reward, terminated, truncated, info = env.step(int(token))
+        told = {name: column[step] for name, column in outputs.items()}
+        if _tells_stock(env):
+            told[CRITIC_OBSERVATIONS] = np.array([earned], dtype=np.float32)
+        earned += reward
         episode.add_env_step(
             observation=observation,
             action=token,
@@ -144,7 +171,7 @@ def play_watched(
             infos=info,
             terminated=terminated,
             truncated=truncated,
-            extra_model_outputs={name: column[step] for name, column in outputs.items()},
+            extra_model_outputs=told,
         )
         hook("on_episode_step", episode)
         if episode.is_done:

@@ -3,10 +3,15 @@
 import gymnasium
 import pytest
 import torch
+from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.columns import Columns
 
+from distrl_envs.tasks.countdown import CountdownTask
 from distrl_envs.token_env import TokenEnv
+from rllib_distrl.algorithm.registry import algorithm_config
+from rllib_distrl.algorithm.wiring import wire_language_model
 from rllib_distrl.learner.minibatches import model_inputs
+from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.model.critics import PARTS, load_critic, save_critic
 from rllib_distrl.model.sequences import (
     CRITIC_OBSERVATIONS,
@@ -16,7 +21,10 @@ from rllib_distrl.model.sequences import (
     Sequences,
     from_columns,
 )
-from tests.helpers import COUNTDOWN
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
+from rllib_distrl.rollout.episodes import returns_so_far
+from rllib_distrl.settings import RolloutSettings
+from tests.helpers import COUNTDOWN, TINY, distrl_config
 from tests.learner.rig import gradients, hot_config, make_learner, sample
 
 
@@ -202,14 +210,87 @@ def test_a_folder_and_a_learners_state_keep_it(episodes, tmp_path):
     assert torch.equal(restored.policy_module.compute_values(columns), wanted)
 
 
+class Dense(CountdownTask):
+    """Countdown that also pays a little for every token."""
+
+    has_step_reward = True
+
+    def step_reward(self, problem, completion_ids):
+        return 0.25 * (completion_ids[-1] % 4) - 0.125
+
+
+def dense_config(**training):
+    config = distrl_config(prompts=4, generations=3, **training)
+    config.environment(COUNTDOWN, env_config={"task": f"{__name__}:Dense"})
+    config.rollout(temperature=2.0)
+    config.validate()
+    return config
+
+
+class Watched(RLlibCallback):
+    def on_episode_step(self, **kwargs):
+        pass
+
+
+def test_the_stock_is_what_an_episode_has_earned_before_each_token():
+    assert returns_so_far([1.0, -0.5, 2.0]).tolist() == [[0.0], [1.0], [0.5]]
+    config = dense_config(critic_observation="stock")
+    watched = config.copy(copy_frozen=False).callbacks(Watched)
+    for each in (config, watched):
+        runner = CompletionEnvRunner(config=each)
+        for episode in runner.sample_prompts(
+            [PromptRequest(row, 0) for row in range(3)], 2
+        ).episodes:
+            rewards = episode.rewards.data.tolist()
+            assert len(set(rewards)) > 1
+            found = episode.extra_model_outputs[CRITIC_OBSERVATIONS].data
+            assert found.dtype == "float32" and found.shape == (len(rewards), 1)
+            assert found[:, 0].tolist() == [sum(rewards[:t]) for t in range(len(rewards))]
+
+
+def test_a_critic_that_is_told_the_stock_starts_as_without_and_then_uses_it():
+    learners = {
+        name: make_learner(dense_config(critic_observation=name)) for name in ("none", "stock")
+    }
+    told = sample(dense_config(critic_observation="stock"))
+    (plain, _), (seen, found) = (gradients(learner, told) for learner in learners.values())
+    assert (seen["vf_loss"], seen["policy_loss"]) == (plain["vf_loss"], plain["policy_loss"])
+    assert float(found["observation_head.output"].abs().max()) > 0
+    module = disturbed(learners["stock"]).policy_module
+    columns = learners["stock"].columns(told)
+    values = module.compute_values(columns)
+    columns[CRITIC_OBSERVATIONS] = columns[CRITIC_OBSERVATIONS] + 1.0
+    assert not torch.allclose(module.compute_values(columns), values)
+
+
+def test_columns_that_no_critic_reads_are_refused():
+    config = distrl_config().environment(COUNTDOWN, env_config={"critic_observation": "state"})
+    with pytest.raises(ValueError, match=r"setting is 'none'. Say it once: training\(critic_obs"):
+        config.validate()
+    config.training(critic_observation="state").validate()
+    config.training(critic_observation="none").validate()  # what validate() had put there itself
+    assert config.env_config["critic_observation"] == "none"
+    stock = algorithm_config("PPO").environment(
+        COUNTDOWN, env_config={"critic_observation": "state"}
+    )
+    with pytest.raises(
+        ValueError, match=r"or rl_module\(model_config={'critic_observation': 'stat"
+    ):
+        wire_language_model(stock, TINY, RolloutSettings())
+
+
 def test_refusals(episodes):
+    with pytest.raises(ValueError, match="'countdown' rewards the end of an episode alone"):
+        TokenEnv(critic_observation="stock")
+    with pytest.raises(ValueError, match=r"the undiscounted return so far, but gamma is 0.9"):
+        dense_config(critic_observation="stock", gamma=0.9)
     with pytest.raises(ValueError, match="critic_observation is 'text', but critic is 'shared'"):
         hot_config(critic_observation="text", critic="shared")
     with pytest.raises(ValueError, match=r"no critic_observations: .*env_config"):
         gradients(told("state")[1], episodes["none"])
     with pytest.raises(ValueError, match="the task 'talk' has no method critic_observation"):
         TokenEnv("tests.rollout.turn_tasks:Talk", critic_observation="state")
-    with pytest.raises(ValueError, match="must be one of none, state, text"):
+    with pytest.raises(ValueError, match="must be one of none, state, text, stock"):
         TokenEnv(critic_observation="numbers")
     with pytest.raises(ValueError, match=r"fill the model's window of 25: .* no room for a text"):
         TokenEnv(critic_observation="text", window=25)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from rllib_distrl.method.allocators import warn_of_rows_seen_once
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
 from rllib_distrl.method.registry import logp_at, names, resolve
@@ -198,6 +199,20 @@ def test_losses_weigh_groups_by_their_completions(name):
 
     alone = [of(group == GROUP) for group in range(3)]
     torch.testing.assert_close(of(slice(None)).sum(), torch.cat(alone).sum())
+
+
+def test_prompts_that_no_allocator_meets_again_are_said(caplog):
+    def said(allocator, sampler, rows):
+        caplog.clear()
+        stages = resolve("allocator", allocator), resolve("prompt_sampler", sampler)
+        warn_of_rows_seen_once(*stages, rows)
+        return caplog.text
+
+    once, pool = "without_replacement", {"name": "variance_mix", "pool": 1000}
+    assert "and 100,001 are served one after" in said("rank_budget", once, 100_001)
+    assert not said("rank_budget", once, 100_000)
+    assert not said("rank_budget", pool, 10**9)
+    assert not said("equal", once, 10**9)
 
 
 def test_a_curve_of_pass_rates_counts_groups_and_not_completions():

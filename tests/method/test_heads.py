@@ -7,7 +7,7 @@ import torch
 
 from rllib_distrl.maths.calibration import calibration_metrics
 from rllib_distrl.maths.laws import Law, rank, read_out, uncertainty, utility
-from rllib_distrl.method.heads import check_targets, head_stage
+from rllib_distrl.method.heads import check_targets, head_stage, make_head
 from tests.helpers import distrl_config
 
 D = torch.float64
@@ -159,3 +159,29 @@ def test_targets_beyond_the_atoms_are_refused_and_padding_is_not():
 def test_what_makes_no_sense_is_refused(training, words):
     with pytest.raises(ValueError, match=words):
         distrl_config(generations=2, **training).validate()
+
+
+def test_of_twins_the_whole_law_of_the_smaller_mean_counts():
+    twin = make_head({"critic": "twin", "head": "quantile", "n_quantiles": 2})
+    assert twin.n_outputs == 4
+    gap = math.log(math.expm1(1.0))  # softplus⁻¹(1)
+    narrow = math.log(math.expm1(0.2))
+    # {0, 1} beside {.3, .5}, {0, 1} beside {.6, .8}, and twice the same mean.
+    outputs = torch.tensor(
+        [[0.5, gap, 0.4, narrow], [0.5, gap, 0.7, narrow], [0.5, gap, 0.5, narrow]], dtype=D
+    )
+    expected = torch.tensor([[0.3, 0.5], [0.0, 1.0], [0.0, 1.0]], dtype=D)
+    torch.testing.assert_close(twin.law(outputs).atoms, expected)
+    assert twin.law(twin.start(0.25).to(D)).mean.item() == pytest.approx(0.25)
+
+
+def test_both_twins_learn_the_same_targets_and_fixed_atoms_stay():
+    twin = make_head({"critic": "twin", "head": "bernoulli"})
+    outputs = torch.tensor([[[math.log(3), 0.0], [-math.log(3), 0.0]]], dtype=D, requires_grad=True)
+    assert twin.law(outputs).mean.tolist() == [[pytest.approx(0.5), pytest.approx(0.25)]]
+    assert twin.support == (0.0, 1.0)
+    targets, mask = torch.tensor([[[1.0], [1.0]]], dtype=D), torch.tensor([[True, False]])
+    loss = twin.loss(outputs, targets, mask)
+    assert loss.tolist() == [[pytest.approx(-math.log(0.75) - math.log(0.5)), 0.0]]
+    (gradient,) = torch.autograd.grad(loss.sum(), outputs)
+    assert gradient.flatten().tolist() == pytest.approx([-0.25, -0.5, 0.0, 0.0])  # p − y

@@ -40,7 +40,7 @@ def module_of(algo):
     return algo.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("critic", ["separate", "shared", "twin"])
 def test_another_policy_starts_with_what_the_critic_had_learned(trained, tmp_path, critic):
     algo = trained(distrl_config(critic=critic, critic_lr=1e-2, init_value=0.3))
     export_critic(algo, tmp_path / "critic")
@@ -48,7 +48,9 @@ def test_another_policy_starts_with_what_the_critic_had_learned(trained, tmp_pat
         "config.json",
         "critic.safetensors",
     ]
-    config = distrl_config(critic_checkpoint=str(tmp_path / "critic"))
+    # Which of twins has the smaller mean may change in a step.
+    kind, atol = ("twin", 0.1) if critic == "twin" else ("separate", 0.05)
+    config = distrl_config(critic=kind, critic_checkpoint=str(tmp_path / "critic"))
     config.validate()
     other = config.build_algo()
     try:
@@ -57,7 +59,7 @@ def test_another_policy_starts_with_what_the_critic_had_learned(trained, tmp_pat
         other.train()  # must not put its own start value over it
         assert not torch.equal(module_of(other).compute_quantiles(ROWS), expected)
         torch.testing.assert_close(
-            module_of(other).compute_quantiles(ROWS), expected, atol=0.05, rtol=0
+            module_of(other).compute_quantiles(ROWS), expected, atol=atol, rtol=0
         )
     finally:
         other.stop()

@@ -126,7 +126,7 @@ def episodes():
     return sample(lora_config())
 
 
-@pytest.mark.parametrize("critic", ["separate", "shared"])
+@pytest.mark.parametrize("critic", ["separate", "twin", "shared"])
 def test_only_adapters_and_value_head_learn(episodes, critic):
     settings = {"critic": critic, "regularisers": [{"name": "kl"}], "lr": 1e-2}
     learner = make_learner(lora_config(**settings, activation_checkpointing=critic == "shared"))
@@ -139,7 +139,7 @@ def test_only_adapters_and_value_head_learn(episodes, critic):
     moved -= {"value_initialised"}
     assert all(".lora_" in name or name.startswith("value_head") for name in moved)
     owners = {name.split(".")[0] for name in moved}
-    assert owners == ({"policy", "value_head"} | ({"critic"} if critic == "separate" else set()))
+    assert owners == ({"policy", "value_head"} | ({"critic"} if critic != "shared" else set()))
     assert result["default_policy"]["regularisation"].peek() > 0
 
 
