@@ -118,6 +118,13 @@ def evaluate(
         Path | None,
         typer.Option(help="A run or checkpoint whose critic chooses among the samples, or stops."),
     ] = None,
+    audit: Annotated[
+        Path | None,
+        typer.Option(
+            help="A .csv, .jsonl or .parquet file with the columns problem, sample and right: how "
+            "often the verifier errs on these samples of --out."
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace another evaluation in the folder.")
     ] = False,
@@ -135,7 +142,7 @@ def evaluate(
     asked = Asked(data, data_dir, task, on_long_prompt, fields, form, on_bad_row, score)
     run_eval(
         target, overrides or [], model=model, out=out, asked=asked, sampling=sampling,
-        compare=compare or (), overwrite=overwrite, judge=critic,
+        compare=compare or (), overwrite=overwrite, judge=critic, labels=audit,
     )  # fmt: skip
 
 
@@ -236,11 +243,17 @@ def view(
     out: Annotated[
         Path | None, typer.Option(help="HTML file; view.html in the run if not given.")
     ] = None,
+    entropy_at: Annotated[
+        str | None,
+        typer.Option(
+            help="Words such as wait,but,check: also the mean entropy at tokens that are one."
+        ),
+    ] = None,
 ) -> None:
     """Write a page that shows what the critic believed at every token."""
     from rllib_distrl.cli.pages import run_view
 
-    run_view(source, out)
+    run_view(source, out, entropy_at)
 
 
 @app.command()

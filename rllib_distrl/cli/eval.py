@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -23,7 +23,13 @@ from rllib_distrl.cli.checkpoints import (
 from rllib_distrl.cli.interrupts import Interrupts
 from rllib_distrl.cli.measure import EvaluationProgress
 from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
-from rllib_distrl.cli.results import print_critic, print_judged, print_report, problems_of
+from rllib_distrl.cli.results import (
+    print_audit,
+    print_critic,
+    print_judged,
+    print_report,
+    problems_of,
+)
 from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints
@@ -111,6 +117,7 @@ def run_eval(
     compare: Sequence[Path] = (),
     overwrite: bool = False,
     judge: Path | None = None,
+    labels: Path | None = None,
 ) -> None:
     """Runs the command; an interrupted evaluation in `out` continues.
 
@@ -127,6 +134,7 @@ def run_eval(
         overwrite: Replace another evaluation in `out`.
         judge: A run or a checkpoint whose critic chooses among the samples; see
             `evaluation.critic`.
+        labels: A file that says which samples in `out` are right; see `measures.read_labels`.
 
     Raises:
         ValueError: For bad input, before anything is generated.
@@ -134,6 +142,7 @@ def run_eval(
     """
     silence_libraries()
     console = Console()
+    known = _labels(labels, out)
     asked.refuse_without_data()
     _check_compare(compare, out)
     if asked.data is not None and overrides:
@@ -152,7 +161,7 @@ def run_eval(
             also["critic"] = critic
         name = policy.load(interrupts, held)
         if judging is not None:
-            _check_judged(judging[0], name, data)
+            _check_judged(judging, name, data)
         from rllib_distrl.evaluation.evaluate import REPORT, run_evaluation
 
         with EvaluationProgress(console, "Evaluating", interrupts) as progress:
@@ -162,20 +171,52 @@ def run_eval(
             )  # fmt: skip
         judged = {} if judging is None else _judged(judging, name, data, result, interrupts)
     report = result.report() if out is None else json.loads((out / REPORT).read_text())
-    if judged and out is not None:
-        report["chosen_by_critic"] = judged
+    audited = {} if known is None else _audited(result, known)
+    further = {"chosen_by_critic": judged, "audit": audited}
+    if out is not None and any(further.values()):
+        report |= {name: found for name, found in further.items() if found}
         write_atomic(out / REPORT, json.dumps(report, indent=2) + "\n")
     print_report(
         console, report, data.name, problems_of(also) if asked.data is None else "problems"
     )
     print_critic(console, critic, also["split"])
     print_judged(console, judged)
+    print_audit(console, audited)
     if out is not None:
         console.print(f"Wrote {out}", highlight=False, markup=False, soft_wrap=True)
 
 
-def _judge(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, Path]:
-    """The run and the checkpoint whose critic is asked.
+def _labels(path: Path | None, out: Path | None) -> Any:
+    """The labels of samples in `out`; None where none are named.
+
+    Raises:
+        ValueError: If the file holds none, or there is no `out`.
+    """
+    from rllib_distrl.evaluation.measures import read_labels
+
+    if path is None:
+        return None
+    if out is None:
+        raise ValueError("--audit compares labels with the samples in --out: give both.")
+    return read_labels(path)
+
+
+def _audited(result: Any, labels: Any) -> dict[str, Any]:
+    from rllib_distrl.evaluation.measures import audit_samples
+
+    return audit_samples(result.frame, labels)
+
+
+class _Judge(NamedTuple):
+    """A critic that is asked."""
+
+    run: RunFolder
+    checkpoint: Path
+    config: Any
+
+
+def _judge(source: Path, console: Console, held: ExitStack) -> _Judge:
+    """The critic in a run or a checkpoint.
 
     Raises:
         ValueError: If there is none, or no critic that could judge.
@@ -183,19 +224,20 @@ def _judge(source: Path, console: Console, held: ExitStack) -> tuple[RunFolder, 
     from rllib_distrl.evaluation.critic import check_judge
 
     run, checkpoint = find_checkpoint(source, console, held)
-    check_judge(run.recipe().build_config())
-    return run, checkpoint
+    config = run.recipe().build_config()
+    check_judge(config)
+    return _Judge(run, checkpoint, config)
 
 
-def _check_judged(run: RunFolder, model: str, data: EvalData) -> None:
-    """Raises ValueError where the run's critic could not read the samples."""
+def _check_judged(judging: _Judge, model: str, data: EvalData) -> None:
+    """Raises ValueError where the critic could not read the samples."""
     from rllib_distrl.evaluation.critic import judge_env
 
-    judge_env(run.recipe().build_config(), model, data).close()
+    judge_env(judging.config, model, data).close()
 
 
 def _judged(
-    judging: tuple[RunFolder, Path],
+    judging: _Judge,
     model: str,
     data: EvalData,
     result: Any,
@@ -203,7 +245,7 @@ def _judged(
 ) -> dict[str, Any]:
     from rllib_distrl.evaluation.critic import judge_samples
 
-    with restored(*judging, interrupts) as algo:
+    with restored(judging.run, judging.checkpoint, interrupts) as algo:
         return judge_samples(algo, model, data, result)
 
 

@@ -13,15 +13,17 @@ from rllib_distrl.runs.reading import Run, load_run
 from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
 
 
-def run_view(source: Path, out: Path | None) -> None:
+def run_view(source: Path, out: Path | None, words: str | None = None) -> None:
     """Writes the page that shows what the critic believed at every token.
 
     Args:
         source: A run folder, a token table, or the graded completions of an evaluation.
         out: The HTML file; by default `view.html` in the run folder or beside the samples.
+        words: Separated by commas: what the entropy is at tokens that are one of them is printed,
+            and stands on the page.
 
     Raises:
-        ValueError: If there is nothing to show.
+        ValueError: If there is nothing to show, or no entropy.
     """
     if is_run_folder(source):
         run = load_run(source)
@@ -38,8 +40,26 @@ def run_view(source: Path, out: Path | None) -> None:
     else:
         table, note = table_of_samples(source), ""
         title, default = source.stem, source.with_suffix(".html")
+    said = "" if words is None else _entropy_at(table, words)
+    note = "; ".join(filter(None, (note, said)))
     page = write_viewer(table, out or default, title=title, note=note)
-    Console().print(f"Wrote {page}", highlight=False, markup=False, soft_wrap=True)
+    for line in filter(None, (said[:1].upper() + said[1:], f"Wrote {page}")):
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _entropy_at(table: TokenTable, words: str) -> str:
+    from rllib_distrl.evaluation.measures import entropy_at
+
+    wanted = [word.strip() for word in words.split(",") if word.strip()]
+    if not wanted:
+        raise ValueError("--entropy-at names no word: give some, separated by commas.")
+    mean, count = entropy_at(table, wanted)
+    every = table.numbers("entropy")
+    at_words = f"{mean:.3f} nats at {count:,} of them" if count else "none of them occurs"
+    return (
+        f"entropy at the tokens {', '.join(wanted)}: {at_words}; {every.mean():.3f} at all "
+        f"{len(every):,}"
+    )
 
 
 def _table_of_run(run: Run) -> tuple[TokenTable, str]:

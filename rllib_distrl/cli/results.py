@@ -112,6 +112,27 @@ def print_judged(console: Console, found: Mapping[str, Any]) -> None:
     _print(console, f"If a completion stopped where the critic's {quantile} is below, %:", table)
 
 
+def print_audit(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints how often the verifier errs, and the reward that knows of it; nothing without one."""
+    if not found:
+        return
+    table = _metrics("%", "95 % interval", "of", first="the verifier")
+    rows = {
+        "false_positive_rate": ("passes what is wrong", found["wrong"]),
+        "false_negative_rate": ("fails what is right", found["right"]),
+    }
+    for name, (label, count) in rows.items():
+        value, low, high = (found[name][each] for each in ("value", "low", "high"))
+        shown = "-" if value is None else f"{100 * value:.1f}"
+        table.add_row(label, shown, f"{100 * low:.1f} to {100 * high:.1f}", str(count))
+    _print(console, f"Of {found['right'] + found['wrong']} labelled samples:", table)
+    values = {name: found[name]["value"] for name in rows}
+    if None not in values.values() and sum(values.values()) < 1:
+        given = ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+        line = f'reward_transforms = [{{ name = "noise_backward", {given} }}]'
+        console.print(f"In [training]: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
 def knows_critic(found: Mapping[str, float]) -> bool:
     """Whether `print_critic` has something to print of it."""
     return any(name in found for name in _OF_CRITIC)

@@ -2,11 +2,15 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from rllib_distrl.maths.pass_k import FloatArray, pass_at_k
+from rllib_distrl.method.prompt_samplers import CORRECT
 from rllib_distrl.method.token_table import TokenTable
 
 
@@ -162,3 +166,78 @@ def audit(passed: Sequence[bool], right: Sequence[bool]) -> Audit:
         Rate.of(int((verdicts & ~truth).sum()), int((~truth).sum())),
         Rate.of(int((~verdicts & truth).sum()), int(truth.sum())),
     )
+
+
+_SAMPLE = ["problem", "sample"]
+_LABEL = [*_SAMPLE, "right"]
+_READERS = {".csv": pd.read_csv, ".jsonl": pd.read_json, ".parquet": pd.read_parquet}
+
+
+def read_labels(path: Path) -> pd.DataFrame:
+    """What somebody found out about samples of an evaluation.
+
+    Args:
+        path: A .csv, .jsonl or .parquet file with the columns `problem`, `sample` (as in the
+            samples) and `right`: true or false, or 1 or 0.
+
+    Returns:
+        These columns, `right` as bool.
+
+    Raises:
+        ValueError: For another file, or a sample that is labelled twice.
+    """
+    reader = _READERS.get(path.suffix)
+    if reader is None or not path.is_file():
+        raise ValueError(
+            f"--audit is {str(path)!r}; it must be a .csv, .jsonl or .parquet file with the "
+            f"columns {', '.join(_LABEL)}."
+        )
+    try:
+        found = reader(path, lines=True) if path.suffix == ".jsonl" else reader(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if missing := [name for name in _LABEL if name not in found]:
+        raise ValueError(f"{path} has no column {missing[0]!r}; it needs {', '.join(_LABEL)}.")
+    found = found[_LABEL]
+    for row, label in enumerate(found["right"].tolist()):
+        if label not in (0, 1):
+            raise ValueError(f"{path}: right is {label!r} in row {row}; it must be true or false.")
+    if twice := found[found.duplicated(_SAMPLE)].to_dict("records"):
+        again = twice[0]
+        raise ValueError(
+            f"{path} labels sample {again['sample']} of problem {again['problem']} twice."
+        )
+    return found.astype({"right": bool})
+
+
+def audit_samples(samples: pd.DataFrame, labels: pd.DataFrame) -> dict[str, Any]:
+    """`audit` of the samples of an evaluation that are labelled.
+
+    Args:
+        samples: With `problem`, `sample` and `status`; one passed where that is "correct".
+        labels: Of `read_labels`.
+
+    Returns:
+        ``right`` and ``wrong``, how many are labelled so, and `false_positive_rate` and
+        `false_negative_rate`, `Rate` as dicts, whose value is None where none could err.
+
+    Raises:
+        ValueError: For a label of a sample that does not exist.
+    """
+    graded = {
+        (problem, sample): status == CORRECT
+        for problem, sample, status in samples[[*_SAMPLE, "status"]].to_numpy().tolist()
+    }
+    passed, right = [], []
+    for problem, sample, truth in labels[_LABEL].to_numpy().tolist():
+        if (problem, sample) not in graded:
+            raise ValueError(
+                f"There is no sample {sample} of problem {problem}: the labels are of another "
+                "evaluation."
+            )
+        passed.append(graded[problem, sample])
+        right.append(bool(truth))
+    rates = asdict(audit(passed, right))
+    for rate in rates.values():
+        rate["value"] = None if math.isnan(rate["value"]) else rate["value"]
+    return {"right": sum(right), "wrong": len(right) - sum(right), **rates}

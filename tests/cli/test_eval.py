@@ -113,6 +113,16 @@ def test_file(model: Path, data: Path, tmp_path: Path) -> None:
     assert samples["finish_reason"].tolist() == ["stop"] * 12
     assert (out / "pass_at_k.png").read_bytes().startswith(b"\x89PNG")
 
+    labels = tmp_path / "labels.csv"
+    labels.write_text("problem,sample,right\n0,0,true\n1,0,true\n2,1,false\n2,2,false\n")
+    result = evaluate(model, "--data", data, "--out", out, "--audit", labels)
+    audited = json.loads((out / "eval.json").read_text())["audit"]
+    assert audited["false_positive_rate"]["value"] == 1.0
+    assert audited["false_negative_rate"]["value"] == 0.5
+    assert "fails what is right" in result.output
+    result = evaluate(model, "--data", data, "--audit", labels)
+    assert result.exit_code == 2 and "--audit compares labels with" in result.output
+
     # Another seed is another evaluation: refused there, unless told to replace it.
     seeded = (model, "--data", data, "--seed", 5, "--out", out)
     result = evaluate(*seeded)

@@ -10,11 +10,13 @@ import pytest
 from rllib_distrl.evaluation.measures import (
     Rate,
     audit,
+    audit_samples,
     best_of_n_kl,
     dead_groups,
     distinct_n,
     entropy_at,
     fit_entropy,
+    read_labels,
 )
 from rllib_distrl.method.token_table import TokenTable
 
@@ -79,3 +81,44 @@ def test_an_audit_counts_both_errors():
     assert Rate.of(0, 0).high == 1.0
     with pytest.raises(ValueError, match="5 and 4"):
         audit(passed, right[:4])
+
+
+LABELS = pd.DataFrame({"problem": [0, 0, 1, 2], "sample": [0, 1, 0, 0], "right": [1, 0, 1, 0]})
+
+
+def test_labelled_samples_are_compared_with_their_grades(tmp_path):
+    LABELS.to_csv(tmp_path / "a.csv")
+    LABELS.astype({"right": bool}).to_json(tmp_path / "a.jsonl", orient="records", lines=True)
+    LABELS.to_parquet(tmp_path / "a.parquet")
+    samples = pd.DataFrame(
+        {
+            "problem": [0, 0, 1, 1, 2],
+            "sample": [0, 1, 0, 1, 0],
+            "status": ["correct", "correct", "wrong", "correct", "no_answer"],
+        }
+    )
+    for name in ("a.csv", "a.jsonl", "a.parquet"):
+        found = audit_samples(samples, read_labels(tmp_path / name))
+        assert (found["right"], found["wrong"]) == (2, 2)
+        assert found["false_positive_rate"]["value"] == 1 / 2  # (0, 1) of (0, 1) and (2, 0)
+        assert found["false_negative_rate"]["value"] == 1 / 2  # (1, 0) of (0, 0) and (1, 0)
+    only_right = read_labels(tmp_path / "a.csv").query("right")
+    assert audit_samples(samples, only_right)["false_positive_rate"]["value"] is None
+    with pytest.raises(ValueError, match=r"no sample 0 of problem 2: .*another evaluation"):
+        audit_samples(samples[:-1], read_labels(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (LABELS.drop(columns="right"), "no column 'right'"),
+        (LABELS.assign(right=["yes"] * 4), "right is 'yes' in row 0"),
+        (LABELS.assign(sample=0), "labels sample 0 of problem 0 twice"),
+    ],
+)
+def test_labels_that_say_nothing_are_refused(tmp_path, labels, words):
+    labels.to_csv(tmp_path / "labels.csv")
+    with pytest.raises(ValueError, match=words):
+        read_labels(tmp_path / "labels.csv")
+    with pytest.raises(ValueError, match=r"--audit is .*must be a .csv, .jsonl or .parquet file"):
+        read_labels(tmp_path / "missing.csv")

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from rllib_distrl import load_run
 from rllib_distrl.cli.app import app
+from rllib_distrl.evaluation.measures import entropy_at
 from rllib_distrl.method.token_table import TokenTable
 from rllib_distrl.recipe import recipe_from_tables
 from rllib_distrl.runs.folder import create_run
@@ -138,6 +139,14 @@ def test_commands(tmp_path):
     viewed = CliRunner().invoke(app, ["view", str(run)])
     assert viewed.exit_code == 0, viewed.stderr
     assert (run / "view.html").is_file()
+    table = load_run(run).token_table
+    word = str(table.completions["text"][0][0]).strip()
+    said = CliRunner().invoke(app, ["view", str(run), "--entropy-at", f"{word}, never"])
+    assert f"Entropy at the tokens {word}, never: " in said.stdout
+    mean, count = entropy_at(table, [word])
+    assert f"{mean:.3f} nats at {count:,} of them; " in said.stdout
+    refused = CliRunner().invoke(app, ["view", str(run), "--entropy-at", " ,"])
+    assert refused.exit_code == 2 and "names no word" in refused.stderr
     reported = CliRunner().invoke(app, ["report", str(run)])
     assert reported.exit_code == 0, reported.stderr
     assert "calibration" in (run / "report.html").read_text()
