@@ -35,11 +35,14 @@ class Column:
         kinds: Types that are taken.
         required: Whether every row must have it; a missing or empty optional one becomes None.
         convert: Turns the value into what the task wants; what it raises is a fault of the row.
+        field: Where the data has it, whatever its form; None: under the task's own name, or as
+            `fields` or the form says.
     """
 
     kinds: tuple[type, ...] = (str,)
     required: bool = True
     convert: Callable[[Any], Any] | None = None
+    field: str | None = None
 
 
 @dataclass
@@ -107,7 +110,7 @@ def load_data(
     """
     if on_bad_row not in ON_BAD_ROW:
         raise ValueError(f"Got on_bad_row={on_bad_row!r}; it must be 'error' or 'skip'.")
-    names = {name: name for name in columns} | dict(fields or {})
+    names = {name: column.field or name for name, column in columns.items()} | dict(fields or {})
     if unknown := sorted(set(names) - set(columns)):
         raise ValueError(f"Got fields for {unknown}; the task has {sorted(columns)}.")
     if form is not None and fields:
@@ -144,7 +147,7 @@ def _validated(
         return {}, [f"cannot be read: {found}"]
     if not isinstance(found, Mapping):
         return {}, [f"holds {type(found).__name__}; each line must be an object with fields"]
-    shown = _shown(found)
+    shown, published = _shown(found), found
     if form is not None:
         try:
             found = form.row(found)
@@ -155,7 +158,8 @@ def _validated(
     wrong = []
     for name, column in columns.items():
         try:
-            row[name] = _value(look_up(found, names[name]), column)
+            source = found if column.field is None else published
+            row[name] = _value(look_up(source, names[name]), column)
         except _Missing:
             wrong.append(f"field {names[name]!r} is missing (the row has {shown})")
         except Exception as error:  # A value that no converter foresaw is a fault like others.

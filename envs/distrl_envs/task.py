@@ -195,6 +195,7 @@ class Task(ABC):
         max_reply_tokens: Default limit of each reply, in tokens of its own tokenizer.
         critic_numbers: Names of what `critic_observation` tells a critic, in order; none where it
             tells nothing.
+        has_solutions: Whether `worked_solution` can be asked.
     """
 
     name: str = "task"
@@ -210,6 +211,7 @@ class Task(ABC):
     max_completion_tokens: int = 512
     max_reply_tokens: int = 256
     critic_numbers: Sequence[str] = ()
+    has_solutions: bool = False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -305,6 +307,14 @@ class Task(ABC):
         No policy sees it. Asked only with `critic_observation = "text"`; "" where there is none.
         """
         return ""
+
+    def worked_solution(self, problem: Problem) -> str:
+        """A right completion, always the same of a problem, for learners that imitate one.
+
+        Written as the model is to write it, without its EOS. Asked only with
+        `demonstrations = True`, and where `has_solutions` is set.
+        """
+        raise NotImplementedError
 
     def instruction(self, problem: Problem) -> str:
         """The prompt for a tokenizer that is not the task's own, in plain language."""
@@ -435,6 +445,8 @@ class GeneratedTask(Task):
     across seeds too.
     """
 
+    has_solutions = True
+
     def __init__(self, split: str = "train", seed: int = 0):
         """Chooses split and seed.
 
@@ -503,6 +515,10 @@ class GeneratedTask(Task):
 
     def critic_text(self, problem: Problem) -> str:
         """A solution, always the same of a problem."""
+        return self.worked_solution(problem)
+
+    def worked_solution(self, problem: Problem) -> str:
+        """One of the problem's solutions."""
         import numpy as np
 
         seed = int.from_bytes(blake2b(problem.key.encode(), digest_size=8).digest(), "big")

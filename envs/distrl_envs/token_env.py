@@ -90,8 +90,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
     step rewards.
 
     `reset` returns `info` with `prompt_ids`, `row` and `problem` (and, for a critic that is told
-    one, `critic_text_ids`); the last step returns `info` with
-    `finish_reason`, `grade` and `completion` (the decoded text).
+    one, `critic_text_ids`; with `demonstrations` `demonstration_ids`); the last step returns `info`
+    with `finish_reason`, `grade` and `completion` (the decoded text).
 
     A task that replies (`has_turns`) is asked whenever EOS or a stop string ends a turn. Where it
     replies, the episode goes on: the reward is the reply's, the observation holds the reply's
@@ -137,6 +137,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         max_context_tokens: int | None = None,
         max_reply_tokens: int | None = None,
         critic_observation: str = "none",
+        demonstrations: bool = False,
     ):
         """Builds the environment of a task.
 
@@ -177,11 +178,14 @@ class TokenEnv(gymnasium.Env[Observation, int]):
                 "state" (`Task.critic_observation`), "text" (`Task.critic_text`) or "stock" (the
                 return so far, which whoever plays the episode adds up); nothing that `reset` and
                 `step` let a policy observe depends on it.
+            demonstrations: Whether `reset` tells learners a right completion of the problem,
+                `Task.worked_solution`.
 
         Raises:
             ValueError: On any argument out of bounds, a task without problems, a stop string that
                 the tokenizer cannot produce, a chat template to which replies cannot be
-                appended, and if the tokenizer has no EOS token.
+                appended, demonstrations of a task that has none or whose completions they do not
+                fit, and if the tokenizer has no EOS token.
             TaskError: If a named task's own code fails while it is built.
         """
         if obs_mode not in OBS_MODES:
@@ -245,6 +249,10 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._check_prompts(on_long_prompt)
         self.critic_observation = critic_observation
         self.critic_room = self._room_of_critic(window)
+        self.demonstrations = bool(demonstrations)
+        self._demonstrated: dict[int, np.ndarray] = {}
+        if self.demonstrations:
+            self._check_demonstrations()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -274,6 +282,8 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         info = {"prompt_ids": list(self._prompt_ids), "row": row, "problem": problem}
         if self.critic_observation == "text":
             info["critic_text_ids"] = self.critic_text_ids(row)
+        if self.demonstrations:
+            info["demonstration_ids"] = self.demonstration_ids(row)
         return self._observe(self._prompt_ids), info
 
     def step(self, action: SupportsIndex) -> tuple[Observation, float, bool, bool, Info]:
@@ -548,11 +558,16 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             self.chat_template_kwargs,
         )
 
-    def _too_long(self, lengths: Mapping[int, int]) -> str:
+    def _longest(self, lengths: Mapping[int, int]) -> tuple[str, int, str]:
+        """Where the longest row stands, its length, and how many there are, for a message."""
         row, length = max(lengths.items(), key=lambda item: item[1])
         place = self.task.problem(row).data.get("place")
         where = f"row {row} ({place})" if place else f"row {row}"
         count = f"; {len(lengths)} of {len(self.task)} are too long" if len(lengths) > 1 else ""
+        return where, length, count
+
+    def _too_long(self, lengths: Mapping[int, int]) -> str:
+        where, length, count = self._longest(lengths)
         window = f", the model's window being {self._window}" if self._window else ""
         return (
             f"The prompt of {where} has {length} tokens; max_prompt_tokens is "
@@ -707,6 +722,70 @@ class TokenEnv(gymnasium.Env[Observation, int]):
                 "Lower max_prompt_tokens or max_completion_tokens."
             )
         return room
+
+    def demonstration_ids(self, row: int) -> np.ndarray:
+        """The task's worked solution of a row as the tokens of a completion, (T,) int64.
+
+        Raises:
+            ValueError: If it has more than `max_completion_tokens`.
+            TaskError: If the task fails, or returns no text.
+        """
+        if row not in self._demonstrated:
+            ids = self._encoded_solution(self._served(row)[0])
+            if len(ids) > self.max_completion_tokens:
+                raise ValueError(self._long_solution({row: len(ids)}))
+            if len(self._demonstrated) >= _KEPT_PROMPTS:
+                self._demonstrated.clear()
+            self._demonstrated[row] = np.array(ids, dtype=np.int64)
+        return self._demonstrated[row]
+
+    def _encoded_solution(self, problem: Problem) -> list[int]:
+        text = self._solution_text(problem)
+        ids = encode_marked(self.tokenizer, mark_special(self.tokenizer, text), special=False)
+        return ids if ids and self.ends_turn(ids) else [*ids, self.eos_token_id]
+
+    def _solution_text(self, problem: Problem) -> str:
+        text = ask(self.task, "worked_solution", problem)
+        if not isinstance(text, str) or not text.strip():
+            what = f"{described(self.task, 'worked_solution')} on row {problem.row}"
+            raise TaskError(f"{what} returned {text!r:.80}; it must return a text.")
+        return text
+
+    def _check_demonstrations(self) -> None:
+        """Refuses a task without worked solutions, and measures those of a fixed set of rows."""
+        task = self.task
+        if not task.has_solutions:
+            raise ValueError(
+                f"Got demonstrations=True, which methods that imitate ask for, but the task "
+                f"{task.name!r} has no worked solutions. A task over data takes them from a "
+                "column: task_config = {solution = 'FIELD'}; one of your own has them with "
+                "has_solutions = True and the method worked_solution. Or use another method."
+            )
+        if self.has_turns:
+            raise ValueError(
+                f"Got demonstrations=True, but the task {task.name!r} replies, and only "
+                "completions of one turn can be shown. Use another method."
+            )
+        if len(task) >= GENERATED_ROWS:
+            return
+        long = {}
+        for problem in map(self._problem_of, range(len(task))):
+            # No tokenizer makes more tokens than a text has bytes.
+            size = len(self._solution_text(problem).encode("utf-8", "replace"))
+            if size >= self.max_completion_tokens:
+                length = len(self._encoded_solution(problem))
+                if length > self.max_completion_tokens:
+                    long[problem.row] = length
+        if long:
+            raise ValueError(self._long_solution(long))
+
+    def _long_solution(self, lengths: Mapping[int, int]) -> str:
+        where, length, count = self._longest(lengths)
+        return (
+            f"The worked solution of {where} has {length} tokens, EOS included, and "
+            f"max_completion_tokens is {self.max_completion_tokens}{count}. Raise it, or leave "
+            "such rows out of the data."
+        )
 
     def _served(self, row: int) -> tuple[Problem, list[int]]:
         """Problem and prompt of a row; those of the rows served last are kept."""

@@ -56,6 +56,7 @@ from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION, DistRLLearne
 from rllib_distrl.learner.step import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.method import registry
 from rllib_distrl.method.allocators import warn_of_rows_seen_once
+from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.causal_lm_module import DistRLModule
 from rllib_distrl.model.loading import resolve
 from rllib_distrl.recipe_schema import builder_parameters, check_names
@@ -240,6 +241,9 @@ class DistRLConfig(AlgorithmConfig):
         settings = env_settings(self.model_config["model"], self.rollout_settings, "token")
         if self.critic_observation != "none" or "critic_observation" in self.env_config:
             settings["critic_observation"] = self.critic_observation
+        imitates = Method.from_config(self).imitates
+        if imitates or "demonstrations" in self.env_config:
+            settings["demonstrations"] = imitates
         set_env_settings(self, settings)
         if self.micro_batch_tokens == "auto":
             self.micro_batch_tokens = largest_micro_batch(self)

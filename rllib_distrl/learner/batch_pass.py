@@ -10,10 +10,9 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from rllib_distrl.learner.connector import GROUPS, PROMPTS
-from rllib_distrl.learner.minibatches import generator, model_inputs
+from rllib_distrl.learner.connector import FIRST_ROW, GROUPS, PROMPTS, shown_columns
+from rllib_distrl.learner.minibatches import EPISODE, SHOWN_ROW, generator, model_inputs
 from rllib_distrl.learner.reference import Reference
-from rllib_distrl.learner.step import EPISODE
 from rllib_distrl.learner.uncertainty import FEATURES, Distance, Uncertainty
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.statistics import AllReduce
@@ -131,6 +130,8 @@ class BatchPass:
             statistic = self.uncertainty.statistic(columns, rollouts)
             rollouts.extras[self.uncertainty.name] = statistic
             rollouts.extras.pop(FEATURES, None)
+        if method.imitates:
+            rollouts.demonstrations = self._demonstrations(shown_columns(columns), rollouts)
         method.prepare(rollouts)
         return PassResult(rollouts, forward)
 
@@ -148,6 +149,29 @@ class BatchPass:
             all_gather=self.all_gather,
             memory=self.memory,
             extras={EPISODE: torch.arange(len(columns[GROUPS]), device=columns[GROUPS].device)},
+        )
+
+    def _demonstrations(
+        self, columns: dict[str, Tensor], rollouts: SequenceBatch
+    ) -> SequenceBatch | None:
+        """What was shown, with the policy's entropy where the loss reads it; None without any."""
+        if not columns:
+            return None
+        needs = self.method.policy_loss.needs & {"entropy"}
+        first, mask = columns[FIRST_ROW], columns[Columns.LOSS_MASK]
+        nothing = torch.zeros(mask.shape, device=mask.device)
+        return SequenceBatch(
+            rewards=nothing,
+            loss_mask=mask,
+            action_logp=nothing,
+            group=rollouts.group[first],
+            k=rollouts.k,
+            width=self.width,
+            all_reduce=self.all_reduce,
+            all_gather=self.all_gather,
+            extras={EPISODE: first, SHOWN_ROW: torch.arange(len(first), device=first.device)},
+            shown=True,
+            **model_columns(self._module, None, columns, needs),  # type: ignore[arg-type]
         )
 
     def _initialise_values(

@@ -22,6 +22,10 @@ from rllib_distrl.model.sequences import (
 
 GROUPS = "groups"
 PROMPTS = "prompts"
+DEMONSTRATION_IDS = "demonstration_ids"
+SHOWN = "demonstration_"
+"""What the names of the demonstrations' columns begin with."""
+FIRST_ROW = "first_row"
 
 
 class SequencesFromEpisodes(ConnectorV2):
@@ -33,7 +37,9 @@ class SequencesFromEpisodes(ConnectorV2):
     tokens alone; ``loss_mask`` (B, T) bool; ``reply_tokens`` (B, T), see `Sequences`; ``groups``
     (B,), equal for completions of one served prompt; ``prompts`` (B,), its row in the task. Where
     the environment tells a critic more, ``critic_observations`` (B, T, n), or ``critic_text_ids``
-    (B, L) and ``critic_text_lens`` (B,). The order of episodes is kept.
+    (B, L) and ``critic_text_lens`` (B,). Where it shows solutions, ``demonstration_…``: the
+    sequence columns of one row per group, in the order of their numbers, and ``first_row``, the
+    group's first episode. The order of episodes is kept.
     """
 
     def __call__(
@@ -124,9 +130,10 @@ def _columns(episodes: list[Any]) -> dict[str, np.ndarray]:
         Columns.ACTION_LOGP: logp,
         Columns.REWARDS: rewards,
         Columns.LOSS_MASK: np.arange(steps) < lens[:, None],
-        GROUPS: _groups(episodes),
+        GROUPS: (groups := _groups(episodes)),
         PROMPTS: np.array([episode.infos[0]["row"] for episode in episodes]),
         **_of_critic(episodes, steps),
+        **_demonstrations(episodes, groups),
     }
 
 
@@ -147,6 +154,36 @@ def _of_critic(episodes: list[Any], steps: int) -> dict[str, np.ndarray]:
             ids[row, : len(text)] = text
         found |= {CRITIC_TEXT_IDS: ids, CRITIC_TEXT_LENS: lens}
     return found
+
+
+def _demonstrations(episodes: list[Any], groups: np.ndarray) -> dict[str, np.ndarray]:
+    """A right completion of each group's prompt, if every episode has one."""
+    if not all(DEMONSTRATION_IDS in episode.infos[0] for episode in episodes):
+        return {}
+    first = np.unique(groups, return_index=True)[1]
+    infos = [episodes[row].infos[0] for row in first]
+    prompt_lens = np.array([len(info["prompt_ids"]) for info in infos])
+    lens = np.array([len(info[DEMONSTRATION_IDS]) for info in infos])
+    actions = np.zeros((len(infos), int(lens.max())), dtype=np.int64)
+    input_ids = np.zeros((len(infos), int((prompt_lens + lens).max())), dtype=np.int64)
+    for row, info in enumerate(infos):
+        whole = np.concatenate((info["prompt_ids"], info[DEMONSTRATION_IDS]))
+        input_ids[row, : len(whole)] = whole
+        actions[row, : lens[row]] = info[DEMONSTRATION_IDS]
+    columns = {
+        INPUT_IDS: input_ids,
+        PROMPT_LENS: prompt_lens,
+        Columns.ACTIONS: actions,
+        Columns.LOSS_MASK: np.arange(actions.shape[1]) < lens[:, None],
+        FIRST_ROW: first,
+    }
+    return {f"{SHOWN}{name}": column for name, column in columns.items()}
+
+
+def shown_columns(columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The demonstrations' columns by the names of sequence columns; none where none are shown."""
+    names = [name for name in columns if name.startswith(SHOWN)]
+    return {name.removeprefix(SHOWN): columns[name] for name in names}
 
 
 def _groups(episodes: list[Any]) -> np.ndarray:

@@ -18,7 +18,14 @@ from torch import Tensor
 from rllib_distrl.learner.batch_pass import BatchPass
 from rllib_distrl.learner.connector import check_behaviour
 from rllib_distrl.learner.metrics import log_update, sampler_mismatch
-from rllib_distrl.learner.minibatches import ROLLOUTS, STEP, micro_batch, minibatches, row_orders
+from rllib_distrl.learner.minibatches import (
+    DEMONSTRATIONS,
+    ROLLOUTS,
+    STEP,
+    micro_batch,
+    minibatches,
+    row_orders,
+)
 from rllib_distrl.learner.optimizers import (
     learning_rates,
     lr_factor,
@@ -227,6 +234,12 @@ class DistRLLearner(TorchLearner):
         k = timesteps.get(TRAINING_ITERATION, 1)
         found = self.batch_pass(columns, k, single_step=single_step)
         rollouts = found.rollouts
+        if self.method.imitates and rollouts.demonstrations is None:
+            raise ValueError(
+                f"policy_loss {self.method.policy_loss.name!r} imitates, but the episodes show no "
+                "solutions. Sample them with env_config = {demonstrations = true}, as our "
+                "algorithms do by themselves; wrappers must keep the info of reset()."
+            )
         self._refusals.start_iteration(episodes)
         self._weights_seq_no += 1
         self._set_learning_rates(k)
@@ -358,6 +371,8 @@ class DistRLLearner(TorchLearner):
         budget = micro_batch_budget(self.settings.micro_batch_tokens)
         parts = self.policy_module.micro_batches(from_columns(whole), budget)
         loss_per_module: dict[str, Tensor] = {}
+        if DEMONSTRATIONS in whole and not step.critic_only:
+            self._accumulate_demonstrations({**whole[DEMONSTRATIONS], STEP: step}, budget)
         for number, rows in enumerate(parts):
             part = {DEFAULT_MODULE_ID: micro_batch(whole, rows)}
             with self._gradient_sync(last=number == len(parts) - 1):
@@ -369,6 +384,14 @@ class DistRLLearner(TorchLearner):
                 # DDP averages gradients; the weights already divide by all learners' tokens.
                 (loss_per_module[DEFAULT_MODULE_ID] * learners).backward()
         return loss_per_module
+
+    def _accumulate_demonstrations(self, shown: dict[str, Any], budget: int) -> None:
+        """Before the sampled rows: the last backward pass is then one that every learner has."""
+        module = self.policy_module
+        for rows in module.micro_batches(from_columns(shown), budget):
+            with self._gradient_sync(last=False):
+                loss = self._objective.of_demonstrations(module, micro_batch(shown, rows))
+                (loss * max(self.config.num_learners, 1)).backward()
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
         if self._alone or last:

@@ -8,6 +8,7 @@ import torch
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
+from rllib_distrl.learner.connector import shown_columns
 from rllib_distrl.maths.group_advantages import group_index
 from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
@@ -24,6 +25,11 @@ from rllib_distrl.model.sequences import (
 )
 
 ROLLOUTS = "rollouts"
+EPISODE = "episode"
+"""Key of the batch's `extras` that holds each row's number among the learner's episodes."""
+DEMONSTRATIONS = "demonstrations"
+SHOWN_ROW = "shown_row"
+"""Key of the demonstrations' `extras`: each one's row among their columns."""
 WEIGHTS = "weights"
 CRITIC_WEIGHTS = "critic_weights"
 STEP = "step"
@@ -96,10 +102,12 @@ def minibatch(
 
     Returns:
         Sequence columns, ``rollouts``, and (b, T) ``weights`` (the policy's terms) and
-        ``critic_weights`` (a mean over tokens), normalised over all learners.
+        ``critic_weights`` (a mean over tokens), normalised over all learners; and the same of
+        ``demonstrations``, see `_shown`.
     """
     chosen = rollouts[rows]
     return {
+        **_shown(columns, rollouts, rows),
         **model_inputs(from_columns(columns).rows(rows)),
         ROLLOUTS: chosen,
         WEIGHTS: aggregation(chosen),
@@ -109,6 +117,27 @@ def minibatch(
     }
 
 
+def _shown(
+    columns: dict[str, Tensor], rollouts: SequenceBatch, rows: Tensor
+) -> dict[str, dict[str, Any]]:
+    """The demonstrations of the prompts whose first row is among the chosen ones.
+
+    However groups are cut, an epoch so has each of them once. ``weights`` are a mean over their
+    tokens.
+    """
+    if rollouts.demonstrations is None:
+        return {}
+    every = rollouts.demonstrations
+    chosen = every[torch.isin(every.column(EPISODE), rows)]
+    weights = token_weights(chosen.loss_mask, "token_mean", all_reduce=rollouts.all_reduce)
+    if not len(chosen):
+        return {}
+    sequences = from_columns(shown_columns(columns)).rows(chosen.column(SHOWN_ROW))
+    steps = sequences.actions.shape[1]
+    part = {**model_inputs(sequences), ROLLOUTS: chosen.cut(steps), WEIGHTS: weights[:, :steps]}
+    return {DEMONSTRATIONS: part}
+
+
 def micro_batch(whole: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """The chosen rows of a minibatch, cut to the longest; weights stay the minibatch's."""
     sequences = from_columns(whole).rows(rows)
@@ -116,7 +145,7 @@ def micro_batch(whole: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     part = {
         **model_inputs(sequences),
         ROLLOUTS: whole[ROLLOUTS][rows].cut(steps),
-        **{name: whole[name][rows, :steps] for name in _PER_TOKEN},
+        **{name: whole[name][rows, :steps] for name in _PER_TOKEN if name in whole},
     }
     return {**part, STEP: whole[STEP]} if STEP in whole else part
 

@@ -12,7 +12,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from torch import Tensor
 
-from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, ROLLOUTS, STEP, WEIGHTS
+from rllib_distrl.learner.minibatches import CRITIC_WEIGHTS, EPISODE, ROLLOUTS, STEP, WEIGHTS
 from rllib_distrl.maths.losses import weighted_sum
 from rllib_distrl.maths.statistics import AllReduce, identity
 from rllib_distrl.method.batch import SequenceBatch
@@ -148,6 +148,22 @@ class Objective:
             step.logps.append((logp.detach()[mask], sampler_logp[mask]))
         return losses.total
 
+    def of_demonstrations(self, module: Any, batch: dict[str, Any]) -> Tensor:
+        """The share of a micro-batch of demonstrations: the policy loss alone, without a critic.
+
+        Args:
+            module: `DistRLModule`.
+            batch: of `micro_batch`, with ``step``, which counts it as policy loss.
+        """
+        step: Step = batch[STEP]
+        rollouts: SequenceBatch = batch[ROLLOUTS]
+        logp = module.of_policy(batch)[..., 0]
+        policy_loss = self.method.policy_loss.moved(step.coefficients)(logp, rollouts)
+        loss = weighted_sum(policy_loss, batch[WEIGHTS])
+        step.losses.add(Losses(loss, loss))
+        step.watch(rollouts, policy_loss_of_demonstration=policy_loss)
+        return loss
+
     def _policy_loss(
         self, logp: Tensor, rollouts: SequenceBatch, coefficients: Mapping[str, float]
     ) -> Tensor:
@@ -233,8 +249,6 @@ def critic_loss(head: Head, outputs: Tensor, rollouts: SequenceBatch) -> Tensor:
     return head.loss(outputs, rollouts.column("target_quantiles"), rollouts.loss_mask)
 
 
-EPISODE = "episode"
-"""Key of the batch's `extras` that holds each row's number among the learner's episodes."""
 REFUSED_STEPS = "nonfinite_steps"
 REFUSED_IN_A_ROW = "nonfinite_steps_in_a_row"
 

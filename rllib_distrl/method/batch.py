@@ -50,6 +50,10 @@ class SequenceBatch:
         memory: What stages keep from one iteration to the next, by their names; checkpointed. Equal
             on all learners: stages write only what is of all of them.
         metrics: Filled by stages; shared by all slices of a batch.
+        demonstrations: Of a whole batch, where a stage needs them: for each prompt a right
+            completion that was shown and not sampled, one per row; `group` says whose it is.
+            Stages may leave some out.
+        shown: Whether the rows are such: `action_logp` and `rewards` are then 0.
     """
 
     rewards: Tensor
@@ -77,6 +81,8 @@ class SequenceBatch:
     all_gather: AllReduce = identity
     memory: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    demonstrations: "SequenceBatch | None" = None
+    shown: bool = False
 
     def __len__(self) -> int:
         return self.loss_mask.shape[0]

@@ -113,6 +113,11 @@ class Method:
         """Whether the loss is one of whole groups, which minibatches then hold."""
         return self.policy_loss.method.kind == "group_loss"
 
+    @property
+    def imitates(self) -> bool:
+        """Whether the loss learns from demonstrations too, see `method.imitation`."""
+        return "demonstrations" in self.policy_loss.needs
+
     def prepare(self, batch: SequenceBatch) -> None:
         """Fills ``values``, ``target_quantiles`` and ``advantages`` of a whole batch.
 

@@ -10,7 +10,8 @@ What the function is given and returns, by kind; `batch` is a `SequenceBatch` of
     reward                 (batch) to rewards (B, T)
     advantage              (batch) to (B, T)
     shaper                 (batch, advantages) to (B, T)
-    policy_loss            (logp, batch) to (B, T); the batch may be any part of the minibatch
+    policy_loss            (logp, batch) to (B, T); the batch may be any part of the minibatch, or,
+                           where it needs `demonstrations`, of these (`batch.shown`)
     group_loss             (logp, batch) to (B,); in the place of a policy_loss
     regulariser            (logp, batch) to (B, T)
     target                 (batch) to (B, T, M): what the critic's quantiles learn
@@ -54,7 +55,7 @@ KINDS = (
 LEARNED_STATS = ("ensemble", "distance")
 NEEDS = frozenset(LEARNED_STATS) | {
     "entropy", "ref_logp", "prompt_logp", "hidden", "head_gradient", "quantiles", "values",
-    "groups",
+    "groups", "demonstrations",
 }  # fmt: skip
 LOGP_AT = "logp_at_"
 Spec = Mapping[str, Any] | str
@@ -211,6 +212,8 @@ def register(
         raise ValueError(f"{kind} {name!r} needs {sorted(unknown)}; known: {sorted(NEEDS)}")
     if kind in ("prompt_sampler", "allocator") and prepare is not None:
         raise ValueError(f"{kind} {name!r} has no batch to prepare: it lives on the driver")
+    if kind != "policy_loss" and not callable(needs) and "demonstrations" in (needs or ()):
+        raise ValueError(f"{kind} {name!r} needs demonstrations, which a policy_loss alone may.")
 
     def decorate(function: _F) -> _F:
         reads = getattr(function, "needs", ()) if needs is None else needs

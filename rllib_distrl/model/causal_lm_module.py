@@ -331,6 +331,14 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         sums = each.new_zeros(len(mask), each.shape[1]).index_add_(0, owner, each)
         return sums / mask.sum(1, keepdim=True).clamp(min=1)
 
+    def of_policy(self, batch: dict[str, Any]) -> torch.Tensor:
+        """(B, T, 2): logp of each completion token and entropy, with gradients, no critic asked.
+
+        Under the sampling temperature; zeros where masked.
+        """
+        sequences = self.sequences(batch)
+        return self._sampled_tokens(self.policy, self._states(self.policy, sequences), sequences)
+
     def compute_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, T) float32 logps of the completion tokens, in micro-batches, without gradients.
 

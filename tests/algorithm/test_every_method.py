@@ -43,6 +43,7 @@ WITH = {
     "max_min_groups": {
         "reward_transforms": [{"name": "overlong", "cache_tokens": 4}, {"name": "max_min_groups"}]
     },
+    "srft": {"advantage": {"name": "zero"}, "bonus_coeff": 0.0},
     "gdpo": {"reward_transforms": [{"name": "overlong", "cache_tokens": 4}]},
 }
 GROUP_LOSS = {"advantage": {"name": "zero"}, "bonus_coeff": 0.0}

@@ -75,6 +75,7 @@ AROUND = {
     "gmpo": {"aggregation": "sequence_mean"},
     "lad": {"aggregation": "sequence_mean", "whiten_advantages": False},
     "dltv": {"bonus_coeff": 0.0},
+    "srft": {"advantage": {"name": "zero"}, "bonus_coeff": 0.0},
     "max_min_groups": {
         "reward_transforms": [{"name": "overlong", "cache_tokens": 4}, {"name": "max_min_groups"}]
     },

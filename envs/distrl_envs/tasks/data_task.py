@@ -17,6 +17,8 @@ from distrl_envs.task import PLACE, SPLITS, Problem, Task
 
 PROBLEM = Column((str, list))
 """The column of every task over data: a text, or a chat that ends with the user's question."""
+SOLUTION = "worked_solution"
+"""The column of `DataTask`'s `solution`."""
 HOLDOUT = 0.2
 """Share of the problems that training never sees, half of it for validation, half for test."""
 
@@ -53,6 +55,7 @@ class DataTask(Task):
         seed: int = 0,
         holdout: float = HOLDOUT,
         length_penalty: float = 0.0,
+        solution: str | None = None,
         read: Callable[[str], Numbered] = read_rows,
     ):
         """Loads the data.
@@ -77,6 +80,8 @@ class DataTask(Task):
                 training does not see: the first half is "validation", the second "test". With 0
                 there is only "train".
             length_penalty: Taken off the reward for every token of the completion.
+            solution: Field, or path into a row, that holds a right completion as the model is to
+                write it; see `Task.worked_solution`.
             read: Yields the rows of a source, for those that are no files.
 
         Raises:
@@ -98,6 +103,9 @@ class DataTask(Task):
         self.length_penalty = length_penalty
         self.has_step_reward = length_penalty > 0.0
         self.holdout = holdout
+        self.has_solutions = solution is not None
+        if solution is not None:
+            columns = {**columns, SOLUTION: Column(field=solution)}
         self._sources = _sources(data)
         self._instruction = instruction
         self._read: Callable[[str], Data] | None = partial(
@@ -146,8 +154,8 @@ class DataTask(Task):
         return problem.data.get(CONTEXT) or ()
 
     def grading_key(self, problem: Problem) -> str:
-        """As for any task; where a row stands does not matter."""
-        told = {name: value for name, value in problem.data.items() if name != PLACE}
+        """As for any task; where a row stands does not matter, nor a solution that is shown."""
+        told = {name: x for name, x in problem.data.items() if name not in (PLACE, SOLUTION)}
         return super().grading_key(replace(problem, data=told))
 
     def without(self, rows: Collection[int]) -> DataTask:
@@ -160,6 +168,10 @@ class DataTask(Task):
     def same_answer(self, one: str, other: str) -> bool:
         """Whether two answers, as they stand in grades, are the same one in a vote."""
         return one == other
+
+    def worked_solution(self, problem: Problem) -> str:
+        """That of the data."""
+        return problem.data[SOLUTION]
 
     def step_reward(self, problem: Problem, completion_ids: Sequence[int]) -> float:
         """Minus the length penalty, for each token."""

@@ -46,6 +46,8 @@ class ReasoningGymTask(Task):
     are killed at a deadline.
     """
 
+    has_solutions = True
+
     def __init__(
         self,
         generator: str,
@@ -125,6 +127,10 @@ class ReasoningGymTask(Task):
         if problem.data["answer"] is None:
             raise ValueError(f"The generator {self.generator!r} names no answer of its own.")
         return f"<answer>{problem.data['answer']}</answer>"
+
+    def worked_solution(self, problem: Problem) -> str:
+        """The generator's own answer alone."""
+        return self.solution(problem)
 
     def instruction(self, problem: Problem) -> str:
         """The question within the task's instruction."""
