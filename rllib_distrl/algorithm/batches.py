@@ -12,7 +12,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from rllib_distrl.algorithm.weight_sync import WeightSync
 from rllib_distrl.learner.step import NonFiniteError
-from rllib_distrl.method.allocators import Allocator
+from rllib_distrl.method.allocators import Allocator, ExploreFilterReplay
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptSampler
 from rllib_distrl.rollout.completion_env_runner import Begun
 from rllib_distrl.rollout.groups import Group, GroupSampling, SampledGroups
@@ -30,6 +30,8 @@ WEIGHTS_VERSION_LAG = "weights_version_lag"
 """Updates between the oldest weights that sampled and the learner's."""
 MEAN_LAG = "weights_version_lag_mean"
 """The same for the weights that sampled each token, mean over tokens."""
+NUM_EXPLORED_EPISODES = "num_explored_episodes"
+"""Further completions of prompts without a correct one, see `ExploreFilterReplay`."""
 NUM_OPEN_PROMPTS = "num_open_prompts"
 """Prompts that were begun and are not learned from yet."""
 
@@ -99,11 +101,14 @@ class Batches:
         sampling.start()
         return sampling
 
-    def next(self, iteration: int) -> tuple[SampledGroups, dict[str, float]]:
+    def next(
+        self, iteration: int, *, explore: bool = True
+    ) -> tuple[SampledGroups, dict[str, float]]:
         """The batch to learn from, sampled in rounds (`sample_informative`).
 
         Args:
             iteration: for messages.
+            explore: whether an allocator that explores may ask for more.
 
         Returns:
             The batch, with the groups that it leaves out as ``dropped``, and counts to log.
@@ -122,6 +127,9 @@ class Batches:
                     self._rollout.prompts_per_iteration,
                     self._max_rounds,
                 )
+            if explore and isinstance(self._allocator, ExploreFilterReplay):
+                batch = self._explored(batch, self._allocator, iteration)
+                counts[NUM_EXPLORED_EPISODES] = sum(map(len, batch.explored))
         except Exception:
             self._prompt_sampler.set_state(before)
             raise
@@ -133,6 +141,23 @@ class Batches:
             WEIGHTS_VERSION_LAG: self._lag(batch),
             MEAN_LAG: self._weight_sync.version - float(batch.versions().mean()),
         }
+
+    def _explored(
+        self, batch: SampledGroups, allocator: ExploreFilterReplay, iteration: int
+    ) -> SampledGroups:
+        """The batch with further completions of its prompts without a correct one."""
+        prompts = allocator.unsolved(batch.prompt_results())
+        if not prompts:
+            return batch
+        sync, sizes = self._weight_sync, [allocator.generations] * len(prompts)
+        sampling = GroupSampling(
+            sync.fleet, sync.local_runner, prompts, sizes, allocator.temperature
+        )
+        sampling.start()
+        found = self._run(sampling, iteration)
+        return _joined([batch, found])._replace(
+            groups=batch.groups, dropped=batch.dropped, explored=found.groups
+        )
 
     def _next_segment(self, iteration: int) -> tuple[SampledGroups, dict[str, int]]:
         """All groups that are whole after one more segment of each row; fresh prompts join in.

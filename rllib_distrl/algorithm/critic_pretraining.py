@@ -69,7 +69,7 @@ def _sampled(algo: Any, batches: Batches, rollouts: int) -> list[Group]:
     """Whole groups of the next prompts, an iteration's worth at a time."""
     groups: list[Group] = []
     for _ in range(rollouts // algo.config.rollout_settings.episodes_per_iteration):
-        batch, _ = batches.next(algo.iteration + 1)
+        batch, _ = batches.next(algo.iteration + 1, explore=False)
         algo.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
         results = batch.prompt_results()
         algo.prompt_sampler.update(results)

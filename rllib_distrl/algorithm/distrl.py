@@ -55,7 +55,7 @@ from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION, DistRLLearner
 from rllib_distrl.learner.step import REFUSED_IN_A_ROW, NonFiniteError
 from rllib_distrl.method import registry
-from rllib_distrl.method.allocators import warn_of_rows_seen_once
+from rllib_distrl.method.allocators import ExploreFilterReplay, warn_of_rows_seen_once
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.causal_lm_module import DistRLModule
 from rllib_distrl.model.loading import resolve
@@ -70,6 +70,7 @@ PROMPT_SAMPLER = "prompt_sampler"
 ALLOCATOR = "allocator"
 OPEN_ROWS = "open_rows"
 CRITIC_PRETRAINED = "critic_pretrained"
+NUM_REPLAYED_EPISODES = "num_replayed_episodes"
 WEIGHTS_PROBE_ERROR = "weights_probe_error"
 
 # Long generations take their time; RLlib's 60 s would drop them silently.
@@ -386,7 +387,7 @@ class DistRL(Algorithm):
                     self.weight_sync.send()
                     self.fleet.admit()
                 self.batches.start()
-            self.update_learners(batch.groups)
+            self.update_learners([*batch.groups, *batch.explored, *self._replayed(batch)])
             with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
                 self.weight_sync.fetch()
                 if not overlap:
@@ -428,6 +429,16 @@ class DistRL(Algorithm):
             for name, count in counts.items():
                 self.metrics.log_value((ENV_RUNNER_RESULTS, name), count, window=1)
         return batch
+
+    def _replayed(self, batch: SampledGroups) -> list[Group]:
+        """Groups of earlier iterations that are learned from again, if the allocator keeps any."""
+        if not isinstance(self.allocator, ExploreFilterReplay):
+            return []
+        sampled, size = [*batch.groups, *batch.explored], batch.n_episodes()
+        replayed = self.allocator.replay(sampled, size)
+        count = sum(map(len, replayed))
+        self.metrics.log_value((ENV_RUNNER_RESULTS, NUM_REPLAYED_EPISODES), count, window=1)
+        return replayed
 
     def update_learners(self, groups: list[Group]) -> None:
         """Lets the learners learn from whole groups, as many for each; logs what they report."""

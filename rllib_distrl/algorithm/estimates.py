@@ -351,8 +351,9 @@ class Needs:
         segments = 1
         if rollout.segment_tokens:
             segments = math.ceil(rollout.max_completion_tokens / rollout.segment_tokens)
-        bursts = segments if config.minibatch_size is None else 1
-        minibatch_tokens = bursts * updates.minibatch_sequences * longest
+        growth = segments * _growth(config, rollout)
+        bursts = growth if config.minibatch_size is None else 1
+        minibatch_tokens = math.ceil(bursts * updates.minibatch_sequences) * longest
         if budget is None:
             budget = micro_batch_budget(settings.get("micro_batch_tokens", minibatch_tokens))
         budget = min(budget, minibatch_tokens)
@@ -367,9 +368,19 @@ class Needs:
             reference=_keeps_reference(config),
             on_gpu=config.num_gpus_per_learner > 0,
         )
-        rows = min(rollout.max_batch_size, segments * updates.episodes)
+        rows = min(rollout.max_batch_size, math.ceil(growth * updates.episodes))
         runner = runner_memory(shape, rows=rows, tokens=longest, dtype=rollout.dtype)
         return cls(learner, runner, budget, longest)
+
+
+def _growth(config: Any, rollout: RolloutSettings) -> float:
+    """Completions of the largest batch over those that prompts are given at first."""
+    from rllib_distrl.method.registry import resolve
+
+    if not hasattr(config, "allocator"):
+        return 1.0
+    allocator = resolve("allocator", config.allocator)(rollout.num_generations, 0)
+    return getattr(allocator, "growth", 1.0)
 
 
 def _adapter_parameters(settings: Mapping[str, Any]) -> int | None:

@@ -402,6 +402,7 @@ def _check_allocator(config: Any) -> None:
                 f"allocator {config.allocator!r} has no {name!r}. Name a class like `SqrtVariance` "
                 "in rllib_distrl/method/allocators.py."
             )
+    stage.check_fits(config)
     if stage.name == EQUAL:
         return
     alone = "makes groups of different sizes, and"

@@ -11,6 +11,7 @@ from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
 from rllib_distrl.engine.weights import Probe, check_probe, content_hash
 from rllib_distrl.learner.token_table import score_probes
+from rllib_distrl.method.registry import resolve
 from rllib_distrl.model.causal_lm_module import POLICY_PREFIX
 from rllib_distrl.rollout.fleet import EnvRunnerFleet
 from rllib_distrl.rollout.groups import check_weights
@@ -207,7 +208,9 @@ class MismatchWarning:
         rollout = config.rollout_settings
         # Older weights and cut distributions differ by design.
         stale = rollout.max_staleness or rollout.segment_tokens
-        exact = not stale and rollout.top_p == 1 and rollout.top_k == 0
+        # So does what was sampled hotter, or is learned from again.
+        explores = resolve("allocator", config.allocator).name == "explore_filter_replay"
+        exact = not stale and not explores and rollout.top_p == 1 and rollout.top_k == 0
         low = "bfloat16" in (rollout.dtype, {"bf16": "bfloat16"}.get(config.precision))
         self._dtype = "bfloat16" if low else "float32"
         self._said = not exact

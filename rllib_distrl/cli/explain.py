@@ -25,6 +25,7 @@ from rllib_distrl.algorithm.estimates import (
 )
 from rllib_distrl.cli.checks import check_problems
 from rllib_distrl.cli.ray_session import silence_libraries
+from rllib_distrl.method.registry import resolve
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.settings import RolloutSettings, TrainingSettings
 
@@ -120,13 +121,15 @@ def _iteration_table(
     recipe: Recipe, config: Any, updates: Updates, prompts: PromptLengths
 ) -> Table:
     rollout, limit = recipe.rollout, recipe.rollout.max_completion_tokens
-    equal = getattr(config, "allocator", _EQUAL) == _EQUAL
+    explored = _explored(config)
+    equal = explored or getattr(config, "allocator", _EQUAL) == _EQUAL
     rows = {
         "prompts": f"{rollout.prompts_per_iteration}, of {prompts.mean:.1f} tokens on average "
         f"(longest of {_PROMPTS_MEASURED}: {prompts.longest}; limit {prompts.limit})",
         "episodes": f"{updates.episodes} = {rollout.prompts_per_iteration} prompts x "
         f"{rollout.num_generations} completions"
         f"{'' if equal else ' on average'}",
+        "explored": explored,
         "tokens": f"at most {updates.timesteps:,} = {updates.episodes} x {limit}",
         "replies": prompts.replies
         and f"at most {prompts.replies} tokens in an episode, beside its {limit}; with its prompt "
@@ -158,6 +161,22 @@ def _iteration_table(
         if text is not None:
             table.add_row(name, text)
     return table
+
+
+def _explored(config: Any) -> str | None:
+    stage = resolve("allocator", getattr(config, "allocator", _EQUAL))
+    if stage.name != "explore_filter_replay":
+        return None
+    chosen = stage.settings
+    again = (
+        f"; every {chosen['every']} iterations useful groups again, up to {chosen['capacity']:g} "
+        "batches of them"
+    )
+    return (
+        f"further {chosen['generations']} completions, at temperature {chosen['temperature']:g}, "
+        f"of every prompt without a correct one{again if chosen['every'] else ''}; the numbers "
+        "here are without both"
+    )
 
 
 def _segments(rollout: RolloutSettings, limit: int) -> str | None:

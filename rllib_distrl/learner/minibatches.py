@@ -1,5 +1,6 @@
 """Cutting a batch into minibatches of sequences, and these into micro-batches."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -81,11 +82,12 @@ def minibatches(
         columns: what `SequencesFromEpisodes` made.
         rollouts: the same rows after the stages.
         orders: of the rows, one of each epoch.
-        size: sequences of a minibatch; None: all.
+        size: sequences of a minibatch, at most: where it does not divide the batch, all are about
+            equal; None: all.
         aggregation: of token losses.
     """
     for order in orders:
-        for rows in order.split(size or len(rollouts)):
+        for rows in order.tensor_split(math.ceil(len(order) / (size or len(order)))):
             yield minibatch(columns, rollouts, rows, aggregation)
 
 

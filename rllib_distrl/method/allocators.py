@@ -2,7 +2,8 @@
 
 An allocator is a class, built as `allocator(num_generations, seed)` with its settings; the driver
 owns it and checkpoints it. The total is `num_generations` per prompt, so that a batch has as many
-completions, and about as many tokens, as without one. What they learn of prompts takes prompts that
+completions, and about as many tokens, as without one; `explore_filter_replay` alone adds to it,
+with the further methods that it has. What they learn of prompts takes prompts that
 come back: a data set, or a prompt sampler with a pool.
 """
 
@@ -10,17 +11,20 @@ import heapq
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import numpy as np
+from pydantic import Field
 
 from rllib_distrl.method.batch import PROMPTS_REMEMBERED, forget_oldest
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
 from rllib_distrl.method.prompt_weights import EDGES, bin_of
 from rllib_distrl.method.registry import Stage, register
-from rllib_distrl.settings import Count, NotNegative, Positive, Share
+from rllib_distrl.settings import Count, NotNegative, NotNegativeInt, Positive, Share
 
 EQUAL = "equal"
+EXPLORING = 1 << 40
+"""Added to a prompt's visit where it is served once more in the same iteration."""
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +94,123 @@ class Equal:
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Nothing to continue."""
+
+
+def _fits_exploration(config: Any, *, temperature: float, **_: Any) -> None:
+    name = "allocator 'explore_filter_replay'"
+    if config.importance_correction == "none":
+        raise ValueError(
+            f"{name} learns from completions of temperature {temperature:g} and of older weights. "
+            "Set importance_correction = 'truncated' or 'masked'."
+        )
+    if config.critic != "none":
+        raise ValueError(
+            f"{name} learns again from what is useful, and a critic would learn the law of that "
+            f"and not the policy's; critic is {config.critic!r}. Set critic = 'none', with an "
+            "advantage of groups such as 'grpo'."
+        )
+    if config.rollout_settings.max_staleness:
+        raise ValueError(
+            f"{name} asks again for what a batch has left unsolved, and with [rollout] "
+            f"max_staleness = {config.rollout_settings.max_staleness} the next batch is under way "
+            "by then. Set max_staleness = 0."
+        )
+
+
+@register("allocator", "explore_filter_replay", fits=_fits_exploration)
+class ExploreFilterReplay(Equal):
+    """More and hotter completions where all are wrong; useful groups are learned from again.
+
+    EFRame (arXiv 2506.22200), after its authors' code. Every prompt gets `num_generations`
+    completions; one of which none is correct gets further ones at a higher temperature, a group of
+    its own. Groups with an |A| above `useful_above`, A = (R − mean)/std, are kept, and every few
+    iterations all of them are learned from once more. The filter of small |A| is the shaper
+    `advantage_filter`. Ours: whole groups are kept, for their advantages are made anew; importance
+    weights correct for temperature and age; what is replayed joins the iteration's batch, where it
+    is an update of its own there; and of explored groups the small advantages count too, unless
+    the shaper takes them, where only |A| > 1 does there.
+    """
+
+    def __init__(
+        self,
+        num_generations: int,
+        seed: int,
+        *,
+        generations: Annotated[int, Field(ge=2)] = 20,
+        temperature: Positive = 1.2,
+        useful_above: NotNegative = 1.0,
+        every: NotNegativeInt = 5,
+        capacity: Positive = 2.0,
+    ):
+        """Starts with nothing kept.
+
+        Args:
+            num_generations: Completions of each prompt.
+            seed: Not read.
+            generations: Further completions of a prompt that has none right.
+            temperature: Of these.
+            useful_above: |A| that one completion of a group must exceed for it to be kept.
+            every: Iterations between replays; 0: never.
+            capacity: Completions that are kept, in batches; the oldest groups go first.
+        """
+        super().__init__(num_generations, seed)
+        self.generations, self.temperature = generations, temperature
+        self.useful_above, self.every, self.capacity = useful_above, every, capacity
+        self._kept: list[Any] = []
+        self._iterations = 0
+
+    @property
+    def growth(self) -> float:
+        """Completions of the largest batch, over those without exploration and replay."""
+        return 1.0 + self.generations / self.least + (self.capacity if self.every else 0.0)
+
+    def unsolved(self, results: Sequence[PromptResult]) -> list[PromptRequest]:
+        """The prompts without a correct completion, as further visits of their rows."""
+        return [
+            PromptRequest(result.prompt.row, EXPLORING + result.prompt.visit)
+            for result in results
+            if not result.correct
+        ]
+
+    def is_useful(self, returns: Sequence[float]) -> bool:
+        """Whether a group has a completion of |A| above the limit, by the sample std."""
+        values = np.asarray(returns, dtype=np.float64)
+        spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
+        if spread == 0.0:
+            return False
+        return bool((np.abs(values - values.mean()) > self.useful_above * spread).any())
+
+    def replay(self, groups: Sequence[Any], batch_size: int) -> list[Any]:
+        """Ends an iteration: keeps what is useful of it.
+
+        Args:
+            groups: What was sampled in it, lists of episodes.
+            batch_size: Completions of an iteration without exploration.
+
+        Returns:
+            Groups of earlier iterations to learn from again: all that are kept, in every few
+            iterations, if they are a batch at least.
+        """
+        self._iterations += 1
+        due = bool(self.every) and self._iterations % self.every == 0
+        again = list(self._kept) if due and _rows(self._kept) >= batch_size else []
+        useful = [g for g in groups if self.is_useful([one.get_return() for one in g])]
+        self._kept += useful if self.every else []
+        while _rows(self._kept) > self.capacity * batch_size:
+            self._kept.pop(0)
+        return again
+
+    def get_state(self) -> dict[str, Any]:
+        """What is kept, and the iteration."""
+        return {"kept": list(self._kept), "iterations": self._iterations}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues where `state` was taken."""
+        self._kept, self._iterations = list(state["kept"]), int(state["iterations"])
+
+
+def _rows(groups: Sequence[Any]) -> int:
+    return sum(map(len, groups))
 
 
 class _Bounded:

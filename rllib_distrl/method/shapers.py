@@ -153,8 +153,8 @@ def advantage_filter(
 
     A is the completion's mean over tokens; those with |A| ≤ `least` teach little, and an answer
     that came with the last token allowed is not to be learned. The filter of EFRame (arXiv
-    2506.22200); its exploration and replay are not here. The tokens still count in the loss's mean
-    (our choice).
+    2506.22200); its exploration and replay are the allocator `explore_filter_replay`. The tokens
+    still count in the loss's mean (our choice).
     """
     assert batch.width is not None
     valid = zero_padding(advantages, batch.loss_mask)

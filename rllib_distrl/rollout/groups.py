@@ -51,6 +51,8 @@ class SampledGroups(NamedTuple):
         dropped: groups that were sampled and are not learned from.
         n_stale_episodes: episodes that were sampled before, with weights that are too old.
         begun: groups that are not whole yet.
+        explored: further groups of the same prompts, at another temperature: they are learned
+            from, and the prompt sampler is not told of them.
     """
 
     groups: list[Group]
@@ -59,6 +61,7 @@ class SampledGroups(NamedTuple):
     dropped: Sequence[Group] = ()
     n_stale_episodes: int = 0
     begun: Begun = _NONE_BEGUN
+    explored: Sequence[Group] = ()
 
     def versions(self) -> np.ndarray:
         """Of the weights that sampled, of each token of all groups."""

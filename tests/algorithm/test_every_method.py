@@ -44,6 +44,12 @@ WITH = {
         "reward_transforms": [{"name": "overlong", "cache_tokens": 4}, {"name": "max_min_groups"}]
     },
     "srft": {"advantage": {"name": "zero"}, "bonus_coeff": 0.0},
+    "explore_filter_replay": {
+        "critic": "none",
+        "advantage": {"name": "grpo"},
+        "bonus_coeff": 0.0,
+        "importance_correction": "truncated",
+    },
     "gdpo": {"reward_transforms": [{"name": "overlong", "cache_tokens": 4}]},
 }
 GROUP_LOSS = {"advantage": {"name": "zero"}, "bonus_coeff": 0.0}

@@ -3,8 +3,9 @@
 import pytest
 
 from rllib_distrl.algorithm.export import policy_state
+from rllib_distrl.method.allocators import EXPLORING
 from tests.algorithm.test_distrl import assert_same_weights, learner_metrics
-from tests.helpers import distrl_config
+from tests.helpers import COUNTDOWN, distrl_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
@@ -22,6 +23,74 @@ def watch(algo):
 
     algo.update_learners = watched
     return seen
+
+
+def test_unsolved_prompts_are_explored_and_useful_groups_replayed(build, tmp_path):
+    config = distrl_config(
+        prompts=4,
+        generations=4,
+        minibatch_size=8,
+        critic="none",
+        bonus_coeff=0.0,
+        advantage={"name": "grpo"},
+        shapers=[{"name": "advantage_filter"}],
+        importance_correction="truncated",
+        allocator={
+            "name": "explore_filter_replay",
+            "generations": 18,
+            "every": 2,
+            "useful_above": 0.8,
+        },
+    )
+    # Wrong ones differ in what they earn: their groups are useful all the same.
+    config.environment(
+        COUNTDOWN, env_config={"task": "tests.learner.test_critic_observation:Dense"}
+    )
+    algo = build(config.copy(copy_frozen=False))
+    seen = []
+
+    def watched(algo, seen):
+        update = algo.update_learners
+
+        def learn(groups):
+            seen.append([(g[0].infos[0]["row"], g[0].infos[0]["visit"], len(g)) for g in groups])
+            hot = {one.infos[0]["sampling"]["temperature"] for g in groups[4:] for one in g}
+            assert hot <= {1.0, 1.2}
+            return update(groups)
+
+        algo.update_learners = learn
+        return seen
+
+    watched(algo, seen)
+    replayed = []
+    for k in range(1, 5):
+        result = algo.train()
+        counts, learned = result["env_runners"], learner_metrics(result)
+        fresh, more = seen[-1][:4], seen[-1][4:]
+        assert [size for *_, size in fresh] == [4] * 4
+        explored = [group for group in more if group[1] >= EXPLORING and group[0] in dict_of(fresh)]
+        assert counts["num_explored_episodes"] == 18 * len(explored) > 0
+        again = more[len(explored) :]
+        assert set(again) <= {group for groups in seen[:-1] for group in groups}
+        assert counts["num_replayed_episodes"] == sum(size for *_, size in again)
+        assert not again or k % 2 == 0
+        replayed += again
+        assert learned["num_module_steps_trained"] > 0 and learned["importance_bounded_share"] < 1
+    assert replayed
+    path = algo.save_to_path(str(tmp_path / "checkpoint"))
+    for _ in range(2):
+        algo.train()
+    resumed = build(config.copy(copy_frozen=False))
+    resumed.restore_from_path(path)
+    later = watched(resumed, [])
+    for _ in range(2):
+        resumed.train()
+    assert later == seen[-2:]
+    assert_same_weights(policy_state(resumed), policy_state(algo))
+
+
+def dict_of(groups):
+    return {row: visit for row, visit, _ in groups}
 
 
 def test_groups_and_temperature_vary_and_a_checkpoint_continues_both(build, tmp_path):

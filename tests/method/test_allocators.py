@@ -13,7 +13,7 @@ from rllib_distrl.method.registry import logp_at, names, resolve
 from tests.helpers import distrl_config
 
 PROMPTS = [PromptRequest(row, 0) for row in range(4)]
-VARIED = [name for name in names("allocator") if name != "equal"]
+VARIED = [each for each in names("allocator") if each not in ("equal", "explore_filter_replay")]
 
 
 def made(name, num_generations=4, seed=0, **settings):
@@ -199,6 +199,85 @@ def test_losses_weigh_groups_by_their_completions(name):
 
     alone = [of(group == GROUP) for group in range(3)]
     torch.testing.assert_close(of(slice(None)).sum(), torch.cat(alone).sum())
+
+
+class Told:
+    """What a replay asks of an episode."""
+
+    def __init__(self, earned):
+        self.earned = earned
+
+    def get_return(self):
+        return self.earned
+
+
+def told(*returns):
+    return [Told(each) for each in returns]
+
+
+def test_prompts_without_a_correct_completion_are_explored():
+    allocator = resolve("allocator", {"name": "explore_filter_replay", "generations": 6})(4, 0)
+    prompts = [PromptRequest(7, 2), PromptRequest(8, 2)]
+    assert allocator.allocate(prompts) == [4, 4]
+    results = [
+        PromptResult(prompts[0], (0.5, 0.0, 0.0, 0.0), ("wrong",) * 4),
+        PromptResult(prompts[1], (0.0, 0.0, 1.0, 0.0), ("wrong", "wrong", "correct", "wrong")),
+    ]
+    (again,) = allocator.unsolved(results)
+    assert again.row == 7 and again.visit > 10**9
+    assert allocator.growth == 1 + 6 / 4 + 2
+
+
+def test_groups_with_a_large_advantage_are_useful_by_hand():
+    allocator = resolve("allocator", "explore_filter_replay")(4, 0)
+    assert allocator.is_useful([1, 0, 0, 0])  # A = .75 / .5
+    assert not allocator.is_useful([1, 1, 0, 0])  # .5 / .577
+    assert not allocator.is_useful([1, 1, 1, 1])
+    assert not allocator.is_useful([1])
+
+
+def test_useful_groups_come_back_and_a_state_goes_on_with_them():
+    spec = {"name": "explore_filter_replay", "every": 2, "capacity": 2.0}
+    allocator = resolve("allocator", spec)(4, 0)
+    one, two, three = (told(1, 0, 0, 0) for _ in range(3))
+    dull = told(1, 1, 0, 0)
+    assert allocator.replay([one, dull], 8) == []
+    assert allocator.replay([two], 8) == []  # due, but less than a batch is kept
+    restored = resolve("allocator", spec)(4, 0)
+    restored.set_state(allocator.get_state())
+    for each in (allocator, restored):
+        assert each.replay([three, told(0, 1, 1, 1)], 8) == []
+        assert each.replay([], 8)[:3] == [one, two, three]
+    big = [told(1, *[0] * 7), told(1, *[0] * 7)]
+    allocator.replay(big, 8)
+    assert allocator.replay([], 8) == big  # 16 completions are two batches; what is older is gone
+    never = resolve("allocator", {**spec, "every": 0})(4, 0)
+    assert [never.replay([told(1, 0, 0, 0)] * 9, 8) for _ in range(4)] == [[]] * 4
+    assert never.get_state()["kept"] == []
+
+
+EFRAME = {
+    "allocator": {"name": "explore_filter_replay"}, "importance_correction": "truncated",
+    "critic": "none", "advantage": {"name": "grpo"}, "bonus_coeff": 0.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "rollout", "words"),
+    [
+        ({"importance_correction": "none"}, {}, "of temperature 1.2 and of older weights. Set imp"),
+        ({"critic": "separate"}, {}, "critic is 'separate'. Set critic = 'none'"),
+        ({}, {"max_staleness": 1}, "max_staleness = 1 the next batch is under way"),
+        ({"max_sampling_rounds": 2}, {}, "fills a batch with groups of one size"),
+        ({"allocator": {"name": "explore_filter_replay", "generations": 1}}, {}, "generations is"),
+    ],
+)
+def test_what_exploring_makes_no_sense_with(changed, rollout, words):
+    config = distrl_config(**{**EFRAME, **changed}).rollout(**rollout)
+    if rollout:
+        config.env_runners(num_env_runners=1)
+    with pytest.raises(ValueError, match=words):
+        config.validate()
 
 
 def test_prompts_that_no_allocator_meets_again_are_said(caplog):
