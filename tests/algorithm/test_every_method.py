@@ -60,6 +60,8 @@ def training(kind, name):
     more = {**(GROUP_LOSS if kind == "group_loss" else {}), **WITH.get(name, {})}
     if kind == "shaper" and name == "dltv":
         more["bonus_coeff"] = 0.0  # the setting adds it by itself
+    if kind == "target" and name != "monte_carlo":
+        more["critic_lambda"] = 0.95  # at 1 all are the observed returns
     return {PLACES.get(kind, kind): [spec] if kind in LISTS else spec, **more}
 
 
