@@ -688,3 +688,5 @@ class TrainingSettings(Settings):
     """``{name, ...}`` of what chooses each iteration's prompts."""
     allocator: dict[str, Any] = {"name": "equal"}
     """``{name, ...}`` of what shares an iteration's completions out among its prompts."""
+    branching: Choice = "none"
+    """Where the completions of a prompt branch off from one another, in a task that replies."""

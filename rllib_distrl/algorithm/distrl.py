@@ -48,7 +48,12 @@ from rllib_distrl.algorithm.restoring import (
     saved_settings,
 )
 from rllib_distrl.algorithm.scaling import check_scale
-from rllib_distrl.algorithm.validation import check_attributes, take_settings, validate_distrl
+from rllib_distrl.algorithm.validation import (
+    check_attributes,
+    check_branching_fits,
+    take_settings,
+    validate_distrl,
+)
 from rllib_distrl.algorithm.weight_sync import MismatchWarning, WeightSync
 from rllib_distrl.algorithm.wiring import env_settings, set_env_settings
 from rllib_distrl.learner.connector import SequencesFromEpisodes
@@ -337,10 +342,11 @@ class DistRL(Algorithm):
     def _check_task(self) -> int:
         """The task's number of rows; makes the env here, where its errors reach the user whole."""
         env: Any = self.env_creator(EnvContext(self.config.env_config, worker_index=0))
-        task = check_env(env).task
+        inner = check_env(env)
         check_whole(env)
+        check_branching_fits(self.config, inner)
         env.reset(options={"row": 0})
-        n_rows = len(task)
+        n_rows = len(inner.task)
         env.close()
         return n_rows
 

@@ -13,6 +13,7 @@ from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
 from rllib_distrl.algorithm.wiring import check_model_config, check_rate, check_window
 from rllib_distrl.learner.optimizers import lr_factor, lr_schedule_settings
 from rllib_distrl.method.allocators import EQUAL
+from rllib_distrl.method.branching import NONE
 from rllib_distrl.method.heads import make_head
 from rllib_distrl.method.loss_terms import TEMPERATURE
 from rllib_distrl.method.pipeline import OPTIMISM, Method
@@ -100,6 +101,7 @@ def validate_distrl(config: Any) -> None:
     _check_runners(config)
     _check_dynamic_sampling(config)
     _check_segments(config)
+    _check_branching(config)
     _check_stages(config)
     check_all_settings_are_read(config)
 
@@ -356,6 +358,47 @@ def _check_segments(config: Any) -> None:
         raise ValueError(
             f"{what}, but critic_pretraining.rollouts counts completions that are sampled to "
             "their end at once. Use critic_pretraining.samples, or set segment_tokens = 0."
+        )
+
+
+def _check_branching(config: Any) -> None:
+    stage = resolve("branching", config.branching)
+    if stage.name == NONE:
+        return
+    stage()  # Checks settings' bounds.
+    what, rollout = f"branching is {stage.name!r}", config.rollout_settings
+    if smallest_group(config) < 2:
+        raise ValueError(
+            f"{what}, but a group of one has nothing to branch from. Set [rollout] "
+            "num_generations >= 2, or branching = 'none'."
+        )
+    if rollout.segment_tokens:
+        raise ValueError(
+            f"{what}, but with [rollout] segment_tokens = {rollout.segment_tokens} no completion "
+            "is whole when others branch off from it. Set one of them to its default."
+        )
+    if rollout.engine != "torch":
+        raise ValueError(
+            f"{what}, which reads entropies, but [rollout] engine {rollout.engine!r} reports none. "
+            "Set engine = 'torch', or branching = 'none'."
+        )
+
+
+def check_branching_fits(config: Any, env: Any) -> None:
+    """Refuses a task in which there is no place to branch.
+
+    Args:
+        config: The algorithm's.
+        env: The `TokenEnv`.
+
+    Raises:
+        ValueError: Naming the task.
+    """
+    name = resolve("branching", config.branching).name
+    if name != NONE and not env.has_turns:
+        raise ValueError(
+            f"branching is {name!r}, but the task {env.task.name!r} never replies: there is no "
+            "place to branch. Set branching = 'none', or choose a task that replies."
         )
 
 

@@ -26,6 +26,7 @@ What the function is given and returns, by kind; `batch` is a `SequenceBatch` of
                            vocab_size), `get_state`, `set_state`
     prompt_sampler         a class: see `PromptSampler`
     allocator              a class: see `allocators.Allocator`
+    branching              a class: see `branching.Arpo`
 
 A setting that bears the name of one of `[training]` (`gamma`, `clip_param`) is that one: it is
 given there once, and whoever sets it where no chosen method has it is told so
@@ -48,7 +49,7 @@ from rllib_distrl.settings import Settings
 KINDS = (
     "reward", "advantage", "shaper", "policy_loss", "group_loss", "regulariser", "target",
     "head", "read_out", "bonus_statistic", "aggregation", "importance_correction", "controller",
-    "prompt_sampler", "allocator",
+    "prompt_sampler", "allocator", "branching",
 )  # fmt: skip
 # Uncertainties that a learner learns beside the critic (`learner.uncertainty`) and writes into the
 # batch's `extras`.
@@ -210,8 +211,8 @@ def register(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}; got {kind!r}")
     if needs is not None and not callable(needs) and (unknown := set(needs) - NEEDS):
         raise ValueError(f"{kind} {name!r} needs {sorted(unknown)}; known: {sorted(NEEDS)}")
-    if kind in ("prompt_sampler", "allocator") and prepare is not None:
-        raise ValueError(f"{kind} {name!r} has no batch to prepare: it lives on the driver")
+    if kind in ("prompt_sampler", "allocator", "branching") and prepare is not None:
+        raise ValueError(f"{kind} {name!r} has no batch to prepare: it lives beside the learner")
     if kind != "policy_loss" and not callable(needs) and "demonstrations" in (needs or ()):
         raise ValueError(f"{kind} {name!r} needs demonstrations, which a policy_loss alone may.")
 

@@ -26,7 +26,10 @@ from distrl_envs.user_code import named, report
 from rllib_distrl.engine.make_engine import make_engine
 from rllib_distrl.engine.protocol import Completion, Request, RolloutEngine, SamplingParams
 from rllib_distrl.engine.weights import Probe, check_engine, take_probe
+from rllib_distrl.method.branching import NONE
 from rllib_distrl.method.prompt_samplers import PromptRequest
+from rllib_distrl.method.registry import resolve
+from rllib_distrl.rollout.branching import sample_branching
 from rllib_distrl.rollout.contract import (
     TruncatedError,
     check_contract,
@@ -45,6 +48,8 @@ GRADING_TIMER = "grading_timer"
 REPLAY_TIMER = "replay_timer"
 STATUS_METRIC = "grade_status"
 TRUNCATED_METRIC = "truncated_share"
+BRANCHED_METRIC = "branched_share"
+"""Of completions that have begun as another one, where they may branch."""
 # Keeps the random numbers of evaluation apart from those of training.
 _EVALUATION_SEED_OFFSET = 1_000_003
 # Visits of one runner that draws its own prompts; the next runner's begin there.
@@ -124,9 +129,23 @@ def _watches_episodes(config: Any, callbacks: Sequence[RLlibCallback]) -> bool:
     )
 
 
+def _branching_of(config: Any) -> Any:
+    """How completions of training branch; None where they do not."""
+    spec = getattr(config, "branching", NONE)
+    stage = resolve("branching", NONE if config.in_evaluation else spec)
+    return None if stage.name == NONE else stage()
+
+
 def _failure(error: Exception) -> Failure:
     users = isinstance(error, TaskError | CallbackError | TruncatedError)
     return Failure(report(error, own=_OWN_PACKAGES if users else ()), users)
+
+
+def _grouped(
+    requests: Sequence[Request], rows: Sequence[Completion], sizes: Sequence[int]
+) -> list[list[_Row]]:
+    pairs = iter(zip(requests, rows, strict=True))
+    return [list(itertools.islice(pairs, size)) for size in sizes]
 
 
 def _is_whole(group: Sequence[_Row]) -> bool:
@@ -194,6 +213,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         self._check_engine()
         # Our algorithms always have a seed; see `DistRLConfig.validate`.
         self._sampling_seed = secrets.randbelow(2**31) if config.seed is None else config.seed
+        self._branching = _branching_of(config)
         self._drawn = 0  # prompts that this runner chose by itself
         self._watched = _watches_episodes(config, self._callbacks)
 
@@ -422,6 +442,10 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         requests, begun = self._requests(prompts, num_generations), begun or {}
         fixed = isinstance(num_generations, int)
         sizes = [num_generations] * len(prompts) if fixed else num_generations[: len(prompts)]
+        if self._branching is not None:
+            rows = self._branched(requests, sizes, params)
+            self.metrics.log_value(GENERATION_TIMER, time.perf_counter() - started, reduce="sum")
+            return _grouped(requests, rows, sizes)
         rows: list[Any] = []
         for prompt, size in zip(prompts, sizes, strict=True):
             rows += begun.get(prompt, [None] * size)
@@ -440,8 +464,18 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             completion.versions = np.concatenate((done, new))
             rows[asked[at]] = completion
         self.metrics.log_value(GENERATION_TIMER, time.perf_counter() - started, reduce="sum")
-        pairs = iter(zip(requests, rows, strict=True))
-        return [list(itertools.islice(pairs, size)) for size in sizes]
+        return _grouped(requests, rows, sizes)
+
+    def _branched(
+        self, requests: Sequence[Request], sizes: Sequence[int], params: SamplingParams
+    ) -> list[Completion]:
+        """Whole completions, some of which share their beginning."""
+        env = self.token_env.unwrapped
+        rows, shared = sample_branching(self.engine, requests, params, env, sizes, self._branching)
+        for row, common in zip(rows, shared, strict=True):
+            row.versions = np.full(len(row.tokens), self._weights_seq_no)
+            self.metrics.log_value(BRANCHED_METRIC, float(common > 0), reduce="mean")
+        return rows
 
     def _finish(self, rows: Sequence[_Row], params: SamplingParams) -> list[SingleAgentEpisode]:
         """Grades whole completions and makes episodes of them."""

@@ -57,7 +57,7 @@ ALWAYS = {
     "importance_correction", "micro_batch_tokens", "max_nonfinite_steps", "max_sampling_rounds",
     "precision", "activation_checkpointing", "lr_schedule", "lr_warmup_iterations", "critic",
     "whiten_advantages", "reward_transforms", "advantage", "shapers", "policy_loss",
-    "regularisers", "controllers", "prompt_sampler", "allocator",
+    "regularisers", "controllers", "prompt_sampler", "allocator", "branching",
 }  # fmt: skip
 PLACES = {
     "reward": "reward_transforms", "shaper": "shapers", "regulariser": "regularisers",

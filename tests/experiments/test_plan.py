@@ -157,5 +157,5 @@ def test_every_method_is_in_the_file_that_compares_them_and_can_be_planned() -> 
         for stage in (*method.stages, *method.controllers, *others):
             used.setdefault(stage.method.kind, set()).add(stage.name)
     for kind in KINDS:
-        if kind not in ("read_out", "bonus_statistic", "importance_correction"):
+        if kind not in ("read_out", "bonus_statistic", "importance_correction", "branching"):
             assert set(names(kind)) - used[kind] <= NOT_COMPARED
