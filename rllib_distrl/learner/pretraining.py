@@ -56,7 +56,8 @@ def pretrain_critic(
     rollouts.target_quantiles = returns.unsqueeze(-1)
     check_targets(learner.method.head, rollouts.target_quantiles, rollouts.loss_mask)
     kept_out = rollouts.group % _HELD_OUT == _HELD_OUT - 1
-    module, parameters = learner.policy_module, learner.policy_module.critic_parameters()
+    module = learner.policy_module
+    parameters = [p for p in module.critic_parameters() if p.requires_grad]
     lr = settings.lr or config.critic_lr or config.lr
     optimizer = torch.optim.Adam(parameters, lr)
     rows = (~kept_out).nonzero().squeeze(-1)

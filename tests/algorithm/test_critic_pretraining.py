@@ -128,7 +128,8 @@ def test_refusals(table, words):
 def test_every_head_is_pretrained_judged_and_kept(head, build, tmp_path):
     table = {"rollouts": 24, "epochs": 2, "lr": 1e-3, "minibatch_size": 8}
     target = {"name": "mixture", "critic_lambda": 0.9}
-    algo = build(distrl_config(head=head, critic_pretraining=table, target=target))
+    around = {"critic_pretraining": table, "target": target, "critic_freeze": "attention"}
+    algo = build(distrl_config(head=head, **around))
     critic = critic_state(algo)
     metrics = algo.train()["learners"]["default_policy"]
     assert (critic_state(algo) - critic).abs().max() > 2e-3
