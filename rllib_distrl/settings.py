@@ -251,9 +251,9 @@ class RolloutSettings(Settings):
     """Rows that the engine decodes at once."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the engine's weights and cache."""
-    max_staleness: Annotated[int, Field(ge=0, le=1)] = 0
-    """Updates by which the weights of an episode may lag behind the learner's: 0 is strictly
-    on-policy; with 1 the runners sample the next batch while the learner learns."""
+    max_staleness: NotNegativeInt = 0
+    """Updates by which the weights of a token may lag behind the learner's: 0 is strictly
+    on-policy; with k the runners sample the next k batches while the learner learns."""
     segment_tokens: NotNegativeInt = 0
     """Tokens of a completion, or of an episode's turns, that are sampled in one iteration: what is
     not over then goes on in the next, with newer weights, and a group is learned from when it is

@@ -1,10 +1,10 @@
-"""The batch that runners are sampling: which prompts, which groups count, and how old it may be."""
+"""The batches that runners sample: which prompts, which groups count, and how old they may be."""
 
 import logging
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from ray.rllib.core.columns import Columns
@@ -13,7 +13,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from rllib_distrl.algorithm.weight_sync import WeightSync
 from rllib_distrl.learner.step import NonFiniteError
 from rllib_distrl.method.allocators import Allocator, ExploreFilterReplay
-from rllib_distrl.method.prompt_samplers import PromptRequest, PromptSampler
+from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult, PromptSampler
 from rllib_distrl.rollout.completion_env_runner import Begun
 from rllib_distrl.rollout.groups import Group, GroupSampling, SampledGroups
 
@@ -39,14 +39,30 @@ NUM_OPEN_PROMPTS = "num_open_prompts"
 _BOUND = ("num_generations", "max_completion_tokens", "temperature", "top_p", "top_k")
 
 
+class _Ahead(NamedTuple):
+    """A batch under way.
+
+    Attributes:
+        sampling: what is asked of runners.
+        served_before: the prompt sampler as it was before.
+        results: what the prompt sampler was told since.
+    """
+
+    sampling: GroupSampling
+    served_before: dict[str, Any]
+    results: list[Sequence[PromptResult]]
+
+
 class Batches:
     """Serves prompts, has them completed, and hands out one batch per iteration.
 
-    A batch may be sampled ahead, while the learner learns (`start`); one that has become too old is
-    sampled again. With ``segment_tokens`` rows that are not over go on in the next batch, and are
-    kept here, as plain data, until their group is whole: any runner can continue them. Whenever
-    sampling fails, prompt sampler and open rows are as they were before, so that a checkpoint that
-    is written then continues with the same prompts.
+    As many batches as ``max_staleness`` says are sampled ahead, while the learner learns (`start`).
+    Each is sampled with the weights of the moment at which it is asked for, and they are learned
+    from in that order, so that none is older than so many updates then; one that is nevertheless,
+    because somebody else has updated too, is sampled again. With ``segment_tokens`` rows that are
+    not over go on in the next batch, and are kept here, as plain data, until their group is whole:
+    any runner can continue them. Whenever sampling fails, prompt sampler and open rows are as they
+    were before, so that a checkpoint that is written then continues with the same prompts.
 
     Args:
         weight_sync: the runners, and the policy that they sample with.
@@ -68,9 +84,7 @@ class Batches:
         self._max_rounds: int = config.max_sampling_rounds
         self._max_failures: int = config.num_consecutive_env_runner_failures_tolerance
         self._wait_s: float = config.env_runner_health_probe_timeout_s
-        self._sampling: GroupSampling | None = None
-        # The prompt sampler as it was before the batch that is under way.
-        self._served_before: dict[str, Any] = {}
+        self._ahead: deque[_Ahead] = deque()
         # With segments: groups that are not whole, and whole ones that no batch had a place for.
         self._open: Begun = {}
         self._waiting: list[Group] = []
@@ -79,22 +93,43 @@ class Batches:
     @property
     def under_way(self) -> Sequence[PromptRequest]:
         """Prompts that runners are completing ahead of `next`."""
-        return self._sampling.prompts if self._sampling else ()
+        return [prompt for ahead in self._ahead for prompt in ahead.sampling.prompts]
 
     @property
     def prompts_learned(self) -> dict[str, Any]:
         """The prompt sampler's state without the prompts that are under way."""
-        return self._served_before if self.under_way else self._prompt_sampler.get_state()
+        if not self._ahead:
+            return self._prompt_sampler.get_state()
+        _, before, results = self._ahead[0]
+        if not results:
+            return before
+        now = self._prompt_sampler.get_state()
+        self._prompt_sampler.set_state(before)
+        for told in results:
+            self._prompt_sampler.update(told)
+        state = self._prompt_sampler.get_state()
+        self._prompt_sampler.set_state(now)
+        return state
 
-    def start(self, n_prompts: int | None = None) -> None:
-        """Lets the runners sample a batch, by default one of a whole iteration."""
-        self._served_before = self._prompt_sampler.get_state()
-        prompts = self._prompt_sampler.next(n_prompts or self._rollout.prompts_per_iteration)
-        self._sampling = self._sampling_of(prompts)
+    def take_results(self, results: Sequence[PromptResult]) -> None:
+        """Tells prompt sampler and allocator what became of prompts."""
+        self._prompt_sampler.update(results)
+        self._allocator.update(results)
+        for ahead in self._ahead:
+            ahead.results.append(results)
 
-    def _sampling_of(
-        self, prompts: Sequence[PromptRequest], begun: Begun | None = None
-    ) -> GroupSampling:
+    def start(self) -> None:
+        """Lets the runners sample the next batches, as many as may be under way."""
+        while len(self._ahead) < self._rollout.max_staleness:
+            self._begin(self._rollout.prompts_per_iteration)
+
+    def _begin(self, n_prompts: int) -> None:
+        before = self._prompt_sampler.get_state()
+        prompts = [*self._open, *self._prompt_sampler.next(n_prompts)]
+        self._ahead.append(_Ahead(self._sampling_of(prompts), before, []))
+
+    def _sampling_of(self, prompts: Sequence[PromptRequest]) -> GroupSampling:
+        begun = self._open if self._rollout.segment_tokens else None
         sync, sizes = self._weight_sync, self._allocator.allocate(prompts)
         temperature = sync.sampling_temperature()
         sampling = GroupSampling(sync.fleet, sync.local_runner, prompts, sizes, temperature, begun)
@@ -117,7 +152,7 @@ class Batches:
             NonFiniteError: for rewards or logps that are not finite.
             RunnersLostError: when the batch could not be completed.
         """
-        before = self.prompts_learned
+        before = self.prompts_learned, self._open
         try:
             if self._rollout.segment_tokens:
                 batch, counts = self._next_segment(iteration)
@@ -131,7 +166,9 @@ class Batches:
                 batch = self._explored(batch, self._allocator, iteration)
                 counts[NUM_EXPLORED_EPISODES] = sum(map(len, batch.explored))
         except Exception:
-            self._prompt_sampler.set_state(before)
+            self._ahead.clear()
+            self._prompt_sampler.set_state(before[0])
+            self._open = before[1]
             raise
         return batch, {
             **counts,
@@ -165,20 +202,24 @@ class Batches:
         Where too few are, there is another segment, with fresh prompts again: rows of equal length
         would otherwise all end in the same iteration, and none would go on in the next.
         """
-        begun, waiting = self._open, self._waiting
-        rounds: list[SampledGroups] = []
+        waiting, rounds = self._waiting, []
         while len(waiting) < self._unit or not rounds:
-            prompts = [*begun, *self._prompt_sampler.next(self._rollout.prompts_per_iteration)]
-            rounds.append(self._run(self._sampling_of(prompts, begun), iteration))
-            waiting, begun = [*waiting, *rounds[-1].groups], rounds[-1].begun
+            rounds.append(self._run(self._first_under_way(), iteration))
+            waiting, self._open = [*waiting, *rounds[-1].groups], rounds[-1].begun
         size = len(waiting) - len(waiting) % self._unit
         whole = _joined(rounds)._replace(groups=waiting[:size])
-        self._open, self._waiting = begun, waiting[size:]
+        self._waiting = waiting[size:]
         return whole, {
             NUM_SAMPLING_ROUNDS: len(rounds),
             NUM_DROPPED_GROUPS: 0,
-            NUM_OPEN_PROMPTS: len(begun) + len(self._waiting),
+            NUM_OPEN_PROMPTS: len(self._open) + len(self._waiting),
         }
+
+    def _first_under_way(self, n_prompts: int | None = None) -> GroupSampling:
+        """The batch that was asked for first; where none was, so many prompts are now."""
+        if not self._ahead:
+            self._begin(n_prompts or self._rollout.prompts_per_iteration)
+        return self._ahead.popleft().sampling
 
     def get_state(self) -> dict[str, Any]:
         """What was sampled and is not learned from yet, where rows are sampled in segments."""
@@ -209,7 +250,8 @@ class Batches:
 
     def _young(self, n_prompts: int, iteration: int) -> SampledGroups:
         """Groups of weights that are young enough."""
-        batch, n_stale = self._finish(n_prompts, iteration), 0
+        sampling = self._first_under_way(n_prompts)
+        batch, n_stale = self._run(sampling, iteration), 0
         while self._lag(batch) > self._rollout.max_staleness:
             n_stale += batch.n_episodes()
             logger.warning(
@@ -218,17 +260,9 @@ class Batches:
                 batch.oldest_version(),
                 self._weight_sync.version,
             )
-            self._prompt_sampler.set_state(self._served_before)
             self._weight_sync.send()
-            batch = self._finish(n_prompts, iteration)
+            batch = self._run(self._sampling_of(sampling.prompts), iteration)
         return batch._replace(n_stale_episodes=n_stale)
-
-    def _finish(self, n_prompts: int, iteration: int) -> SampledGroups:
-        if self._sampling is None:
-            self.start(n_prompts)
-        sampling, self._sampling = self._sampling, None
-        assert sampling is not None
-        return self._run(sampling, iteration)
 
     def _run(self, sampling: GroupSampling, iteration: int) -> SampledGroups:
         batch = sampling.finish(
@@ -241,19 +275,20 @@ class Batches:
         return self._weight_sync.version - batch.oldest_version()
 
     def drain(self) -> None:
-        """Waits until the runners have nothing more to do for the batch that is under way."""
-        if self._sampling is not None:
-            self._sampling.drain()
+        """Waits until the runners have nothing more to do for the batches that are under way."""
+        for ahead in self._ahead:
+            ahead.sampling.drain()
 
     def drop(self) -> None:
-        """Forgets the batch that is under way; its prompts are served again.
+        """Forgets the batches that are under way; their prompts are served again.
 
         Open rows go on: each token is stamped with the weights that have sampled it.
         """
-        if self._sampling is not None:
-            self._sampling.drain()
-            self._sampling = None
-            self._prompt_sampler.set_state(self._served_before)
+        if self._ahead:
+            self.drain()
+            state = self.prompts_learned
+            self._ahead.clear()
+            self._prompt_sampler.set_state(state)
 
 
 def is_informative(group: Sequence[SingleAgentEpisode]) -> bool:

@@ -71,9 +71,7 @@ def _sampled(algo: Any, batches: Batches, rollouts: int) -> list[Group]:
     for _ in range(rollouts // algo.config.rollout_settings.episodes_per_iteration):
         batch, _ = batches.next(algo.iteration + 1, explore=False)
         algo.metrics.aggregate(batch.metrics, key=ENV_RUNNER_RESULTS)
-        results = batch.prompt_results()
-        algo.prompt_sampler.update(results)
-        algo.allocator.update(results)
+        batches.take_results(batch.prompt_results())
         groups += batch.groups
     return groups
 

@@ -369,7 +369,7 @@ class DistRL(Algorithm):
     def training_step(self) -> None:
         """Samples, learns and syncs once; the first time the critic may learn beforehand.
 
-        With ``max_staleness`` the runners sample the next batch while the learner learns.
+        With ``max_staleness`` the runners sample the next batches while the learner learns.
         An error before the learners start leaves the state as the last iteration left it, and
         ``between_iterations`` true: such a state may be saved and trained on.
 
@@ -384,9 +384,7 @@ class DistRL(Algorithm):
             self._pretrain_critic()
             batch = self.sample_groups()
             self.between_iterations = False
-            results = batch.prompt_results()
-            self.prompt_sampler.update(results)
-            self.allocator.update(results)
+            self.batches.take_results(batch.prompt_results())
             overlap = self.config.rollout_settings.max_staleness > 0
             if overlap:
                 with self.metrics.log_time((TIMERS, SYNCH_WORKER_WEIGHTS_TIMER)):
@@ -478,8 +476,8 @@ class DistRL(Algorithm):
         if env_runner_group is not self.env_runner_group:
             return super().restore_env_runners(env_runner_group)
         with self._scaling:
-            # While a batch is under way, its weights may no longer be the learner's: runners are
-            # admitted when it is finished.
+            # While batches are under way, their weights may no longer be the learner's: runners are
+            # admitted when the first one is finished.
             return [] if self.batches.under_way else self.fleet.admit()
 
     def evaluate(self, parallel_train_future: Any = None) -> dict[str, Any]:

@@ -143,10 +143,11 @@ def _check_model(config: Any) -> None:
 def _check_overlap(config: Any) -> None:
     if config.in_evaluation:  # Evaluation may run in this process, and trains nothing.
         return
-    if config.rollout_settings.max_staleness and not config.num_env_runners:
+    staleness = config.rollout_settings.max_staleness
+    if staleness and not config.num_env_runners:
         raise ValueError(
-            "[rollout] max_staleness=1 lets runners sample while the learner learns, but "
-            f"num_env_runners is {config.num_env_runners}: sampling and learning share this "
+            f"[rollout] max_staleness={staleness} lets runners sample while the learner learns, "
+            f"but num_env_runners is {config.num_env_runners}: sampling and learning share this "
             "process. Set num_env_runners >= 1 in [env_runners], or max_staleness = 0."
         )
 
@@ -329,10 +330,11 @@ def _check_segments(config: Any) -> None:
             f"{rollout.max_completion_tokens}: nothing would ever go on in the next iteration. "
             "Choose a smaller number, or 0."
         )
-    if rollout.max_staleness:
+    if rollout.max_staleness > 1:
         raise ValueError(
-            f"{what}, but with max_staleness = {rollout.max_staleness} the next batch begins "
-            "before it is known which rows go on in it. Set one of them to 0."
+            f"{what}, but with max_staleness = {rollout.max_staleness} the batch after the next "
+            "begins before it is known which rows go on in it. Set max_staleness = 1, or "
+            "segment_tokens = 0."
         )
     if config.max_sampling_rounds != 1:
         raise ValueError(

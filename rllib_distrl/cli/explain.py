@@ -135,6 +135,7 @@ def _iteration_table(
         and f"at most {prompts.replies} tokens in an episode, beside its {limit}; with its prompt "
         f"at most {prompts.sequence:,}",
         "segments": _segments(rollout, limit),
+        "sampled ahead": _ahead(rollout),
         "minibatch": f"{updates.minibatch_sequences} sequences "
         f"= at most {updates.minibatch_timesteps:,} timesteps",
         "micro-batch": said_of_micro_batches(recipe, config),
@@ -187,6 +188,15 @@ def _segments(rollout: RolloutSettings, limit: int) -> str | None:
         f"of {rollout.segment_tokens} tokens: the longest completions take {longest} iterations, "
         "and the numbers here are means, for groups are learned from when whole"
     )
+
+
+def _ahead(rollout: RolloutSettings) -> str | None:
+    if not (k := rollout.max_staleness):
+        return None
+    batches = "1 batch" if k == 1 else f"{k} batches"
+    if rollout.segment_tokens:
+        return f"{batches}: each token is one update older than its segment"
+    return f"{batches}: no token is older than {k} update{'s' * (k > 1)}, and after {k} few younger"
 
 
 def _whole_run(recipe: Recipe, updates: Updates) -> str:

@@ -296,6 +296,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         weights: tuple[int, str] | None = None,
         temperature: float | None = None,
         begun: Begun | None = None,
+        update: dict[str, Any] | None = None,
     ) -> RunnerReport:
         """Completes each prompt ``num_generations`` times; whole groups, in order.
 
@@ -306,12 +307,15 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             temperature: of the sampling; None: the recipe's.
             begun: samples one segment of each row, ``[rollout] segment_tokens``, behind what it has
                 of some prompts here; None: all rows to their end.
+            update: weights to load beforehand; see `set_state`.
 
         Returns:
             The episodes of whole groups, and the weights that the engine holds.
         """
         open_groups: Begun = {}
         try:
+            if update is not None:
+                self.set_state(update)
             if weights not in (None, (self.engine.version, self._weights_hash)):
                 prompts = []
             segment = 0 if begun is None else self.rollout.segment_tokens

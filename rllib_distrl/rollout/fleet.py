@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
@@ -19,6 +19,7 @@ CheckProbes = Callable[[Mapping[str, Probe]], None]
 """Compares what runners compute, by their names, with what the learner computes, or raises."""
 
 logger = logging.getLogger(__name__)
+_T = TypeVar("_T")
 
 # What `EnvRunnerFleet.counts` counts.
 NUM_FAILED_ENV_RUNNERS = "num_failed_env_runners"
@@ -42,7 +43,8 @@ class EnvRunnerFleet:
 
     Attributes:
         wanted: how many remote runners there should be.
-        weights: version and content hash that every serving runner has confirmed.
+        weights: version and content hash that every serving runner has confirmed, or will load
+            before it samples what it is asked for from now on.
         deadline_s: how long a runner may take for anything before it counts as dead.
         counts: failures since the last `take_counts`.
 
@@ -63,7 +65,8 @@ class EnvRunnerFleet:
         self._update: Any = None
         self._process: dict[int, str] = {}
         self._confirmed: set[int] = set()  # served at the last look
-        self._calls: dict[ObjectRef, int] = {}  # of `ask`, to the runner's number
+        self._asked: dict[ObjectRef, int] = {}  # of `ask`, to the runner's number
+        self._behind: set[int] = set()  # busy when the present weights came
         self._pings: dict[int, ObjectRef] = {}  # of runners that do not serve
         self.wanted: int = group.num_remote_env_runners()
         self.weights: tuple[int, str] = (-1, "")
@@ -71,7 +74,7 @@ class EnvRunnerFleet:
         self.counts: Counter[str] = Counter()
 
     def serving(self) -> list[int]:
-        """Numbers of the runners that have confirmed the present weights."""
+        """Numbers of the runners that may be asked to sample with the present weights."""
         return self._manager.healthy_actor_ids()
 
     def present(self) -> int:
@@ -83,14 +86,19 @@ class EnvRunnerFleet:
         where = self._process.get(number)
         return f"Env runner {number} ({where})" if where else f"Env runner {number}"
 
-    def is_process(self, number: int, process: str) -> bool:
-        """Whether a runner still is the process that has confirmed its weights."""
-        return self._process.get(number) == process
+    def process(self, number: int) -> str | None:
+        """Which process of a runner has confirmed its weights."""
+        return self._process.get(number)
+
+    def serves(self, number: int, process: str | None) -> bool:
+        """Whether a process that was a runner's still is, as far as it is known."""
+        return number in self._confirmed and self.process(number) == process
 
     def sync(self, update: dict[str, Any], weights: tuple[int, str]) -> None:
         """Sends new weights to all serving runners and waits until each has confirmed them.
 
-        Those that are silent for ``deadline_s`` are restarted.
+        Those that are silent for ``deadline_s`` are restarted. Nobody waits for those that are
+        busy: they get the weights with what they are asked next, and then confirm both together.
 
         Args:
             update: what an env runner's ``set_state`` takes.
@@ -100,7 +108,8 @@ class EnvRunnerFleet:
             RuntimeError: a runner has loaded something else, or computes other logps with it.
         """
         self.set_weights(update, weights)
-        self._load(self.serving())
+        self._behind = set(self._busy())
+        self._load([number for number in self.serving() if number not in self._behind])
 
     def set_weights(self, update: dict[str, Any], weights: tuple[int, str]) -> None:
         """Remembers weights for runners that `admit` lets in; see `sync`."""
@@ -148,25 +157,45 @@ class EnvRunnerFleet:
             self.admit()
         return True
 
-    def ask(self, method: str, arguments: dict[int, dict[str, Any]]) -> None:
-        """Calls a method of some serving runners, without waiting; forgets earlier calls.
+    def ask(self, number: int, **prompts: Any) -> tuple[ObjectRef, float]:
+        """Asks a serving runner to sample, behind what it has been asked before.
 
         Args:
-            method: its name.
-            arguments: keyword arguments for each runner, by its number.
+            number: the runner's.
+            prompts: arguments of `CompletionEnvRunner.sample_prompts`.
+
+        Returns:
+            The call, for `answers`, and the (monotonic) time at which the runner is dead if it has
+            not answered: whatever it must answer first may take ``deadline_s`` too.
         """
-        self._calls = {
-            getattr(self._actor(number), method).remote(**keywords): number
-            for number, keywords in arguments.items()
-        }
+        update = self._update if number in self._behind else None
+        self._behind.discard(number)
+        turns = self._busy().count(number) + 1
+        call = self._actor(number).sample_prompts.remote(
+            **prompts, weights=self.weights, update=update
+        )
+        self._asked[call] = number
+        return call, time.monotonic() + turns * self.deadline_s
 
-    def answers(self, timeout_s: float) -> list[tuple[int, Any]]:
-        """What runners have answered to `ask`, or the exception that came instead.
+    def _busy(self) -> list[int]:
+        """The runner of each call that is not answered yet."""
+        if self._asked:
+            answered, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+            for call in answered:
+                del self._asked[call]
+        return list(self._asked.values())
+
+    def answers(self, calls: dict[ObjectRef, _T], timeout_s: float) -> list[tuple[_T, Any]]:
+        """Takes out of ``calls`` those of `ask` that have been answered.
 
         Args:
+            calls: each with what tells it apart.
             timeout_s: how long to wait for the last one.
+
+        Returns:
+            Of each what tells it apart, and the answer or the exception that came instead.
         """
-        return _collect(self._calls, timeout_s)
+        return _collect(calls, timeout_s)
 
     def _actor(self, number: int) -> Any:
         return self._manager.actors()[number]
@@ -174,7 +203,7 @@ class EnvRunnerFleet:
     def fail(self, number: int, why: str) -> None:
         """Takes a runner whose process has ended out of service."""
         self._count_failure(number)
-        self._forget_calls(number)
+        self._pings.pop(number, None)
         self._manager.set_actor_state(number, healthy=False)
         logger.warning("%s %s.", self.name(number), why)
 
@@ -244,12 +273,13 @@ class EnvRunnerFleet:
                 self._count_failure(number)  # unless somebody has noticed its end before
             self._process[number] = answer.process
             self._confirmed.add(number)
+            self._behind.discard(number)
 
     def _replace(self, number: int, error: ActorDiedError) -> None:
         """Removes a runner that Ray will not restart, and asks for another one in its place."""
         self._manager.remove_actor(number)
         self._confirmed.discard(number)
-        self._forget_calls(number)
+        self._pings.pop(number, None)
         if error.actor_init_failed:
             logger.error("%s cannot start and is not replaced: %s", self.name(number), error)
         elif self._restarts:
@@ -289,19 +319,15 @@ class EnvRunnerFleet:
         for number in numbers:
             self._process.pop(number, None)
             self._confirmed.discard(number)
-            self._forget_calls(number)
+            self._pings.pop(number, None)
             ray.kill(self._manager.remove_actor(number))
 
-    def _forget_calls(self, number: int) -> None:
-        self._pings.pop(number, None)
-        self._calls = {call: n for call, n in self._calls.items() if n != number}
 
-
-def _collect(calls: dict[ObjectRef, int], timeout_s: float) -> list[tuple[int, Any]]:
+def _collect(calls: dict[ObjectRef, _T], timeout_s: float) -> list[tuple[_T, Any]]:
     """Takes out of ``calls`` those that have ended within so many seconds.
 
     Returns:
-        Each one's number, and its result or the exception that came instead.
+        What each one stands for, and its result or the exception that came instead.
     """
     if not calls:
         return []

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,6 +28,17 @@ logger = logging.getLogger(__name__)
 MAX_ERRORS = 3
 Group = list[SingleAgentEpisode]
 """The episodes of one prompt."""
+
+
+class _Asked(NamedTuple):
+    """What a runner was asked for, in which process, and when it is too late for an answer."""
+
+    number: int
+    process: str | None
+    share: list[PromptRequest]
+    weights: tuple[int, str]
+    due: float
+
 
 _NONE_BEGUN: Begun = {}
 _TICK_S = 0.5  # how soon the end of a runner is noticed while others work
@@ -131,8 +143,7 @@ class GroupSampling:
         self.metrics: list[Any] = []
         self.episodes_per_runner: dict[int, int] = {}
         self.errors = 0
-        self._waiting: dict[int, list[PromptRequest]] = {}
-        self._dealt_at = 0.0
+        self._waiting: dict[ray.ObjectRef, _Asked] = {}
 
     @property
     def missing(self) -> list[PromptRequest]:
@@ -142,23 +153,19 @@ class GroupSampling:
 
     def start(self) -> None:
         """Sends each serving remote runner its share of what is missing; does not wait."""
-        numbers, missing = self.fleet.serving(), self.missing
-        dealt = {number: missing[i :: len(numbers)] for i, number in enumerate(numbers)}
-        self._waiting = {number: share for number, share in dealt.items() if share}
-        self._dealt_at = time.monotonic()
-        self.fleet.ask(
-            "sample_prompts",
-            {
-                number: {
-                    "prompts": share,
-                    "num_generations": [self.sizes[prompt] for prompt in share],
-                    "weights": self.fleet.weights,
-                    "temperature": self.temperature,
-                    "begun": self._begun_of(share),
-                }
-                for number, share in self._waiting.items()
-            },
-        )
+        fleet = self.fleet
+        numbers, missing = fleet.serving(), self.missing
+        for first, number in enumerate(numbers[: len(missing)]):
+            share = missing[first :: len(numbers)]
+            call, due = fleet.ask(
+                number,
+                prompts=share,
+                num_generations=[self.sizes[prompt] for prompt in share],
+                temperature=self.temperature,
+                begun=self._begun_of(share),
+            )
+            asked = _Asked(number, fleet.process(number), share, fleet.weights, due)
+            self._waiting[call] = asked
 
     def _begun_of(self, share: Sequence[PromptRequest]) -> Begun | None:
         if self.begun is None:
@@ -169,25 +176,34 @@ class GroupSampling:
         """Takes the answers in until every runner has given one, is lost, or is too late."""
         fleet, warned = self.fleet, False
         while self._waiting:
-            for number, answer in fleet.answers(_TICK_S):
-                self._take(number, self._waiting.pop(number), answer)
-            elapsed = time.monotonic() - self._dealt_at
-            if self._waiting and elapsed > fleet.deadline_s / 2 and not warned:
+            for asked, answer in fleet.answers(self._waiting, _TICK_S):
+                self._take(asked, answer)
+            left = min((asked.due for asked in self._waiting.values()), default=math.inf)
+            left -= time.monotonic()
+            if left < fleet.deadline_s / 2 and not warned:
                 warned = True
-                names = ", ".join(map(fleet.name, self._waiting))
+                names = ", ".join(fleet.name(asked.number) for asked in self._waiting.values())
                 logger.warning(
                     "Waiting for %s since %.0f s; after %g s (sample_timeout_s) a runner counts "
                     "as dead.",
                     names,
-                    elapsed,
+                    fleet.deadline_s - left,
                     fleet.deadline_s,
                 )
-            if elapsed > fleet.deadline_s:
-                for number, share in self._waiting.items():
+            if left < 0:
+                self._give_up_waiting()
+
+    def _give_up_waiting(self) -> None:
+        """Restarts the runners whose answers are too late."""
+        fleet, now = self.fleet, time.monotonic()
+        for call, asked in list(self._waiting.items()):
+            if asked.due < now:
+                del self._waiting[call]
+                if fleet.serves(asked.number, asked.process):
                     fleet.counts[NUM_HUNG_ENV_RUNNERS] += 1
-                    fleet.restart(number, f"has not answered in {fleet.deadline_s:g} s")
-                    self._lose(share)
-                self._waiting = {}
+                    why = f"has not answered in {fleet.deadline_s:g} s"
+                    fleet.restart(asked.number, why)
+                self._lose(asked.share)
 
     def finish(
         self, latest: tuple[dict[str, Any], tuple[int, str]], *, max_failures: int, wait_s: float
@@ -251,26 +267,30 @@ class GroupSampling:
         )
         self._keep(0, share, report)
 
-    def _take(self, number: int, share: list[PromptRequest], answer: Any) -> None:
-        fleet = self.fleet
+    def _take(self, asked: _Asked, answer: Any) -> None:
+        fleet, number = self.fleet, asked.number
+        # Of several calls that a runner is lost with, the first one says so.
+        news = fleet.serves(number, asked.process)
         if not isinstance(answer, RunnerReport):
-            fleet.fail(number, f"was lost while sampling: {first_line(answer)}")
-            self._lose(share)
-        elif not fleet.is_process(number, answer.process):
-            fleet.fail(number, "was restarted before it could sample")
-            self._lose(share)
+            if news:
+                fleet.fail(number, f"was lost while sampling: {first_line(answer)}")
+            self._lose(asked.share)
+        elif answer.process != asked.process:
+            if news:
+                fleet.fail(number, "was restarted before it could sample")
+            self._lose(asked.share)
         elif answer.error is not None:
             self.errors += 1
             if answer.error.users or self.errors >= MAX_ERRORS:
                 text = answer.error.text
                 raise SamplingError(f"Sampling failed. {fleet.name(number)}: {text}")
-            fleet.restart(number, f"failed: {answer.error.text}")
-            self._lose(share)
+            if news:
+                fleet.restart(number, f"failed: {answer.error.text}")
+            self._lose(asked.share)
         else:
-            check_weights(
-                fleet.name(number), (answer.weights_version, answer.weights_hash), fleet.weights
-            )
-            self._keep(number, share, answer)
+            held = (answer.weights_version, answer.weights_hash)
+            check_weights(fleet.name(number), held, asked.weights)
+            self._keep(number, asked.share, answer)
 
     def _keep(self, number: int, share: list[PromptRequest], report: RunnerReport) -> None:
         self.metrics.append(report.metrics)

@@ -123,7 +123,7 @@ class SlowRunner(CompletionEnvRunner):
 
 @pytest.mark.slow
 def test_runners_come_go_and_die_while_they_sample_ahead(build):
-    ahead = distrl_config(prompts=6, generations=2).rollout(max_staleness=1, max_env_runners=2)
+    ahead = distrl_config(prompts=6, generations=2).rollout(max_staleness=2, max_env_runners=2)
     ahead.env_runners(num_env_runners=1, num_cpus_per_env_runner=0.25, env_runner_cls=SlowRunner)
     algo = build(ahead)
     seen = watch_batches(algo)
@@ -131,7 +131,7 @@ def test_runners_come_go_and_die_while_they_sample_ahead(build):
     algo.scale_env_runners(2)
     results = train_until(algo, serving=2)
     algo.train()
-    kill(pid_of(algo, 2))  # in the middle of the batch that is under way
+    kill(pid_of(algo, 2))  # in the middle of one batch, and with the next to do
     results.append(algo.train())
     assert results[-1]["env_runners"]["num_failed_env_runners"] == 1
     algo.scale_env_runners(1)
@@ -146,6 +146,6 @@ def test_runners_come_go_and_die_while_they_sample_ahead(build):
         peaceful.train()
     assert [set(batch) for batch in seen] == [set(batch) for batch in expected]
     for learned, batch in enumerate(seen):
-        assert {learned - version for version in batch.values()} <= {0, 1}
+        assert {learned - version for version in batch.values()} <= {0, 1, 2}
     assert sum(result["env_runners"]["num_stale_episodes_dropped"] for result in results) == 0
-    assert results[-1]["env_runners"]["weights_version_lag"] == 1
+    assert results[-1]["env_runners"]["weights_version_lag"] == 2

@@ -21,6 +21,7 @@ from tests.algorithm.recorded_distrl import (
     train_until,
 )
 from tests.algorithm.test_distrl import assert_same_update
+from tests.rollout.test_turns import talking
 
 pytestmark = [pytest.mark.usefixtures("ray_session"), pytest.mark.slow]
 
@@ -124,6 +125,38 @@ def test_a_runner_that_ray_will_not_restart_is_replaced_by_another(pair):
     assert runner_metric(results, "num_failed_env_runners") == 1
     assert pair.algo.fleet.serving() == [numbers[1], max(numbers) + 1]
     pair.assert_nothing_was_lost()
+
+
+def test_a_runner_killed_in_the_middle_of_episodes_loses_and_repeats_nothing(tmp_path):
+    # With such steps no weight moves: whoever samples the rest, and when, it is the same episode.
+    def talker(runners, **rollout):
+        return talking(recorded(runners, lr=1e-30)).rollout(**rollout).build_algo()
+
+    whole, resumed = talker(0), talker(0, segment_tokens=7)
+    algo = talker(2, segment_tokens=7, max_staleness=1)
+    try:
+        results = [algo.train()]
+        assert runner_metric(results, "num_open_prompts") > 0
+        kill(pid_of(algo, 1))
+        results += [algo.train()]
+        algo.scale_env_runners(1)
+        results += [algo.train()]
+        assert runner_metric(results, "num_failed_env_runners") == 1
+        path, before = algo.save_to_path(str(tmp_path / "kept")), set(algo.keys)
+        results += [algo.train()]
+        resumed.restore_from_path(path)
+        resumed.train()
+        assert resumed.keys == algo.keys - before
+        rounds = runner_metric(results, "num_sampling_rounds")
+        for _ in range(rounds):
+            whole.train()
+        # Each is learned from once (`RecordedDistRL`), but for those that go on.
+        assert runner_metric(results[-1:], "num_open_prompts") == 6 * rounds - len(algo.keys) // 2
+        for one in (algo, resumed):
+            assert all(row[:2] == whole.learned[key][:2] for key, row in one.learned.items())
+    finally:
+        for one in (algo, resumed, whole):
+            one.stop()
 
 
 @ray.remote(num_cpus=0)

@@ -242,6 +242,30 @@ def test_the_best_checkpoint_stays(undisturbed: Path, folder: Path) -> None:
     assert forked.run("export", *source, cwd=folder, output=folder / "export.txt") == 0
 
 
+TALK = """
+[environment.env_config]
+task = "tests.rollout.turn_tasks:Talk"
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_the_middle_of_episodes_goes_on_with_them(folder: Path) -> None:
+    (folder / "talk.toml").write_text(RECIPE + TALK)
+    settings = ("talk.toml", "run.iterations=12", "rollout.segment_tokens=4")
+    peaceful = finish(folder, *settings, "--out", "talk-undisturbed") / "talk-undisturbed"
+    log = folder / "talk" / "progress.jsonl"
+    process = forked.start("train", *settings, "--out", "talk", cwd=folder, output=folder / "t.txt")
+    while len(read_progress(log)) < 3:
+        assert process.is_alive(), (folder / "t.txt").read_text()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    rows = read_progress(log)
+    assert len(rows) < 12 and all(row["env_runners/num_open_prompts"] for row in rows)
+    finish(folder, "talk", "--resume")
+    assert_same_run(peaceful, folder / "talk")
+
+
 SCORES = """
 from pathlib import Path
 calls = []

@@ -1,5 +1,7 @@
 """The engine on real vLLM; run in the environment that tests/vllm/make_env.sh makes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,21 @@ def test_greedy_tokens_are_those_of_transformers_and_of_the_torch_engine(
         assert completion.tokens.tolist() == want[0, ids.shape[1] :].tolist()
         assert completion.tokens.tolist() == other.tokens.tolist()
         np.testing.assert_allclose(completion.logps, other.logps, atol=5e-5)
+
+
+def test_a_completion_goes_on_where_a_segment_has_ended(engine, model):
+    requests = make_requests(samples=1)
+    params = SamplingParams(max_tokens=24, greedy=True)
+    whole = engine.generate(requests, params)
+    first = engine.generate([replace(request, limit=7) for request in requests], params)
+    assert {len(part.tokens) for part in first if part.finish_reason == "length"} == {7}
+    for request, want, part in zip(requests, whole, first, strict=True):
+        if part.finish_reason == "length":
+            ids = [*request.prompt_ids, *part.tokens.tolist()]
+            part = part.joined(engine.generate([Request(ids, request.key, start=7)], params)[0])
+        assert part.tokens.tolist() == want.tokens.tolist()
+        assert part.finish_reason == want.finish_reason
+        np.testing.assert_allclose(part.logps, want.logps, atol=5e-5)
 
 
 def kept_probs(logits, temperature, top_p, top_k):

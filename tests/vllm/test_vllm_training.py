@@ -88,8 +88,8 @@ def test_distrl_train_samples_with_vllm_on_remote_runners(tmp_path):
         "train", "configs/countdown/distrl.toml", "run.model=builtin:countdown-tiny",
         "run.iterations=2", "rollout.engine=vllm", "rollout.prompts_per_iteration=4",
         "rollout.num_generations=2", "training.minibatch_size=8", "env_runners.num_env_runners=1",
-        "rollout.max_staleness=1", "eval.problems=4", "eval.n=1", "eval.k=[1]",
-        "eval.interval=0", "--out", str(tmp_path),
+        "rollout.max_staleness=1", "rollout.segment_tokens=8", "eval.problems=4", "eval.n=1",
+        "eval.k=[1]", "eval.interval=0", "--out", str(tmp_path),
     ]  # fmt: skip
     command = [sys.executable, "-m", "rllib_distrl.cli", *arguments]
     trained = subprocess.run(command, capture_output=True, text=True)
