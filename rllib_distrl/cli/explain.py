@@ -195,7 +195,7 @@ def _ahead(rollout: RolloutSettings) -> str | None:
         return None
     batches = "1 batch" if k == 1 else f"{k} batches"
     if rollout.segment_tokens:
-        return f"{batches}: each token is one update older than its segment"
+        return f"{batches}: each token is one update older than without"
     return f"{batches}: no token is older than {k} update{'s' * (k > 1)}, and after {k} few younger"
 
 

@@ -268,8 +268,10 @@ def test_explain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert not ray.is_initialized()
     assert "replies" not in result.stdout
     turns = ["environment.env=distrl_envs:distrl/Mastermind-v0", "run.model=builtin:mastermind"]
-    result = CliRunner().invoke(app, ["explain", "tiny.toml", *turns])
+    ahead = ["rollout.max_staleness=3", "env_runners.num_env_runners=1"]
+    result = CliRunner().invoke(app, ["explain", "tiny.toml", *turns, *ahead])
     assert "at most 4 x 4 tokens in an episode" in result.stdout, result.stderr
+    assert "3 batches: no token is older than 3 updates" in result.stdout
     stock = CliRunner().invoke(
         app, ["explain", "tiny.toml", "run.algorithm=PPO", "training.minibatch_size=64"]
     )
