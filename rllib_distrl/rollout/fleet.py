@@ -180,7 +180,8 @@ class EnvRunnerFleet:
     def _busy(self) -> list[int]:
         """The runner of each call that is not answered yet."""
         if self._asked:
-            answered, _ = ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)
+            calls = list(self._asked)
+            answered, _ = ray.wait(calls, num_returns=len(calls), timeout=0, fetch_local=False)
             for call in answered:
                 del self._asked[call]
         return list(self._asked.values())
@@ -195,7 +196,12 @@ class EnvRunnerFleet:
         Returns:
             Of each what tells it apart, and the answer or the exception that came instead.
         """
-        return _collect(calls, timeout_s)
+        before = list(calls)
+        found = _collect(calls, timeout_s)
+        for call in before:
+            if call not in calls:
+                self._asked.pop(call, None)
+        return found
 
     def _actor(self, number: int) -> Any:
         return self._manager.actors()[number]
