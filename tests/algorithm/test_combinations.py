@@ -137,7 +137,7 @@ def test_runners_come_go_and_die_while_they_sample_ahead(build):
     algo.scale_env_runners(1)
     results.append(algo.train())
     kill(pid_of(algo, 1))  # the last one: what it held is sampled with newer weights
-    results += [algo.train() for _ in range(4)]
+    results += [algo.train() for _ in range(5)]
 
     peaceful = build(distrl_config(prompts=6, generations=2))
     expected = watch_batches(peaceful)
