@@ -198,6 +198,7 @@ def test_the_tiny_model_mostly_knows_the_form_of_an_answer():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a warm start may have to wait for another process
 def test_countdown_starts_where_there_is_something_to_learn():
     correct, _ = sampled_grades("builtin:countdown", problems=300, samples=64)
     assert 0.10 < correct.mean() < 0.25
@@ -206,6 +207,7 @@ def test_countdown_starts_where_there_is_something_to_learn():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a warm start may have to wait for another process
 def test_six_numbers_are_harder_and_still_within_reach():
     correct, statuses = sampled_grades("builtin:countdown-6", problems=100, samples=64)
     assert 0.02 < correct.mean() < 0.10
