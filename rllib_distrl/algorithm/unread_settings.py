@@ -48,10 +48,13 @@ def _fresh(config: Any) -> bool:
 
 def _bootstraps(config: Any) -> bool:
     """Whether a critic's targets may be other than the observed returns."""
-    target = Method.from_config(config).target
-    if target is None:
+    if config.critic == "none":
         return False
-    return target.name not in TARGETS or target.settings.get("critic_lambda", 1.0) < 1.0
+    target = resolve("target", config.target)
+    if target.name not in TARGETS:
+        return True
+    lambda_ = target.params.get("critic_lambda", config.critic_lambda)
+    return "critic_lambda" in target.settings and lambda_ < 1.0
 
 
 def _says_returns(config: Any) -> bool:

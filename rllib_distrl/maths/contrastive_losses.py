@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rllib_distrl.maths.group_advantages import group_index, group_mean
-from rllib_distrl.maths.statistics import bounded_log_ratio, zero_padding
+from rllib_distrl.maths.statistics import bounded_log_ratio, row_mean, zero_padding
 
 SCORES = ("log_likelihood", "ratio")
 Tokens = Float[Tensor, "B T"]
@@ -62,9 +62,9 @@ def disco(
     lengths = loss_mask.sum(1).clamp(min=1)
     log_ratio = bounded_log_ratio(logp, action_logp, loss_mask)
     if score == "log_likelihood":
-        s = zero_padding(logp, loss_mask).sum(1) / lengths
+        s = row_mean(logp, loss_mask)
     elif score == "ratio":
-        s = zero_padding(log_ratio.exp(), loss_mask).sum(1) / lengths
+        s = row_mean(log_ratio.exp(), loss_mask)
     else:
         raise ValueError(f"score must be one of {SCORES}, got {score!r}")
     good = returns > good_above

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rllib_distrl.maths.group_advantages import group_index, group_mean
-from rllib_distrl.maths.statistics import zero_padding
+from rllib_distrl.maths.statistics import row_mean, zero_padding
 
 Tokens = Float[Tensor, "B T"]
 Mask = Bool[Tensor, "B T"]
@@ -63,7 +63,7 @@ def srft_sampled(
         positive_coeff: c.
         loss_mask: True where a token counts.
     """
-    positive = positive_coeff * _row_mean(entropy, loss_mask).exp()
+    positive = positive_coeff * row_mean(entropy, loss_mask).exp()
     weight = torch.where(right, positive, -1.0).unsqueeze(1)
     return -weight * zero_padding(logp, loss_mask)
 
@@ -92,7 +92,7 @@ def srft_shown(
         shaping: s > 0.
         loss_mask: True where a token counts.
     """
-    weight = supervised_coeff * torch.exp(-_row_mean(entropy, loss_mask)).unsqueeze(1)
+    weight = supervised_coeff * torch.exp(-row_mean(entropy, loss_mask)).unsqueeze(1)
     logp, advantages = zero_padding(logp, loss_mask), zero_padding(advantages, loss_mask)
     probability = logp.exp()
     return -weight * logp - advantages * probability / (probability + shaping)
@@ -118,7 +118,3 @@ def shown_advantage(
     shown = returns.new_full((len(shown_group),), shown_return)
     means = group_mean(torch.cat((returns, shown)), torch.cat((group, shown_group)))
     return shown - means[len(returns) :]
-
-
-def _row_mean(per_token: Tensor, loss_mask: Tensor) -> Tensor:
-    return zero_padding(per_token, loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)

@@ -55,6 +55,16 @@ def bounded_log_ratio(
     return log_ratio.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
 
 
+def row_mean(tensor: Float[Tensor, "B T"], loss_mask: Bool[Tensor, "B T"]) -> Float[Tensor, " B"]:
+    """Mean over the valid tokens of each row; 0 in a row that has none.
+
+    Args:
+        tensor: What is averaged.
+        loss_mask: True where a token counts.
+    """
+    return zero_padding(tensor, loss_mask).sum(1) / loss_mask.sum(1).clamp(min=1)
+
+
 def masked_mean(
     tensor: Float[Tensor, "*S"], loss_mask: Bool[Tensor, "*S"], all_reduce: AllReduce = identity
 ) -> Float[Tensor, ""]:

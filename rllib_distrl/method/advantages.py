@@ -17,7 +17,7 @@ from rllib_distrl.maths.group_calibration import (
     logit_shift,
     shifted_edges,
 )
-from rllib_distrl.maths.statistics import masked_mean, zero_padding
+from rllib_distrl.maths.statistics import masked_mean, row_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch, forget_oldest
 from rllib_distrl.method.formula import of_batch, takes_settings_of
 from rllib_distrl.method.registry import demand, logp_at, register, smallest_group
@@ -197,8 +197,7 @@ def entropy_credit_seq(
     GRPO-S (arXiv 2508.04349). Belongs with a loss of sequence ratios, `gspo`.
     """
     right = _right(batch, "entropy_credit_seq").unsqueeze(1)
-    entropy = zero_padding(batch.column("entropy").clamp(low, high), batch.loss_mask).sum(1)
-    mean = (entropy / batch.lengths.clamp(min=1)).unsqueeze(1)
+    mean = row_mean(batch.column("entropy").clamp(low, high), batch.loss_mask).unsqueeze(1)
     whole = torch.ones_like(right)
     return batch.at_tokens(credit.entropy_credit(mean, right, batch.group, whole, alpha)[:, 0])
 

@@ -175,10 +175,10 @@ class ExploreFilterReplay(Equal):
     def is_useful(self, returns: Sequence[float]) -> bool:
         """Whether a group has a completion of |A| above the limit, by the sample std."""
         values = np.asarray(returns, dtype=np.float64)
-        spread = float(values.std(ddof=1)) if len(values) > 1 else 0.0
-        if spread == 0.0:
+        if values.min() == values.max():
             return False
-        return bool((np.abs(values - values.mean()) > self.useful_above * spread).any())
+        least = self.useful_above * values.std(ddof=1)
+        return bool((np.abs(values - values.mean()) > least).any())
 
     def replay(self, groups: Sequence[Any], batch_size: int) -> list[Any]:
         """Ends an iteration: keeps what is useful of it.

@@ -8,7 +8,7 @@ from torch import Tensor
 from rllib_distrl.maths.group_advantages import group_index
 from rllib_distrl.maths.kl import check_kl, kl_estimate
 from rllib_distrl.maths.novelty import gradient_novelty as novelty_of
-from rllib_distrl.maths.statistics import zero_padding
+from rllib_distrl.maths.statistics import row_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import register
 from rllib_distrl.settings import NotNegative, Positive
@@ -131,8 +131,7 @@ def neg_entropy(batch: SequenceBatch) -> Tensor:
     RENT (arXiv 2505.22660); its penalty for completions without an answer is left out, because
     rewards do not say so here.
     """
-    entropy = zero_padding(batch.column("entropy"), batch.loss_mask).sum(1)
-    return _add_at_end(batch, -entropy / batch.lengths.clamp(min=1) - batch.returns)
+    return _add_at_end(batch, -row_mean(batch.column("entropy"), batch.loss_mask) - batch.returns)
 
 
 @register("reward", "em_sequence")

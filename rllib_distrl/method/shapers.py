@@ -15,7 +15,7 @@ from rllib_distrl.maths.group_calibration import (
     shifted_edges,
 )
 from rllib_distrl.maths.quantiles import best_of_k
-from rllib_distrl.maths.statistics import masked_mean, zero_padding
+from rllib_distrl.maths.statistics import masked_mean, row_mean, zero_padding
 from rllib_distrl.method.advantages import SOURCES, source_needs, unused_of_group
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.formula import takes_settings_of
@@ -125,8 +125,7 @@ def mpt_mask(
     would only sharpen the policy (UloRL, arXiv 2507.19766). They still count as tokens in the
     loss's mean (our choice).
     """
-    lengths = batch.lengths.clamp(min=1)
-    entropy = zero_padding(batch.column("entropy"), batch.loss_mask).sum(1) / lengths
+    entropy = row_mean(batch.column("entropy"), batch.loss_mask)
     sure = (batch.returns > 0.5) & (entropy < entropy_below)
     mastered = sure.unsqueeze(1) & (batch.action_logp.exp() >= probability)
     return torch.where(mastered, 0.0, zero_padding(advantages, batch.loss_mask))
@@ -158,7 +157,7 @@ def advantage_filter(
     """
     assert batch.width is not None
     valid = zero_padding(advantages, batch.loss_mask)
-    mean = valid.sum(1) / batch.lengths.clamp(min=1)
+    mean = row_mean(valid, batch.loss_mask)
     cut = (batch.lengths >= batch.width) & (mean > 0)
     return torch.where(((mean.abs() > least) & ~cut).unsqueeze(1), valid, 0.0)
 
@@ -191,7 +190,7 @@ def downsample(
     done = 0.0 if horizon is None else min(1.0, (batch.k - 1) / horizon)
     of_rows, of_tokens = (share + (1.0 - share) * done for share in (completions, tokens))
     valid = zero_padding(advantages, batch.loss_mask)
-    per_row = valid.sum(1) / batch.lengths.clamp(min=1)
+    per_row = row_mean(valid, batch.loss_mask)
     kept = credit.most_varied(per_row, batch.group, of_rows).unsqueeze(1) & batch.loss_mask
     score = valid.abs() * zero_padding(batch.column("entropy"), batch.loss_mask)
     return torch.where(credit.largest_share(score, kept, of_tokens), valid, 0.0)

@@ -9,6 +9,7 @@ from rllib_distrl.maths.statistics import (
     logp_mismatch,
     masked_mean,
     masked_mean_and_std,
+    row_mean,
 )
 from tests.maths.several_learners import on_learners
 
@@ -22,6 +23,11 @@ def test_masked_mean_and_std_by_hand():
     # (11.56 + 5.76 + 1.96 + 2.56 + 31.36) / 5 = 10.64
     assert std.item() == pytest.approx(math.sqrt(10.64))
     assert masked_mean(torch.full((1, 2), math.nan), torch.zeros(1, 2, dtype=torch.bool)) == 0
+
+
+def test_row_mean_by_hand():
+    dirty = torch.where(MASK, LOSS, math.nan)
+    assert row_mean(dirty, MASK).tolist() == [3.0, 10.0, 0.0]
 
 
 @pytest.mark.parametrize(
