@@ -2,11 +2,12 @@
 
     python -m benchmarks.turns [--rounds 5] [--dry]
 
-The small workload's model; 64 rows sample 64 tokens each: in one turn; in four of 16 tokens with
-replies of 8 tokens between them. Then 1,024 rows, 64 at a time, in four turns, where every reply
-comes at once, and where a tenth of them take 200 ms. Rounds are interleaved; a ratio is that of two
-runs of the same round, by CPU seconds for the first and by the wall clock for the second. Writes
-benchmarks/results/turns.json and renews the table of docs/performance.md.
+The small workload's model; 64 rows sample 64 tokens each: in one turn; in four of 16 tokens, with
+replies of two tokens between them, and of eight. Then 1,024 rows, 64 at a time, in four turns of a
+task that replies in a pool of threads: every reply comes at once, or a tenth of them take 200 ms.
+Rounds are interleaved; a ratio is that of two runs of the same round, by CPU seconds for turns and
+by the wall clock for slow replies. Writes benchmarks/results/turns.json and renews the table of
+docs/performance.md.
 """
 
 import argparse
@@ -37,29 +38,28 @@ from rllib_distrl.experiments.pages import renew_table
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 
-ROWS, QUEUE, TURNS, TURN, REPLY = PROMPTS * GENERATIONS, 1024, 4, 16, 8
+ROWS, QUEUE, TURNS, TURN = PROMPTS * GENERATIONS, 1024, 4, 16
+SHORT, LONG = 2, 8
 SLOW_ONE_IN, SLOW_S = 10, 0.2
 COMPUTED = PROMPT_TOKENS / GENERATIONS + TURNS * TURN - 1
 """Tokens of a row in one turn that the model computes: prompts are shared, the last is drawn."""
-MORE = 1 + (TURNS - 1) * REPLY / COMPUTED
-"""How many times as many they are in four turns."""
 OUT, PAGE = RESULTS.with_name("turns.json"), ROOT / "docs" / "performance.md"
 VISITS = count()
 
 
 class TalkTask(WordTask):
-    """The workload's prompts; every turn is answered by eight words, some late."""
+    """The workload's prompts; every turn is answered by some words, late for a share of them."""
 
-    max_turns, max_reply_tokens = TURNS, REPLY
+    max_turns, max_reply_tokens = TURNS, LONG
 
-    def __init__(self, slow: bool = False):
+    def __init__(self, words: int, pool: bool = False, late: bool = False):
         super().__init__()
-        self.replies_slowly = slow
+        self.words, self.replies_slowly, self.late = words, pool, late
 
     def respond(self, problem: Problem, turns: Sequence[Turn], draws: Draws) -> Reply:
-        if self.replies_slowly and draws.below(SLOW_ONE_IN) == 0:
+        if self.late and draws.below(SLOW_ONE_IN) == 0:
             time.sleep(SLOW_S)
-        return Reply(" ".join(WORDS[10 : 10 + REPLY]))
+        return Reply(" ".join(WORDS[10 : 10 + self.words]))
 
     def grade_turns(self, problem: Problem, turns: Sequence[Turn], *, truncated: bool) -> Grade:
         return self.grade(problem, " ".join(turn.completion for turn in turns))
@@ -82,15 +82,15 @@ if ENV not in gymnasium.registry:
     )
 
 
-def make_runner(model: Path, turns: int, slow: bool = False) -> CompletionEnvRunner:
-    """A runner on the workload, in one turn or in four."""
+def make_runner(model: Path, **talk: Any) -> CompletionEnvRunner:
+    """A runner on the workload in one turn, or in four of a `TalkTask` of these settings."""
     config = DistRLConfig()
-    if turns == 1:
+    if not talk:
         config.environment(
             "distrl_envs:distrl/Custom-v0", env_config={"task": "benchmarks.task:WordTask"}
         )
     else:
-        task = {"task": "benchmarks.turns:TalkTask", "task_config": {"slow": slow}}
+        task = {"task": "benchmarks.turns:TalkTask", "task_config": talk}
         config.environment(f"benchmarks.turns:{ENV}", env_config=task)
     config.rl_module(model_config={"model": str(model)})
     config.rollout(
@@ -136,20 +136,32 @@ def prefilled(runner: CompletionEnvRunner) -> float:
     return float(np.mean(given))
 
 
+def more(reply: int) -> float:
+    """How many times as many tokens are computed in four turns, with replies of so many."""
+    return 1 + (TURNS - 1) * reply / COMPUTED
+
+
 def measure(rounds: int) -> dict[str, Any]:
     """Ratios of all rounds, and the tokens of a turn."""
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), "fixed")
-        one, four, slow = (
-            make_runner(model, *kind) for kind in ((1, False), (TURNS, False), (TURNS, True))
+        one, short, long = (
+            make_runner(model),
+            make_runner(model, words=SHORT),
+            make_runner(model, words=LONG),
+        )
+        prompt, late = (
+            make_runner(model, words=LONG, pool=True, late=late) for late in (False, True)
         )
         ways: dict[str, Callable[[], dict[str, float]]] = {
             "one turn": lambda: sampled(one, ROWS, 1),
-            "four turns": lambda: sampled(four, ROWS, TURNS),
-            "queue": lambda: sampled(four, QUEUE, TURNS),
-            "queue, slow replies": lambda: sampled(slow, QUEUE, TURNS),
+            "four turns, short replies": lambda: sampled(short, ROWS, TURNS),
+            "four turns, long replies": lambda: sampled(long, ROWS, TURNS),
+            "queue": lambda: sampled(long, QUEUE, TURNS),
+            "queue, pool": lambda: sampled(prompt, QUEUE, TURNS),
+            "queue, pool, slow replies": lambda: sampled(late, QUEUE, TURNS),
         }
-        tokens = prefilled(four)
+        tokens = prefilled(long)
         for work in ways.values():
             work()
         found = [{name: work() for name, work in ways.items()} for _ in range(rounds)]
@@ -161,8 +173,10 @@ def measure(rounds: int) -> dict[str, Any]:
 
     return {
         **about(),
-        "four_turns_vs_one": ratio("four turns", "one turn", "cpu_s"),
-        "slow_replies_vs_fast": ratio("queue, slow replies", "queue", "wall_s"),
+        "four_turns_vs_one": ratio("four turns, short replies", "one turn", "cpu_s"),
+        "four_turns_vs_one_long_replies": ratio("four turns, long replies", "one turn", "cpu_s"),
+        "slow_replies_vs_fast": ratio("queue, pool, slow replies", "queue, pool", "wall_s"),
+        "pool_vs_none": ratio("queue, pool", "queue", "wall_s"),
         "prefilled_tokens_a_turn": tokens,
         "seconds": found,
     }
@@ -171,19 +185,23 @@ def measure(rounds: int) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """As it stands in docs/performance.md."""
     lines = ["| cost | median | quartiles | aim | what |", "|---|---|---|---|---|"]
+    long, most = "four_turns_vs_one_long_replies", 1.15
     for name, key, share, aim, what in (
-        ("four_turns_vs_one", "four_turns_vs_one", 1.0, 1.15, "64 tokens, four turns and one"),
-        ("the same a token", "four_turns_vs_one", MORE, 1.15, f"{MORE:.2f} times the tokens"),
+        ("four_turns_vs_one", "four_turns_vs_one", 1.0, most, f"replies of {SHORT} tokens"),
+        (long, long, 1.0, None, f"replies of {LONG}: {more(LONG):.2f} times the tokens"),
+        ("the same a token", long, more(LONG), most, "computed, sampled or not"),
         ("slow_replies_vs_fast", "slow_replies_vs_fast", 1.0, 1.1, "a tenth take 200 ms"),
+        ("pool_vs_none", "pool_vs_none", 1.0, None, "fast replies in threads, or between steps"),
     ):
         low, median, high = (results[key][of] / share for of in ("low", "median", "high"))
-        missed = "" if median <= aim else " (missed)"
+        missed = "" if aim is None or median <= aim else " (missed)"
         quartiles = f"{low:.2f} to {high:.2f}"
-        cells = f"`{name}`", f"{median:.2f}", quartiles, f"≤ {aim}{missed}", what
+        aimed = "" if aim is None else f"≤ {aim}{missed}"
+        cells = f"`{name}`", f"{median:.2f}", quartiles, aimed, what
         lines.append(f"| {' | '.join(cells)} |")
     tokens = results["prefilled_tokens_a_turn"]
-    what = f"tokens computed for a turn: a reply of {REPLY} and the turn's last token"
-    lines.append(f"| `prefilled_tokens_a_turn` | {tokens:g} | | {REPLY + 1} | {what} |")
+    what = f"tokens computed for a turn: a reply of {LONG} and the turn's last token"
+    lines.append(f"| `prefilled_tokens_a_turn` | {tokens:g} | | {LONG + 1} | {what} |")
     return "\n".join(lines)
 
 

@@ -46,6 +46,8 @@ CUT = "\n[cut]"
 # No reply needs more: what is beyond is cut before it is encoded, so that a megabyte costs little.
 _CHARACTERS_PER_TOKEN = 64
 
+# Games say the same again and again.
+_REMEMBERED = 256
 _CONTROL = (PAD, EOS, UNK)
 _ASKED, _ANSWERED, _REPLIED, _THOUGHT = "Question-7", "Answer-7", "Reply-7", "Thought-7"
 
@@ -118,6 +120,7 @@ class ReplyTokens:
         self._tokenizer = tokenizer
         self._limit = limit
         self._variables = variables
+        self._remembered: dict[tuple[str, str, int | None], tuple[int, ...]] = {}
         self._small = is_small(tokenizer)
         self._chat = not self._small and bool(getattr(tokenizer, "chat_template", None))
         self.extends = True
@@ -168,6 +171,14 @@ class ReplyTokens:
         return (*ids[:kept], unknown, *behind), cut
 
     def _ids(self, text: str, role: str, ended_by: int | None) -> tuple[int, ...]:
+        key = (text, role, ended_by)
+        if key not in self._remembered:
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            self._remembered[key] = self._encoded(*key)
+        return self._remembered[key]
+
+    def _encoded(self, text: str, role: str, ended_by: int | None) -> tuple[int, ...]:
         marked = mark_special(self._tokenizer, text)
         between = self._increment(marked, role) if self._chat else f"\n\n{marked}\n\n"
         if ended_by is not None:

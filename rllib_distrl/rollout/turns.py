@@ -1,9 +1,9 @@
 """Sampling with an environment: the engine asks, the environment answers; in one go or in parts."""
 
 from collections.abc import Iterator, Sequence
-from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,8 @@ class _Replies:
         self.limits = [self._limit(place, count) for place, count in enumerate(sampled)]
         self.pauses = [count + (segment or env.max_completion_tokens) for count in sampled]
         self.paused: set[int] = set()
-        self._asked: dict[Future[EnvReply | None], tuple[int, int]] = {}
+        self._under_way = 0
+        self._said: SimpleQueue[tuple[int, int, Future[EnvReply | None]]] = SimpleQueue()
         self._ready: list[Answer] = []
 
     def ended(self, place: int, tokens: np.ndarray) -> bool:
@@ -170,7 +171,8 @@ class _Replies:
             self._take(place, len(sampled), self.env.reply_to(*call))
         else:
             future = self.slow.submit(self.env.reply_to, *call)
-            self._asked[future] = (place, len(sampled))
+            future.add_done_callback(lambda it: self._said.put((place, len(sampled), it)))
+            self._under_way += 1
         return True
 
     def ready(self, *, wait: bool) -> Sequence[Answer]:
@@ -179,10 +181,11 @@ class _Replies:
         return now
 
     def _collect(self, *, wait: bool) -> None:
-        patience = None if wait else 0
-        done, _ = futures.wait(self._asked, patience, return_when=futures.FIRST_COMPLETED)
-        for future in done:
-            self._take(*self._asked.pop(future), future.result())
+        while self._under_way and (wait or not self._said.empty()):
+            place, sampled, reply = self._said.get()
+            self._under_way -= 1
+            self._take(place, sampled, reply.result())
+            wait = False
 
     def _take(self, place: int, sampled: int, reply: EnvReply | None) -> None:
         if reply is None:
