@@ -3,7 +3,7 @@
     python -m benchmarks.turns [--rounds 5] [--dry]
 
 The small workload's model; 64 rows sample 64 tokens each: in one turn; in four of 16 tokens, with
-replies of two tokens between them, and of eight. Then 1,024 rows, 64 at a time, in four turns of a
+replies of two tokens between them, and of eight. Then 2,048 rows, 64 at a time, in four turns of a
 task that replies in a pool of threads: every reply comes at once, or a tenth of them take 200 ms.
 Rounds are interleaved; a ratio is that of two runs of the same round, by CPU seconds for turns and
 by the wall clock for slow replies. Writes benchmarks/results/turns.json and renews the table of
@@ -38,7 +38,7 @@ from rllib_distrl.experiments.pages import renew_table
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 
-ROWS, QUEUE, TURNS, TURN = PROMPTS * GENERATIONS, 1024, 4, 16
+ROWS, QUEUE, TURNS, TURN = PROMPTS * GENERATIONS, 2048, 4, 16
 SHORT, LONG = 2, 8
 SLOW_ONE_IN, SLOW_S = 10, 0.2
 COMPUTED = PROMPT_TOKENS / GENERATIONS + TURNS * TURN - 1

@@ -11,8 +11,9 @@ from rllib_distrl.engine.protocol import Completion, Request, SamplingParams
 from rllib_distrl.engine.sampling import check_logps, sample, uniforms
 
 # Computing a few prompts costs about as much as a step: requests wait until this share of the batch
-# is empty or finished.
-_REFILL_SHARE = 0.25
+# is empty or finished. Rows that are answered come and go all the time: less may be empty, and
+# answers wait until they are the same share of the rows that run.
+_REFILL_SHARE, _TALK_SHARE = 0.25, 0.125
 
 Prompt = tuple[int, ...]
 
@@ -137,6 +138,7 @@ class Call:
         self.lengths = np.zeros(size[0], dtype=np.int64)
         self.ended: list[tuple[int, int]] = []  # requests and rows, since they were last asked for
         self.conversation = conversation
+        self.share = _REFILL_SHARE if conversation is None else _TALK_SHARE
         # Tokens of prompt and answers so far; rows that wait; answers that have come to them.
         prompt_lens = [len(prompt) for prompt in prompts]
         self.given = np.array(prompt_lens, dtype=np.int64) - self.starts
@@ -187,7 +189,7 @@ class Call:
             finished = int((rows == self.count).sum())
             done = finished == len(rows)
             yield from self._listen(idle=done and not len(queue))
-            refill = len(queue) and finished + batch - len(rows) >= _REFILL_SHARE * batch
+            refill = len(queue) and finished + batch - len(rows) >= self.share * batch
             if done:
                 if not len(queue) and not self.answers:
                     return
@@ -201,7 +203,7 @@ class Call:
                     rows, counts = rows[kept], counts[kept]
                     tokens = tokens[torch.from_numpy(kept).to(self.device)]
             first_new, free = 0, batch - len(rows)
-            if refill or (self.answers and free):
+            if refill or (free and len(self.answers) > self.share * len(rows)):
                 if self.answers:
                     new, start, drawn = self._resume(free)
                 else:
