@@ -77,7 +77,7 @@ def test_episodes_hold_sampled_tokens_and_say_where_replies_stand(runner, episod
         ]
         if answered and len(episode) < env.max_completion_tokens:
             assert (last["finish_reason"], len(last["turns"])) == ("turns", 3)
-    assert set(turns) == {2, 3}
+    assert {2, 3} <= set(turns)
 
 
 def test_the_env_gives_the_same_episode_when_it_is_asked_step_by_step(runner, episodes):
