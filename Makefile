@@ -22,6 +22,7 @@ docs:
 	NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
 slow:
-	pytest -m slow -n 2 --dist loadfile
+	@# As they stand: the files of one long test would else come last, alone.
+	pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 check: lint type test

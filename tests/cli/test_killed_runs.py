@@ -20,7 +20,7 @@ from tests.cli import forked
 from tests.cli.test_train_on_data import save_model
 
 ITERATIONS = 24
-KILLS = 12
+KILLS = 8
 RECIPE = f"""
 [run]
 model = "builtin:countdown-tiny"

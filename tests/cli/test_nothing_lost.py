@@ -248,7 +248,7 @@ def test_signals_at_random_moments_lose_nothing(file: Path, tmp_path: Path, runn
     run, output = tmp_path / "run", tmp_path / "output.txt"
     settings = ("run.iterations=60", f"env_runners.num_env_runners={runners}")
     arguments: tuple[str | Path, ...] = (file, "--out", run, *settings)
-    for _ in range(4):
+    for _ in range(3):
         output.write_text("")
         process = start_distrl(("train", *arguments), output, folder=tmp_path)
         assert process.pid is not None

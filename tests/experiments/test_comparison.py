@@ -75,25 +75,30 @@ def check_validations(good: dict[str, Any], run: Path) -> None:
     assert good["updates"] == 2 * len(rows) == 2 * good["iterations"]
 
 
+def interrupt(folder: Path, how: signal.Signals, iterations: int) -> None:
+    """Starts the comparison and stops it once the second good run has come so far."""
+    process = compare(folder)
+    log = folder / "out" / "runs" / "good-seed1" / "progress.jsonl"
+    give_up = time.monotonic() + 200
+    while len(read_progress(log)) < iterations and time.monotonic() < give_up:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    process.send_signal(how)
+    out, _ = process.communicate(timeout=100)
+    assert process.returncode == (130 if how == signal.SIGTERM else -how), out
+    assert ("Stopped. The same command continues." in out) == (how == signal.SIGTERM)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
-def test_a_comparison_is_stopped_and_continues(tmp_path: Path, how: signal.Signals) -> None:
+def test_a_comparison_is_stopped_and_continues(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     (tmp_path / "variants.toml").write_text(VARIANTS)
-    stopped = compare(tmp_path)
     records = tmp_path / "out" / "runs"
-    give_up = time.monotonic() + 200
-    second = records / "good-seed1"
-    while len(read_progress(second / "progress.jsonl")) < 2 and time.monotonic() < give_up:
-        assert stopped.poll() is None, stopped.communicate()
-        time.sleep(0.05)
-    stopped.send_signal(how)
-    out, _ = stopped.communicate(timeout=100)
-    assert stopped.returncode == (130 if how == signal.SIGTERM else -how), out
-    assert ("Stopped. The same command continues." in out) == (how == signal.SIGTERM)
+    interrupt(tmp_path, signal.SIGTERM, 2)
     first = {path.name: path.read_text() for path in records.glob("good-*.json")}
     assert first.keys() == {"good-seed0.json"}
+    interrupt(tmp_path, signal.SIGKILL, 4)
 
     process = compare(tmp_path)
     out, _ = process.communicate(timeout=280)
