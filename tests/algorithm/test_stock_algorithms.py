@@ -1,5 +1,6 @@
 """RLlib's own algorithms, unchanged, on the same env id, runner class and module."""
 
+import numpy as np
 import pytest
 import torch
 from ray.rllib.algorithms.ppo import PPO
@@ -14,11 +15,14 @@ from tests.helpers import COUNTDOWN, TINY
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def stock(name, **training):
+def stock(name, told="none", **training):
     config = algorithm_config(name).environment(COUNTDOWN).debugging(seed=1)
     config.env_runners(num_env_runners=0).learners(num_learners=0)
     # The tiny model earns next to nothing: the entropy bonus gives the policy a gradient.
     config.training(lr=1e-3, gamma=1.0, entropy_coeff=0.01, **training)
+    config.rl_module(model_config={"critic_observation": told})
+    if told != "none":  # which pays the tiny model something, so that there are values to learn
+        config.environment(env_config={"task_config": {"partial_credit": True}})
     return wire_language_model(
         config, TINY, RolloutSettings(max_completion_tokens=24, num_generations=2, temperature=2.0)
     )
@@ -43,6 +47,18 @@ def test_ppo_trains_two_iterations(tmp_path):
         assert any(not torch.equal(before[name], after[name]) for name in before)
         export_policy(algo, tmp_path / "model")
         assert (tmp_path / "model" / "model.safetensors").is_file()
+    finally:
+        algo.stop()
+
+
+def test_ppo_trains_a_critic_that_is_told_the_verifiers_state():
+    sizes = {"train_batch_size_per_learner": 128, "minibatch_size": 128}
+    algo = stock("PPO", "state", **sizes, num_epochs=1).build_algo()
+    try:
+        algo.train()
+        state = algo.learner_group.get_state()["learner"]["rl_module"]["default_policy"]
+        # It starts at zero: only a gradient through the numbers of the batch moves it.
+        assert np.abs(state["observation_head.output"]).max() > 0
     finally:
         algo.stop()
 
