@@ -21,11 +21,11 @@ def stock(name, told="none", **training):
     # The tiny model earns next to nothing: the entropy bonus gives the policy a gradient.
     config.training(lr=1e-3, gamma=1.0, entropy_coeff=0.01, **training)
     config.rl_module(model_config={"critic_observation": told})
-    if told != "none":  # which pays the tiny model something, so that there are values to learn
+    rollout = RolloutSettings(max_completion_tokens=24, num_generations=2, temperature=2.0)
+    if told != "none":  # then it earns something, so that there are values to learn
         config.environment(env_config={"task_config": {"partial_credit": True}})
-    return wire_language_model(
-        config, TINY, RolloutSettings(max_completion_tokens=24, num_generations=2, temperature=2.0)
-    )
+        rollout = rollout.model_copy(update={"temperature": 0.7})
+    return wire_language_model(config, TINY, rollout)
 
 
 def test_ppo_trains_two_iterations(tmp_path):
