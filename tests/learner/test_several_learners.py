@@ -30,6 +30,11 @@ SETTINGS = {
         "num_epochs": 2,
     },
     "remembering": {"critic": "shared", "advantage": {"name": "aapo"}},
+    "imitating": {
+        "critic": "separate",
+        "micro_batch_tokens": 80,
+        "policy_loss": {"name": "hpt", "gate": 1},
+    },
 }
 
 
@@ -97,8 +102,10 @@ def test_float32_gradients_and_steps_in_their_direction_agree(episodes):
     compare(config, episodes, 1e-5, torch.float32)
 
 
-@pytest.mark.parametrize("settings", ["separate", "remembering"])
+@pytest.mark.parametrize("settings", ["separate", "remembering", "imitating"])
 def test_float64_gradients_and_adams_steps_agree(episodes, settings):
     config = hot_config(init_value=0.5, **SETTINGS[settings])
+    if settings == "imitating":  # episodes then bring solutions with them
+        episodes = sample(config, prompts=GROUPS, generations=GENERATIONS)
     config.rl_module(rl_module_spec=RLModuleSpec(module_class=DoubleModule))
     compare(config, episodes, 1e-10, torch.float64)
