@@ -75,11 +75,11 @@ def test_hpt_imitates_the_others_and_leaves_the_critic_alone(episodes, budget):
     loss = -0.7 * torch.cat([logp for logp, _ in shown]).mean()
     imitation = autograd(learner, loss)
     # With dr_grpo the prompts of wrong completions alone have no gradient of their own.
-    _, plain = gradients(make_learner(hot_config(**PLAIN)), episodes)
+    seen, plain = gradients(make_learner(hot_config(**PLAIN)), episodes)
     other = make_learner(hot_config(**HPT, micro_batch_tokens=budget))
     found, hpt = gradients(other, episodes)
     assert found["imitated_share"] == 0.5
-    assert found["policy_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert found["policy_loss"] == pytest.approx(loss.item() + seen["policy_loss"], rel=1e-5)
     assert_same(hpt, {n: plain[n] + imitation.get(n, 0.0) for n in plain})
 
 

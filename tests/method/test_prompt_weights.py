@@ -83,7 +83,7 @@ def test_bins_are_of_any_of_k():
     data = batch([1], of=4)
     weights("bin_pressure", data, k=2)
     # One of four passes: 1 − C(3, 2)/C(4, 2) = 1/2.
-    assert data.memory["bin_pressure"]["prompts"][0]["rates"] == [0.5]
+    assert data.memory["bin_pressure"]["prompts"][0]["rates"] == pytest.approx([0.5])
     with pytest.raises(ValueError, match="k = 3, but a group has 2"):
         distrl_config(shapers=[{"name": "bin_pressure", "k": 3}]).validate()
 
