@@ -4,7 +4,7 @@ import time
 from dataclasses import replace
 
 from distrl_envs.task import Grade, Problem, Reply, Task
-from distrl_envs.tokenizers import small_tokenizer
+from distrl_envs.tokenizers import VOCABULARY, small_tokenizer
 
 
 class Talk(Task):
@@ -71,3 +71,33 @@ class SlowTalk(Talk):
     def respond(self, problem, turns, draws):
         time.sleep(0.01 * (problem.row % 3))
         return super().respond(problem, turns, draws)
+
+
+class Reroll(Talk):
+    """A die that may be rolled again, once: an odd number keeps it, whatever else rolls anew.
+
+    The first turn's word is of no use; its reply is the first roll. The score is the last roll, of
+    six. Who keeps 4, 5 and 6 alone gets 17/24, nobody gets more; a coin gets 14/24.
+    """
+
+    name = "reroll"
+    max_turns = 2
+    max_completion_tokens = 4
+    stop = tuple(word for word in VOCABULARY if len(word) == 1)  # one word is a turn
+
+    def problem(self, row):
+        self.check_row(row)
+        return Problem(row, f"1 2 3 4 -> {row % 90} :", {}, str(row))
+
+    def respond(self, problem, turns, draws):
+        over = len(turns) == 2
+        if over and self.keeps(turns[1].completion):
+            return Reply(over=True, status="kept")
+        return Reply(str(1 + draws.below(6)), over=over)
+
+    def keeps(self, word):
+        return word.strip().isdigit() and int(word) % 2 == 1
+
+    def grade_turns(self, problem, turns, *, truncated):
+        rolls = [turn.reply.text for turn in turns if turn.reply and turn.reply.text]
+        return Grade(int(rolls[-1]) / 6 if len(turns) == 2 else 0.0, "ok")
