@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.timeout(600),
 ]
 
-ITERATIONS, DEATHS, EVALUATORS, EVERY_S = 12, 4, 1, 4.0
+ITERATIONS, DEATHS, EVALUATORS, EVERY_S = 12, 3, 1, 3.0
 
 
 class Chaos(threading.Thread):

@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 AT_ONCE = 2  # each takes one core
+SHORT = ("eval.interval=0", "eval.problems=100", "eval.token_problems=0")
 
 
 def gain_of(recipe: str, out: Path, *overrides: str) -> float:
@@ -32,11 +33,11 @@ def test_recipes_gain_and_nothing_without_advantages(tmp_path: Path) -> None:
         main_job, nothing, game = (
             pool.submit(gain_of, recipe, tmp_path / Path(recipe).stem, *overrides)
             for recipe, *overrides in (
-                ("countdown/distrl.toml", "run.iterations=100"),
-                ("countdown/zero_advantage.toml", "run.iterations=25"),
-                ("games/blackjack.toml",),
+                ("countdown/distrl.toml", "run.iterations=100", *SHORT),
+                ("countdown/zero_advantage.toml", "run.iterations=25", *SHORT),
+                ("games/blackjack.toml", "run.iterations=60"),
             )
         )
     assert main_job.result() >= 4  # a quarter of it; the whole one gains 16
     assert abs(nothing.result()) < 2
-    assert game.result() >= 3
+    assert game.result() >= 3  # it gains 6 to 7.5
