@@ -21,6 +21,8 @@ _HUES = COLOURS[:6]  # the baseline has the ink
 _DASHES = ("-", "--", ":", "-.")
 _WHISKER_COLUMNS = 4
 _WHISKER_INCHES = (2.3, 0.27)  # width of a panel, height of a row
+# Where more rows are drawn, the scale is theirs and not that of a few that lie far outside.
+_MOST_TO_SCALE, _SCALED_SHARE, _MARGIN = 20, 0.9, 1.5
 
 TestOf = Callable[[Row, str], PairedTest | None]
 
@@ -45,9 +47,14 @@ def whiskers(rows: Sequence[Row], metrics: Sequence[str], test_of: TestOf) -> Ch
     deep = -(-len(metrics) // columns)
     figure.set_size_inches(2.0 + width * columns, deep * (0.9 + height * len(rows)))
     for number, (panel, metric) in enumerate(zip(axes, metrics, strict=True)):
+        tests = {place: test_of(row, metric) for place, row in enumerate(rows)}
+        found = {place: test for place, test in tests.items() if test}
+        reach = _reach(list(found.values())) if len(rows) > _MOST_TO_SCALE else np.inf
+        for place, test in found.items():
+            _whisker(panel, test, place, reach)
         for place, row in enumerate(rows):
-            if test := test_of(row, metric):
-                _whisker(panel, test, place)
+            if place and row.part != rows[place - 1].part:
+                panel.axhline(place - 0.5, color=GRID, linewidth=0.8)
         panel.axvline(0.0, color=GREY, linewidth=1.0)
         labels = [row.name for row in rows] if number % columns == 0 else [""] * len(rows)
         panel.set_yticks(range(len(rows)), labels=labels, parse_math=False)
@@ -57,13 +64,22 @@ def whiskers(rows: Sequence[Row], metrics: Sequence[str], test_of: TestOf) -> Ch
     return figure
 
 
-def _whisker(panel: Any, test: PairedTest, place: int) -> None:
+def _reach(tests: Sequence[PairedTest]) -> float:
+    """How far from zero, in points, a panel shows."""
+    ends = [max(abs(test.difference.low), abs(test.difference.high)) for test in tests]
+    return 100 * _MARGIN * float(np.quantile(ends, _SCALED_SHARE)) if ends else np.inf
+
+
+def _whisker(panel: Any, test: PairedTest, place: int, reach: float) -> None:
+    """One difference; what lies beyond the panel's reach is an arrow at its edge."""
     found = test.difference
     colour = GREY if found.holds_zero else COLOURS[0] if found.mean > 0 else COLOURS[1]
     inside = colour if test.clear else PAPER
     width = 1.8 if test.clear else 1.0
-    panel.plot([100 * found.low, 100 * found.high], [place, place], color=colour, linewidth=width)
-    panel.plot([100 * found.mean], [place], "o", color=colour, markerfacecolor=inside, markersize=5)
+    low, mean, high = np.clip((100 * found.low, 100 * found.mean, 100 * found.high), -reach, reach)
+    shape = "o" if abs(100 * found.mean) <= reach else "<" if found.mean < 0 else ">"
+    panel.plot([low, high], [place, place], color=colour, linewidth=width)
+    panel.plot([mean], [place], shape, color=colour, markerfacecolor=inside, markersize=5)
     panel.annotate(
         f"{100 * found.mean:+.1f}", xy=(1.02, place), xycoords=("axes fraction", "data"),
         va="center", ha="left", fontsize=8, color=colour, annotation_clip=False,
