@@ -14,6 +14,7 @@ COMPARISONS = {
     "headline-countdown": "headline-countdown",
     "headline-graded": "headline-graded",
     "headline-graph-path": "headline-graph-path",
+    "methods": "methods-compared",
 }
 
 
