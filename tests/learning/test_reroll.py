@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from distrl_envs.token_env import TokenEnv
+from distrl_envs.tokenizers import VOCABULARY
 from rllib_distrl.maths.headroom import headroom
 from rllib_distrl.model.loading import resolve
 from tests.cli import forked
@@ -20,7 +21,6 @@ from tests.rollout.turn_tasks import Reroll
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]
 
-TASK = "tests.rollout.turn_tasks:Reroll"
 RECIPE = f"""
 [run]
 model = "{TINY}"
@@ -42,7 +42,7 @@ critic_prefixes = 0
 env = "distrl_envs:distrl/Countdown-v0"
 
 [environment.env_config]
-task = "{TASK}"
+task = "tests.rollout.turn_tasks:Reroll"
 
 [training]
 minibatch_size = 64
@@ -74,9 +74,7 @@ class Game:
     def __init__(self) -> None:
         self.env = TokenEnv(Reroll(), max_completion_tokens=4)
         self.model = AutoModelForCausalLM.from_pretrained(resolve(TINY)).eval()
-        vocabulary = self.env.tokenizer.get_vocab()
-        self.odd = [i for word, i in vocabulary.items() if self.env.task.keeps(word)]
-        self.words = list(vocabulary.values())
+        self.odd = [i for word, i in VOCABULARY.items() if self.env.task.keeps(word)]
 
     def says(self, ids: list[list[int]]) -> torch.Tensor:
         """(n, V) probabilities of the next token."""
@@ -90,20 +88,26 @@ class Game:
 
     def at_start(self, prompt: list[int]) -> np.ndarray:
         """(6,) the law before anything is said."""
-        first, law = self.says([prompt])[0].numpy(), np.zeros(6)
+        words, law = list(VOCABULARY.values()), np.zeros(6)
+        first = self.says([prompt])[0].numpy()[words]
         for roll in range(1, 7):
-            asked = [[*prompt, word, *self.reply(roll, prompt)] for word in self.words]
-            law += first[self.words] @ self.after_roll(asked, roll) / 6
+            asked = [[*prompt, word, *self.reply(roll, prompt)] for word in words]
+            law += first @ self.after_roll(asked, roll) / 6
         return law
 
     def reply(self, roll: int, prompt: list[int]) -> list[int]:
-        vocabulary = self.env.tokenizer.get_vocab()
-        return [vocabulary[str(roll)], prompt[-1]]
+        """What stands between the turns: the number, and the mark that ends a prompt."""
+        return [VOCABULARY[str(roll)], prompt[-1]]
 
 
 def below(quantiles: np.ndarray) -> np.ndarray:
     """(6,) the law's distribution function of quantiles between the rolls."""
-    return (np.asarray(quantiles)[:, None] < BETWEEN).mean(0)
+    return (quantiles[:, None] < BETWEEN).mean(0)
+
+
+def below_law(law: np.ndarray) -> np.ndarray:
+    """(6,) the same of the probabilities of the rolls."""
+    return np.cumsum(law) - law
 
 
 def test_the_critics_law_is_the_games(tmp_path: Path) -> None:
@@ -112,12 +116,12 @@ def test_the_critics_law_is_the_games(tmp_path: Path) -> None:
         tmp_path, "run.iterations=120", "training.lr=1e-30", "eval.token_problems=60",
         "training.n_quantiles=24", "env_runners.num_env_runners=0",
     )  # fmt: skip
-    game, start = Game(), np.zeros(6)
+    game = Game()
+    start = game.at_start(game.env.prompt_ids(game.env.task.problem(0)))
     starts, errors, laws, told = [], [], [], []
     for row in pd.read_parquet(run / "samples" / "tokens.parquet").itertuples():
         prompt = game.env.prompt_ids(game.env.task.problem(row.row))
         quantiles = np.stack(np.split(np.asarray(row.quantiles), len(row.token)))
-        start = game.at_start(prompt) if not laws else start
         starts.append(below(quantiles[0]) - below_law(start))
         (at,) = row.reply_at
         roll = int(row.reply_texts[0].split()[0])
@@ -137,7 +141,3 @@ def test_the_critics_law_is_the_games(tmp_path: Path) -> None:
     blind = np.abs([below_law(start) - below_law(law) for law in laws]).mean()
     assert np.abs(errors).mean() < 0.05 < 0.4 * blind
     assert np.corrcoef(stds, told)[0, 1] > 0.6
-
-
-def below_law(law: np.ndarray) -> np.ndarray:
-    return np.cumsum(law) - law
