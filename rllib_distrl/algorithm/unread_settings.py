@@ -75,9 +75,9 @@ PARTS = (
     Part("a critic with a trunk of its own ('separate' or 'twin')",
          lambda c: c.critic in CRITIC_TRUNKS, ("critic_checkpoint", "critic_freeze")),
     Part("a critic that does not come from a critic_checkpoint", _fresh, ("init_value",)),
-    Part("a critic of head 'quantile' with n_quantiles >= 2 that does not come from a "
-         "critic_checkpoint",
-         lambda c: _fresh(c) and _of_quantiles(c), ("init_spread",)),
+    Part("a critic of head 'quantile' or 'gaussian' with n_quantiles >= 2 that does not come from "
+         "a critic_checkpoint",
+         lambda c: _fresh(c) and (_of_quantiles(c) or _head(c) == "gaussian"), ("init_spread",)),
     Part("a critic of head 'quantile' with n_quantiles >= 2", _of_quantiles,
          ("quantile_huber_kappa", "head_center")),
     Part("a critic of head 'quantile' with n_quantiles >= 2 and critic_lambda < 1",

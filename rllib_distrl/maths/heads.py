@@ -1,4 +1,4 @@
-"""Losses of critics whose law has fixed atoms: a Bernoulli law, and a categorical one on a grid.
+"""Losses of critics whose law is no set of quantiles: Bernoulli, categorical on a grid, Gaussian.
 
 Targets y (B, T, M) are samples or quantiles of the return, without gradient, as for the quantile
 loss; each counts 1/M. `loss_mask` marks tokens; others get loss 0 and gradient 0.
@@ -104,6 +104,45 @@ def categorical_loss(
         mass += two_hot(y, atoms) if projection == "two_hot" else hl_gauss(y, atoms, sigma)
     logp = zero_padding(logits, loss_mask).log_softmax(-1)
     return zero_padding(-(mass * logp).sum(-1) / targets.shape[-1], loss_mask)
+
+
+def gaussian_loss(
+    mean: Float[Tensor, "B T"],
+    log_std: Float[Tensor, "B T"],
+    targets: Float[Tensor, "B T M"],
+    loss_mask: Bool[Tensor, "B T"],
+    beta: float = 0.5,
+) -> Float[Tensor, "B T"]:
+    """sg(σ^{2β}) mean_j [ln σ + (y_j − μ)²/(2 σ²)]: β-NLL of a mean and a variance.
+
+    Nix & Weigend 1994 (β = 0); Seitzer et al. 2022 (arXiv 2203.09168) for β, which keeps states of
+    large variance from being left alone: the gradient of μ is (μ − y) σ^{2β − 2}.
+
+    Args:
+        mean: μ.
+        log_std: ln σ.
+        targets: y.
+        loss_mask: True where a token counts.
+        beta: β in [0, 1]; 1 has the gradient of the squared error in μ.
+    """
+    y = zero_padding(targets, loss_mask).detach().to(mean.dtype)
+    mean, log_std = zero_padding(mean, loss_mask), zero_padding(log_std, loss_mask)
+    error = (y - mean.unsqueeze(-1)).square().mean(-1)
+    loss = log_std + error * (-2.0 * log_std).exp() / 2.0
+    return zero_padding((2.0 * beta * log_std).exp().detach() * loss, loss_mask)
+
+
+def standard_normal_atoms(n: int) -> Float[Tensor, " n"]:
+    """Mid-quantiles Φ⁻¹((i − ½)/n) of a standard normal, stretched so that their std is 1 again.
+
+    Our choice: the law that they make has its mean and its standard deviation exactly.
+
+    Args:
+        n: At least 2.
+    """
+    levels = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    atoms = torch.special.ndtri(levels)
+    return atoms / atoms.std(correction=0)
 
 
 def tilted_logits(atoms: Float[Tensor, " K"], mean: float) -> Float[Tensor, " K"]:

@@ -5,6 +5,7 @@ A head is a class whose keyword-only arguments are its settings, with `n_outputs
 mean, std, cdf, quantiles, sample), whatever its head.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Protocol
 
@@ -16,15 +17,18 @@ from rllib_distrl.maths.heads import (
     bernoulli_logit,
     bernoulli_loss,
     categorical_loss,
+    gaussian_loss,
+    standard_normal_atoms,
     tilted_logits,
 )
 from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.losses import squared_value_loss
 from rllib_distrl.maths.quantiles import center_delta, center_delta_bias, quantile_huber_loss
 from rllib_distrl.method.registry import Stage, register, resolve
-from rllib_distrl.settings import TWIN, Positive, TrainingSettings
+from rllib_distrl.settings import TWIN, Positive, Share, TrainingSettings
 
 _ROUNDING = 1e-5  # sums of rewards may end a little outside
+_LOG_STDS = -7.0, 7.0  # of a Gaussian law: from a thousandth to a thousand
 
 
 class Head(Protocol):
@@ -164,6 +168,58 @@ class Categorical:
         """See `Head`."""
         atoms = outputs.new_tensor(self.support)
         return categorical_loss(outputs, targets, atoms, loss_mask, self._projection, self._sigma)
+
+
+def _check_gaussian(*, n_quantiles: int, **_: Any) -> None:
+    if n_quantiles < 2:
+        raise ValueError(
+            f"head 'gaussian' has a spread, which n_quantiles = {n_quantiles} cannot show. Set "
+            "n_quantiles >= 2, or head 'quantile'."
+        )
+
+
+@register("head", "gaussian", check=_check_gaussian)
+class Gaussian:
+    """A mean and a standard deviation, by β-NLL: a law that knows no more than these two.
+
+    What a critic with a variance head is: the control for laws of any shape. Its laws are
+    `n_quantiles` equal atoms, whose mean and standard deviation are exact.
+    """
+
+    n_outputs = 2
+    support = ()
+
+    def __init__(
+        self, *, n_quantiles: int = 16, init_spread: float = 0.1, beta: Share = 0.5
+    ) -> None:
+        """Takes the settings.
+
+        Args:
+            n_quantiles: Of `[training]`.
+            init_spread: Of `[training]`: the standard deviation of every law at the start.
+            beta: β of `maths.heads.gaussian_loss`.
+        """
+        self._atoms, self._spread = standard_normal_atoms(n_quantiles).tolist(), init_spread
+        self._beta = beta
+
+    def start(self, value: float) -> Tensor:
+        """See `Head`."""
+        return torch.tensor([value, math.log(self._spread)])
+
+    def law(self, outputs: Tensor) -> Law:
+        """See `Head`."""
+        mean, log_std = self._parts(outputs)
+        std = log_std.exp().unsqueeze(-1)
+        return Law(mean.unsqueeze(-1) + std * outputs.new_tensor(self._atoms))
+
+    def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
+        """See `Head`."""
+        return gaussian_loss(*self._parts(outputs), targets, loss_mask, self._beta)
+
+    @staticmethod
+    def _parts(outputs: Tensor) -> tuple[Tensor, Tensor]:
+        mean, log_std = outputs.unbind(-1)
+        return mean, log_std.clamp(*_LOG_STDS)
 
 
 def _on(support: tuple[float, ...], probs: Tensor) -> Law:

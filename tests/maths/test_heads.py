@@ -6,6 +6,7 @@ import torch
 from rllib_distrl.maths.heads import (
     bernoulli_loss,
     categorical_loss,
+    gaussian_loss,
     hl_gauss,
     tilted_logits,
     two_hot,
@@ -40,6 +41,21 @@ def test_bernoulli_is_finite_where_it_is_sure_and_wrong():
     found.sum().backward()
     assert found[0].tolist() == [100.0, 100.0, 0.0]
     assert logits.grad is not None and logits.grad[0].tolist() == [1.0, -1.0, 0.0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
+def test_gaussian_likelihood_by_hand(beta):
+    # y = 1 and -1 of N(0, 1); y = 2 and 4 of N(1, 4): squared errors of 1 and of (1 + 9)/2.
+    mean = torch.tensor([[0.0, 1.0, math.nan]], dtype=D, requires_grad=True)
+    log_std = torch.tensor([[0.0, math.log(2.0), math.nan]], dtype=D, requires_grad=True)
+    found = gaussian_loss(mean, log_std, targets([1.0, -1.0], [2.0, 4.0]), MASK, beta)
+    by_std = 2.0 ** (2 * beta)
+    assert found[0].tolist() == pytest.approx([0.5, by_std * (math.log(2) + 5 / 8), 0.0])
+    found.sum().backward()
+    assert mean.grad is not None and log_std.grad is not None
+    # σ^(2β) (μ - ȳ)/σ², and σ^(2β) (1 - mean squared error/σ²).
+    assert mean.grad[0].tolist() == pytest.approx([0.0, by_std * (1 - 3) / 4, 0.0])
+    assert log_std.grad[0].tolist() == pytest.approx([0.0, by_std * (1 - 5 / 4), 0.0])
 
 
 def test_two_hot_by_hand():

@@ -94,6 +94,7 @@ def test_the_pit_is_uniform_for_the_true_law(name):
 HEADS = {
     "quantile": ({"n_quantiles": 8, "quantile_huber_kappa": 0.01, "head_center": "mean"}, 0.03),
     "bernoulli": ({"head": "bernoulli"}, 1e-3),
+    "gaussian": ({"head": "gaussian", "n_quantiles": 8}, 1e-3),
     "two_hot": ({"head": {**GRADED, "projection": "two_hot"}}, 1e-3),
     "hl_gauss": ({"head": GRADED}, 0.2),
 }
@@ -121,11 +122,22 @@ def test_each_head_learns_the_law_of_its_samples(name):
     law = head.law(outputs.detach())
     assert law.mean.item() == pytest.approx(float(y.mean()), abs=tolerance)
     assert law.std.item() == pytest.approx(float(y.std(correction=0)), abs=tolerance)
-    if name != "hl_gauss":
+    if name not in ("hl_gauss", "gaussian"):
         assert torch.allclose(law.quantiles(8).flatten(), y.sort().values, atol=0.05)
 
 
-@pytest.mark.parametrize("spec", ["bernoulli", GRADED])
+def test_a_gaussian_head_is_a_mean_and_a_deviation():
+    head = head_stage({"head": "gaussian", "n_quantiles": 4, "init_spread": 0.5})()
+    law = head.law(head.start(2.0).to(D))
+    assert law.mean.item() == pytest.approx(2.0) and law.std.item() == pytest.approx(0.5)
+    # Φ⁻¹ of 1/8, 3/8, 5/8, 7/8, their root mean square being .84447.
+    inner, outer = 0.318639, 1.150349
+    root = math.sqrt((inner**2 + outer**2) / 2)
+    expected = [2 + 0.5 * z / root for z in (-outer, -inner, inner, outer)]
+    assert law.atoms.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("spec", ["bernoulli", GRADED, "gaussian"])
 def test_a_head_starts_at_the_value_asked_for(spec):
     head = head_stage({"head": spec})()
     assert head.law(head.start(0.3)).mean.item() == pytest.approx(0.3, abs=1e-5)
@@ -142,7 +154,8 @@ def test_targets_beyond_the_atoms_are_refused_and_padding_is_not():
 @pytest.mark.parametrize(
     ("training", "words"),
     [
-        ({"head": "gauss"}, "unknown head 'gauss'; known: bernoulli, categorical, quantile"),
+        ({"head": "normal"}, "unknown head 'normal'; known: bernoulli, categorical, gaussian, qu"),
+        ({"head": "gaussian", "n_quantiles": 1, "bonus_coeff": 0.0}, "cannot show. Set n_quant"),
         ({"head": {"name": "categorical", "bins": 1}}, "bins is 1; it must be .*>= 2"),
         ({"head": {"name": "categorical", "low": 1.0}}, "low < high; got 1.0 and 1.0"),
         ({"head": {"name": "categorical", "projection": "c51"}}, "one of hl_gauss, two_hot"),
