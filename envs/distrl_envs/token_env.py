@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
 from operator import index
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, SupportsIndex
 
@@ -13,31 +11,25 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from distrl_envs.privileged import Demonstrations, critic_numbers, critic_text, room_of_critic
+from distrl_envs.prompts import Prompts
 from distrl_envs.task import (
-    CRITIC_OBSERVATIONS,
-    GENERATED_ROWS,
-    MOST_CRITIC_NUMBERS,
     Grade,
     Problem,
     Task,
     TaskError,
     Turn,
-    ask,
     checked_number,
     described,
     grades_of,
 )
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import (
-    check_chat_template_kwargs,
     check_stop,
     decode_completion,
-    encode_marked,
     ends_with_stop,
     is_small,
     load_tokenizer,
-    mark_special,
-    render_prompt,
 )
 from distrl_envs.turns import (
     REPLY_TOKENS,
@@ -57,17 +49,10 @@ from distrl_envs.user_code import named
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ON_LONG_PROMPT = ("error", "skip")
 RESET_OPTIONS = frozenset(("row", "verdict", "replies", "address"))
 OBS_MODES = ("token", "incremental", "context")
 FOREIGN_TOKENIZER_LIMIT = 512
 """Default token limits of prompt and completion with a tokenizer that is not the task's own."""
-
-MOST_CRITIC_TEXT = 512
-"""Tokens at which a text for the critic is cut, if the model's window does not cut it before."""
-
-# More than a batch has: a runner asks for each prompt to generate, to grade and to replay.
-_KEPT_PROMPTS = 1024
 
 Observation = int | np.ndarray
 Info = dict[str, Any]
@@ -197,20 +182,25 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             raise ValueError(
                 f"The task {self.task.name!r} holds no problems in its split {self.task.split!r}."
             )
-        self._window: int | None = None  # where it is what bounds the prompts
         self.tokenizer = load_tokenizer(tokenizer, self.task)
         self.obs_mode = obs_mode
-        self.system_prompt = _system_prompt(self.task, system_prompt)
-        self.prompt_template = prompt_template
-        check_chat_template_kwargs(self.tokenizer, chat_template_kwargs)
-        self.chat_template_kwargs = chat_template_kwargs
         self.stop = (*_stop(self.task.stop), *_stop(stop))
         check_stop(self.tokenizer, self.stop)
         self.compact = is_small(self.tokenizer)
-        self.max_prompt_tokens = self._limit("max_prompt_tokens", max_prompt_tokens)
         self.max_completion_tokens = self._limit("max_completion_tokens", max_completion_tokens)
-        if window is not None:
-            self._fit_window(int(window))
+        self.prompts = Prompts(
+            self.task,
+            self.tokenizer,
+            self._limit("max_prompt_tokens", max_prompt_tokens),
+            completion_tokens=self.max_completion_tokens,
+            window=window,
+            system_prompt=system_prompt,
+            template=prompt_template,
+            chat_template_kwargs=chat_template_kwargs,
+            on_long=on_long_prompt,
+        )
+        self.task = self.prompts.task
+        self.max_prompt_tokens = self.prompts.max_tokens
         self.has_turns = takes_replies(self.task, max_turns, max_context_tokens, max_reply_tokens)
         self.max_turns = int(self.task.max_turns if max_turns is None else max_turns)
         self.max_reply_tokens = 0
@@ -245,14 +235,24 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         self._address: Sequence[int] | None = None  # of what the task replies by chance
         self._problem: Problem | None = None  # None unless an episode is under way
         self._verdict: Verdict | None = None  # of a completion that was graded beforehand
-        self._rendered: dict[int, tuple[Problem, list[int]]] = {}
-        self._check_prompts(on_long_prompt)
         self.critic_observation = critic_observation
-        self.critic_room = self._room_of_critic(window)
+        self.critic_room = room_of_critic(
+            self.task,
+            critic_observation,
+            replies=self.has_turns,
+            context_tokens=self.max_context_tokens,
+            window=window,
+        )
         self.demonstrations = bool(demonstrations)
-        self._demonstrated: dict[int, np.ndarray] = {}
         if self.demonstrations:
-            self._check_demonstrations()
+            if self.has_turns:
+                raise ValueError(
+                    f"Got demonstrations=True, but the task {self.task.name!r} replies, and only "
+                    "completions of one turn can be shown. Use another method."
+                )
+            self._demonstrations = Demonstrations(
+                self.prompts, self.tokenizer, self.max_completion_tokens, self.ends_turn
+            )
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -271,7 +271,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         super().reset(seed=seed)
         options = options or {}
         row = self._row(options)
-        problem, self._prompt_ids = self._served(row)
+        problem, self._prompt_ids = self.prompts.served(row)
         self._completion = []
         self._verdict = options.get("verdict")
         self._problem = problem
@@ -389,7 +389,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             ValueError: If the row does not exist, or the turn has not ended.
             TaskError: If the task fails, or returns what is no reply.
         """
-        problem, prompt = self._served(row)
+        problem, prompt = self.prompts.served(row)
         start = replies[-1].at if replies else 0
         if len(completion) <= start or not self.ends_turn(completion, start):
             raise ValueError(
@@ -486,104 +486,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         Raises:
             ValueError: If it has more than `max_prompt_tokens`.
         """
-        ids = self._encoded(problem)
-        if len(ids) > self.max_prompt_tokens:
-            raise ValueError(self._too_long({problem.row: len(ids)}))
-        return ids
-
-    def _encoded(self, problem: Problem) -> list[int]:
-        if self.compact:
-            text = problem.prompt
-        else:
-            marked = mark_special(self.tokenizer, problem.prompt)
-            text = self.task.instruction(replace(problem, prompt=marked))
-        context = self.task.context(problem)
-        system_prompt = self.system_prompt
-        if any(message["role"] == "system" for message in context):
-            system_prompt = None  # The row's own says what it asks for.
-        try:
-            return self._rendered_text(text, system_prompt, context)
-        except ValueError as error:
-            raise ValueError(f"Row {problem.row}: {error}") from error
-
-    def _check_prompts(self, on_long_prompt: str) -> None:
-        """Measures all prompts of a task with a fixed set of rows, before anything is sampled."""
-        if on_long_prompt not in ON_LONG_PROMPT:
-            raise ValueError(
-                f"Got on_long_prompt={on_long_prompt!r}; it must be 'error' or 'skip'."
-            )
-        total = len(self.task)
-        if total >= GENERATED_ROWS:
-            return
-        lengths = {row: self._tokens_above_limit(row) for row in range(total)}
-        long = {row: length for row, length in lengths.items() if length}
-        if not long:
-            return
-        if on_long_prompt == "error" or len(long) == total:
-            raise ValueError(self._too_long(long))
-        self.task = self.task.without(long)
-        print(
-            f"{self.task.name}: left out {len(long)} of {total} problems of the split "
-            f"{self.task.split!r}, whose prompts have more than {self.max_prompt_tokens} tokens.",
-            file=sys.stderr,
-        )
-
-    def _tokens_above_limit(self, row: int) -> int:
-        """Tokens of a row's prompt if they are too many, else 0; most are short beyond doubt."""
-        problem = self._problem_of(row)
-        plain = not self.task.context(problem)
-        text = problem.prompt if self.compact else self.task.instruction(problem)
-        # No tokenizer makes more tokens than a text has bytes.
-        if plain and self._frame_tokens + len(text.encode("utf-8", "replace")) <= (
-            self.max_prompt_tokens
-        ):
-            return 0
-        length = len(self._encoded(problem))
-        return length if length > self.max_prompt_tokens else 0
-
-    @cached_property
-    def _frame_tokens(self) -> int:
-        """Tokens around the text of a prompt."""
-        return len(self._rendered_text("0", self.system_prompt))
-
-    def _rendered_text(
-        self, text: str, system_prompt: str | None, context: Sequence[Mapping[str, str]] = ()
-    ) -> list[int]:
-        return render_prompt(
-            self.tokenizer,
-            text,
-            system_prompt,
-            self.prompt_template,
-            context,
-            self.chat_template_kwargs,
-        )
-
-    def _longest(self, lengths: Mapping[int, int]) -> tuple[str, int, str]:
-        """Where the longest row stands, its length, and how many there are, for a message."""
-        row, length = max(lengths.items(), key=lambda item: item[1])
-        place = self.task.problem(row).data.get("place")
-        where = f"row {row} ({place})" if place else f"row {row}"
-        count = f"; {len(lengths)} of {len(self.task)} are too long" if len(lengths) > 1 else ""
-        return where, length, count
-
-    def _too_long(self, lengths: Mapping[int, int]) -> str:
-        where, length, count = self._longest(lengths)
-        window = f", the model's window being {self._window}" if self._window else ""
-        return (
-            f"The prompt of {where} has {length} tokens; max_prompt_tokens is "
-            f"{self.max_prompt_tokens}{window}{count}. Raise it where the window allows, or leave "
-            "such rows out: on_long_prompt = 'skip' in env_config."
-        )
-
-    def _fit_window(self, window: int) -> None:
-        left = window - self.max_completion_tokens
-        if left < 1:
-            raise ValueError(
-                f"Got max_completion_tokens={self.max_completion_tokens}, which leaves no room for "
-                f"a prompt in the model's window of {window} tokens: lower it."
-            )
-        if left < self.max_prompt_tokens:
-            self.max_prompt_tokens, self._window = left, window
+        return self.prompts.ids(problem)
 
     def grade_many(
         self,
@@ -604,7 +507,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             ValueError: If a row does not exist, or there are replies in a task without.
             TaskError: If the task fails, or returns what is no grade.
         """
-        problems = {row: self._served(row)[0] for row in set(rows)}
+        problems = {row: self.prompts.served(row)[0] for row in set(rows)}
         if self.has_turns:
             replies = [()] * len(completions) if replies is None else replies
             return self._grade_turns([problems[row] for row in rows], completions, replies)
@@ -643,85 +546,13 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         Raises:
             TaskError: If the task fails, or gives other than n finite numbers per token.
         """
-        problem, task = self._served(row)[0], self.task
-        found: list[Sequence[float]] = []
-        turns: list[Turn] = []
-        start = 0
-        for reply in (*replies, None):
-            end = len(completion) if reply is None else reply.at
-            turn = completion[start:end]
-            texts = [self._text(turn[:length]) for length in range(len(turn))]
-            if texts:
-                found += ask(task, "critic_observation", problem, tuple(turns), texts)
-            turns.append(Turn(self._text(turn), reply.reply if reply is not None else None))
-            start = end
-        return self._checked_observations(problem, found, len(completion))
-
-    def _checked_observations(self, problem: Problem, found: Any, tokens: int) -> np.ndarray:
-        numbers = len(self.task.critic_numbers)
-        try:
-            array = np.asarray(found, dtype=np.float32)
-        except (TypeError, ValueError):
-            array = np.full(0, np.nan, dtype=np.float32)
-        if array.shape != (tokens, numbers) or not np.isfinite(array).all():
-            raise TaskError(
-                f"{described(self.task, 'critic_observation')} on row {problem.row} returned "
-                f"{found!r:.80}; it must return, for each of the texts, {numbers} finite numbers: "
-                f"{', '.join(self.task.critic_numbers)}."
-            )
-        return array
+        problem, _ = self.prompts.served(row)
+        return critic_numbers(self.task, problem, completion, replies, self._text)
 
     def critic_text_ids(self, row: int) -> list[int]:
         """The task's text for the critic as tokens, cut where the model's window asks for it."""
-        problem = self._served(row)[0]
-        text = ask(self.task, "critic_text", problem)
-        if not isinstance(text, str):
-            what = f"{described(self.task, 'critic_text')} on row {problem.row}"
-            raise TaskError(f"{what} returned {text!r:.80}; it must return a text.")
-        marked = mark_special(self.tokenizer, text)
-        return list(encode_marked(self.tokenizer, marked, special=False))[: self.critic_room]
-
-    def _room_of_critic(self, window: int | None) -> int:
-        """Most tokens of a text for the critic.
-
-        Raises:
-            ValueError: If the task tells a critic nothing of what is asked for, or there is no room
-                for it.
-        """
-        wanted, task = self.critic_observation, self.task
-        if wanted not in CRITIC_OBSERVATIONS:
-            raise ValueError(
-                f"Got critic_observation {wanted!r}; it must be one of "
-                f"{', '.join(CRITIC_OBSERVATIONS)}."
-            )
-        method = {"state": "critic_observation", "text": "critic_text"}.get(wanted)
-        if method and getattr(type(task), method) is getattr(Task, method):
-            raise ValueError(
-                f"Got critic_observation={wanted!r}, but the task {task.name!r} has no method "
-                f"{method}: leave critic_observation out, or give the task one."
-            )
-        if wanted == "state" and not 1 <= len(task.critic_numbers) <= MOST_CRITIC_NUMBERS:
-            raise ValueError(
-                f"The task {task.name!r} names {len(task.critic_numbers)} critic_numbers; it must "
-                f"name 1 to {MOST_CRITIC_NUMBERS} of what its method critic_observation gives."
-            )
-        if wanted == "stock" and not (task.has_step_reward or self.has_turns):
-            raise ValueError(
-                f"Got critic_observation='stock', but the task {task.name!r} rewards the end of an "
-                "episode alone: the return so far is 0 at every token. Leave critic_observation "
-                "out; where a wrapper gives rewards before the end, let the task have "
-                "has_step_reward = True."
-            )
-        room = MOST_CRITIC_TEXT
-        if window is not None:
-            room = min(room, int(window) - self.max_context_tokens)
-        if wanted == "text" and room < 1:
-            raise ValueError(
-                f"Got critic_observation='text', but episodes of up to {self.max_context_tokens} "
-                f"tokens fill the model's window of {window}: the critic has no room for a text. "
-                "Lower max_prompt_tokens or max_completion_tokens."
-            )
-        return room
+        problem, _ = self.prompts.served(row)
+        return critic_text(self.task, problem, self.tokenizer, self.critic_room)
 
     def demonstration_ids(self, row: int) -> np.ndarray:
         """The task's worked solution of a row as the tokens of a completion, (T,) int64.
@@ -730,83 +561,7 @@ class TokenEnv(gymnasium.Env[Observation, int]):
             ValueError: If it has more than `max_completion_tokens`.
             TaskError: If the task fails, or returns no text.
         """
-        if row not in self._demonstrated:
-            ids = self._encoded_solution(self._served(row)[0])
-            if len(ids) > self.max_completion_tokens:
-                raise ValueError(self._long_solution({row: len(ids)}))
-            if len(self._demonstrated) >= _KEPT_PROMPTS:
-                self._demonstrated.clear()
-            self._demonstrated[row] = np.array(ids, dtype=np.int64)
-        return self._demonstrated[row]
-
-    def _encoded_solution(self, problem: Problem) -> list[int]:
-        text = self._solution_text(problem)
-        ids = encode_marked(self.tokenizer, mark_special(self.tokenizer, text), special=False)
-        return ids if ids and self.ends_turn(ids) else [*ids, self.eos_token_id]
-
-    def _solution_text(self, problem: Problem) -> str:
-        text = ask(self.task, "worked_solution", problem)
-        if not isinstance(text, str) or not text.strip():
-            what = f"{described(self.task, 'worked_solution')} on row {problem.row}"
-            raise TaskError(f"{what} returned {text!r:.80}; it must return a text.")
-        return text
-
-    def _check_demonstrations(self) -> None:
-        """Refuses a task without worked solutions, and measures those of a fixed set of rows."""
-        task = self.task
-        if not task.has_solutions:
-            raise ValueError(
-                f"Got demonstrations=True, which methods that imitate ask for, but the task "
-                f"{task.name!r} has no worked solutions. A task over data takes them from a "
-                "column: task_config = {solution = 'FIELD'}; one of your own has them with "
-                "has_solutions = True and the method worked_solution. Or use another method."
-            )
-        if self.has_turns:
-            raise ValueError(
-                f"Got demonstrations=True, but the task {task.name!r} replies, and only "
-                "completions of one turn can be shown. Use another method."
-            )
-        if len(task) >= GENERATED_ROWS:
-            return
-        long = {}
-        for problem in map(self._problem_of, range(len(task))):
-            # No tokenizer makes more tokens than a text has bytes.
-            size = len(self._solution_text(problem).encode("utf-8", "replace"))
-            if size >= self.max_completion_tokens:
-                length = len(self._encoded_solution(problem))
-                if length > self.max_completion_tokens:
-                    long[problem.row] = length
-        if long:
-            raise ValueError(self._long_solution(long))
-
-    def _long_solution(self, lengths: Mapping[int, int]) -> str:
-        where, length, count = self._longest(lengths)
-        return (
-            f"The worked solution of {where} has {length} tokens, EOS included, and "
-            f"max_completion_tokens is {self.max_completion_tokens}{count}. Raise it, or leave "
-            "such rows out of the data."
-        )
-
-    def _served(self, row: int) -> tuple[Problem, list[int]]:
-        """Problem and prompt of a row; those of the rows served last are kept."""
-        if row not in self._rendered:
-            problem = self._problem_of(row)
-            if len(self._rendered) >= _KEPT_PROMPTS:
-                self._rendered.clear()
-            self._rendered[row] = (problem, self.prompt_ids(problem))
-        return self._rendered[row]
-
-    def _problem_of(self, row: int) -> Problem:
-        self.task.check_row(row)
-        try:
-            problem = self.task.problem(row)
-        except (Exception, SystemExit) as error:
-            what = f"{described(self.task, 'problem')} of row {row}"
-            raise TaskError(f"{what} failed: {named(error)}") from error
-        if not isinstance(problem, Problem) or not isinstance(problem.prompt, str):
-            what = f"{described(self.task, 'problem')} of row {row}"
-            raise TaskError(f"{what} returned {problem!r:.80}; it must return a Problem.")
-        return problem
+        return self._demonstrations.ids(row)
 
     def _step_reward(self, completion: list[int]) -> float:
         assert self._problem is not None
@@ -916,16 +671,6 @@ def _task(
             "or name the task."
         )
     return task
-
-
-def _system_prompt(task: Task, given: str | None) -> str | None:
-    """The task's, which may say what form of answer is graded, or else what is given."""
-    if given is not None and task.system_prompt is not None:
-        raise ValueError(
-            f"Got system_prompt={given!r:.80}, but the task {task.name!r} brings its own, which "
-            "belongs to what it grades: set system_prompt in task_config instead."
-        )
-    return task.system_prompt if given is None else given
 
 
 def _stop(stop: Sequence[str]) -> tuple[str, ...]:

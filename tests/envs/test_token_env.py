@@ -293,9 +293,9 @@ def test_stock_gymnasium_vectors():
 
 def test_a_prompt_is_rendered_once_however_often_it_is_served(monkeypatch):
     env, rendered = TokenEnv("countdown"), []
-    render = env.prompt_ids
+    render = env.prompts.ids
     monkeypatch.setattr(
-        env, "prompt_ids", lambda problem: rendered.append(problem.row) or render(problem)
+        env.prompts, "ids", lambda problem: rendered.append(problem.row) or render(problem)
     )
     first = [env.reset(options={"row": row})[1]["prompt_ids"] for row in (0, 1)]
     again = [env.reset(options={"row": row})[1]["prompt_ids"] for row in (0, 1)]
