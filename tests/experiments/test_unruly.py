@@ -1,0 +1,62 @@
+"""The task, and the controls, of the comparison on unruly rewards."""
+
+import pytest
+import torch
+
+from distrl_envs.task import Problem
+from rllib_distrl.method.batch import SequenceBatch
+from tune.unruly import Unruly, clipped, group_rank, true_result
+
+
+def problem(target):
+    return Problem(0, "", {"numbers": (3, 4, 5, 6), "target": target}, f"3 4 5 6|{target}")
+
+
+@pytest.mark.parametrize(
+    ("completion", "result"),
+    [
+        ("3 * 4 = 12 , 5 + 6 = 11 , 12 + 11 = 23", 23),
+        # Called 13, it is 12 still; 11 was never made.
+        ("3 * 4 = 13 , 5 + 6 = 11 , 13 + 11 = 50", 23),
+        ("3 * 4 = 12 , 5 + 6 = 11 , 13 + 11 = 24", None),
+        ("3 * 4 = 12 , 5 + 6 = 11", None),  # 12 and 11 are left
+        ("3 * 3 = 9 , 9 + 5 = 14 , 14 + 6 = 20", None),
+        ("3 * 4 = 12 , 5 + 6", None),
+    ],
+)
+def test_what_steps_compute(completion, result):
+    assert true_result(completion, (3, 4, 5, 6)) == result
+
+
+def test_held_out_scores_are_clean_and_training_is_not():
+    right = "3 * 4 = 12 , 5 + 6 = 11 , 12 + 11 = 23"
+    grades = {
+        (split, target): Unruly(split, scales=True).grade(problem(target), right).score
+        for split in ("train", "test")
+        for target in (20, 60)
+    }
+    clean = 23 / 99
+    assert grades[("test", 20)] == grades[("test", 60)] == pytest.approx(clean)
+    assert grades[("train", 20)] == pytest.approx(clean / 10)
+    assert grades[("train", 60)] == pytest.approx(clean * 10)
+    glitchy = Unruly("train", glitches=0.25)
+    # Of completions that are worth 0, some hundreds.
+    scores = [glitchy.grade(problem(20), f"1 + {n}").score for n in range(800)]
+    assert set(scores) == {0.0, -20.0, 20.0}
+    assert scores.count(0.0) == pytest.approx(600, abs=50)
+    assert scores.count(20.0) == pytest.approx(100, abs=40)
+    assert Unruly("validation", glitches=1.0).grade(problem(20), "1 + 1").score == 0.0
+
+
+def batch(returns, group):
+    rewards = torch.tensor(returns).unsqueeze(1)
+    mask = torch.ones_like(rewards, dtype=torch.bool)
+    return SequenceBatch(rewards, mask, torch.zeros_like(rewards), torch.tensor(group))
+
+
+def test_controls_by_hand():
+    ranks = group_rank(batch([1.0, 5.0, 5.0, 9.0, 2.0], [0, 0, 0, 0, 1]))
+    assert ranks.flatten().tolist() == pytest.approx([-0.75, 0.0, 0.0, 0.75, 0.0])
+    five = batch([0.0] * 5, [0, 1, 2, 3, 4])
+    cut = clipped(five, torch.tensor([[1.0], [-2.0], [0.5], [-50.0], [2.5]]), medians=3.0)
+    assert cut.flatten().tolist() == pytest.approx([1.0, -2.0, 0.5, -6.0, 2.5])
