@@ -259,9 +259,9 @@ def gradient_error(module: Any) -> float:
     columns, rows = example_batch(module.policy)
     module.policy.requires_grad_(True)
     parameters = [p for p in module.policy.parameters() if p.is_floating_point()]
-    outputs = module._sampled_tokens(
+    outputs = module.sampled_tokens(
         module.policy,
-        module._states(module.policy, module.sequences(columns)),
+        module.states(module.policy, module.sequences(columns)),
         module.sequences(columns),
     )
     # Entropies get another weight than logps, so that neither hides in the other.

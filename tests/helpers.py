@@ -42,6 +42,12 @@ def start_python(
     )
 
 
+def local_learner(algo):
+    """The learner of an algorithm that learns in this process."""
+    (result,) = algo.learner_group.foreach_learner(lambda learner: learner)
+    return result.get()
+
+
 def with_model_config(config, **settings):
     """Adds to what `rl_module(model_config=...)` was given."""
     return config.rl_module(model_config={**given_model_config(config), **settings})

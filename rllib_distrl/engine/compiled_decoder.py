@@ -60,6 +60,7 @@ class PagedCache:
     Attributes:
         keys: (layers, pages · kv_heads · D · 16), a layer's in the order that `kernels.attend` has.
         values: (layers, pages · kv_heads · 16 · D), likewise.
+        users: (pages,) int64, how many sequences hold each page; 0 where it is free.
 
     Args:
         layers: Number of layers.
@@ -71,32 +72,32 @@ class PagedCache:
     def __init__(self, layers: int, heads: int, head_dim: int, dtype: torch.dtype) -> None:
         self._size, self._dtype = heads * head_dim * PAGE, dtype
         self.keys, self.values = (as_array(aligned_zeros((layers, 0), dtype)) for _ in range(2))
-        self._users = np.zeros(0, dtype=np.int64)
+        self.users = np.zeros(0, dtype=np.int64)
         self.clear()
 
     def clear(self) -> None:
         """Forgets all sequences; the memory is kept."""
-        self._users[:] = 0
-        self._free = np.arange(len(self._users))[::-1]
+        self.users[:] = 0
+        self._free = np.arange(len(self.users))[::-1]
 
     def take(self, count: int) -> np.ndarray:
         """(count,) int64 pages, each with one user."""
         if count > len(self._free):
-            self._grow(max(count - len(self._free), int(_GROWTH * len(self._users))))
+            self._grow(max(count - len(self._free), int(_GROWTH * len(self.users))))
         left = len(self._free) - count
         pages, self._free = self._free[left:][::-1], self._free[:left]
-        self._users[pages] = 1
+        self.users[pages] = 1
         return pages
 
     def share(self, pages: np.ndarray, users: int) -> None:
         """Counts so many further users of each page."""
-        self._users[pages] += users
+        self.users[pages] += users
 
     def drop(self, pages: np.ndarray) -> None:
         """Ends one use for every mention of a page."""
-        np.subtract.at(self._users, pages, 1)
+        np.subtract.at(self.users, pages, 1)
         mentioned = np.unique(pages)
-        self._free = np.concatenate((self._free, mentioned[self._users[mentioned] == 0]))
+        self._free = np.concatenate((self._free, mentioned[self.users[mentioned] == 0]))
 
     def copy(self, page: int, to: np.ndarray) -> None:
         """Copies a page of every layer to others."""
@@ -105,11 +106,11 @@ class PagedCache:
             pages[:, to] = pages[:, page : page + 1]
 
     def _grow(self, pages: int) -> None:
-        old = len(self._users)
+        old = len(self.users)
         self.keys, self.values = (
             self._grown(data, (old + pages) * self._size) for data in (self.keys, self.values)
         )
-        self._users = np.concatenate((self._users, np.zeros(pages, dtype=np.int64)))
+        self.users = np.concatenate((self.users, np.zeros(pages, dtype=np.int64)))
         self._free = np.concatenate((np.arange(old, old + pages)[::-1], self._free))
 
     def _grown(self, data: np.ndarray, size: int) -> np.ndarray:
@@ -275,9 +276,7 @@ class CompiledDecoder:
         new = prompts[len(pages) :]
         if new:
             pages += [self.cache.take(pages_of(len(prompt))) for prompt in new]
-            logits.append(
-                self._prefill(new, pages[-len(new) :], np.zeros(len(new), dtype=np.int64))
-            )
+            logits.append(self.prefill(new, pages[-len(new) :], np.zeros(len(new), dtype=np.int64)))
         uses = np.bincount(index, minlength=len(prompts)).tolist()
         tables = [self._branch(*branch) for branch in zip(prompts, pages, uses, strict=True)]
         for own in pages[:-1]:
@@ -310,7 +309,7 @@ class CompiledDecoder:
         pages = [past.pages for past in parked]
         for i, own in enumerate(pages):
             pages[i] = np.concatenate((own, self.cache.take(pages_of(int(after[i])) - len(own))))
-        logits = self._prefill(more, pages, lengths)
+        logits = self.prefill(more, pages, lengths)
         tables = np.zeros((len(pages), self._tables.shape[1]), dtype=np.int64)
         for table, own in zip(tables, pages, strict=True):
             table[: len(own)] = own
@@ -415,7 +414,7 @@ class CompiledDecoder:
             torch.mm(factor, matrix, out=b.product)
             self._kernels.accumulate(b.x_array, b.product_array)
 
-    def _prefill(
+    def prefill(
         self, more: Sequence[Sequence[int]], pages: Sequence[np.ndarray], start: np.ndarray
     ) -> torch.Tensor:
         """Appends tokens to U sequences; returns the logits (U, V) after each.

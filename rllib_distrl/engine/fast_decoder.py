@@ -321,12 +321,12 @@ class FastDecoder:
             if chunk and (chunk + 1) * max(width, len(prompt)) > _PREFILL_TOKENS:
                 break
             width, chunk = max(width, len(prompt)), chunk + 1
-        kv, logits = self._prefill(prompts[:chunk], width)
+        kv, logits = self.prefill(prompts[:chunk], width)
         last = prompts[chunk - 1]
         self._kept = (last, kv[:, :, -len(last) :, -1:].clone(), logits[-1:].clone())
         return chunk, kv, logits
 
-    def _prefill(self, prompts: Sequence[Prompt], width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def prefill(self, prompts: Sequence[Prompt], width: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys, values and last logits of left-padded prompts, as `_prefill_next` returns them."""
         s, count = self.shape, len(prompts)
         starts = torch.tensor([width - len(p) for p in prompts])

@@ -14,7 +14,7 @@ from rllib_distrl.engine.kernels import kernels
 from rllib_distrl.engine.protocol import SamplingParams
 
 # SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
 _MIX_2 = np.uint64(0x94D049BB133111EB)
 _WORD = (1 << 64) - 1
@@ -25,7 +25,7 @@ _BLOCKED_VOCAB = 1024
 _BLOCK = 64
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
+def splitmix64(x: np.ndarray) -> np.ndarray:
     """SplitMix64's finalizer on uint64 words (wrapping arithmetic)."""
     x = (x ^ (x >> np.uint64(30))) * _MIX_1
     x = (x ^ (x >> np.uint64(27))) * _MIX_2
@@ -53,11 +53,11 @@ def uniform_words(keys: Sequence[Sequence[int]], num_positions: int) -> np.ndarr
         (N, T) uint64.
     """
     words = _words(keys)
-    state = np.full(len(words), _GOLDEN)
+    state = np.full(len(words), GOLDEN_GAMMA)
     for column in range(words.shape[1]):
-        state = _mix((state ^ words[:, column]) + _GOLDEN)
-    counters = np.arange(1, num_positions + 1, dtype=np.uint64) * _GOLDEN
-    return _mix(state[:, None] + counters[None, :])
+        state = splitmix64((state ^ words[:, column]) + GOLDEN_GAMMA)
+    counters = np.arange(1, num_positions + 1, dtype=np.uint64) * GOLDEN_GAMMA
+    return splitmix64(state[:, None] + counters[None, :])
 
 
 def uniforms(keys: Sequence[Sequence[int]], num_positions: int) -> np.ndarray:

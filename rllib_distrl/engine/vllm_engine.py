@@ -45,6 +45,11 @@ class VllmEngine:
     changes what is sampled, up to floating-point ties: vLLM's kernels add in an order that depends
     on the batch. The tokens differ from `TorchEngine`'s, which draws by other means.
 
+    Attributes:
+        model: vLLM's own module.
+        shapes: The shape of each weight, by Hugging Face's names.
+        views: The weights by these names: parts of the module's own tensors.
+
     Args:
         model_config: The model's config; the weights come with `load_weights`.
         eos_token_ids: Tokens that end a completion (they are part of it); may be empty.
@@ -88,9 +93,9 @@ class VllmEngine:
         self._llm = _start(model_config, arguments)
         self._sleep = sleep
         # In process, the "remote" call hands out the module itself.
-        self._model: Any = self._llm.apply_model(lambda model: model)[0]
-        self._shapes = hugging_face_shapes(model_config)
-        self._views = hugging_face_views(self._model, self._shapes)
+        self.model: Any = self._llm.apply_model(lambda model: model)[0]
+        self.shapes = hugging_face_shapes(model_config)
+        self.views = hugging_face_views(self.model, self.shapes)
         if sleep:
             self._llm.sleep(level=1)
 
@@ -170,18 +175,18 @@ class VllmEngine:
         """
         if version < 0:
             raise ValueError(f"version={version}: must be 0 or more.")
-        check_names(state, self._shapes)
+        check_names(state, self.shapes)
         with self._awake():
-            self._model.load_weights([(name, state[name]) for name in self._shapes])
+            self.model.load_weights([(name, state[name]) for name in self.shapes])
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not reset its prefix cache after new weights.")
             self.version = version
-            return content_hash(self._views, sample=self.version)
+            return content_hash(self.views, sample=self.version)
 
     def weights_hash(self) -> str:
         """Content hash of vLLM's own tensors under Hugging Face's names, sampled if large."""
         with self._awake():
-            return content_hash(self._views, sample=self.version)
+            return content_hash(self.views, sample=self.version)
 
     @contextlib.contextmanager
     def _awake(self) -> Iterator[None]:

@@ -302,11 +302,11 @@ def _read(
         if features is not None:
             found[FEATURES] = features(states)
         if "entropy" in needs:
-            found["entropy"] = module._sampled_tokens(module.policy, states, rows)[..., 1]
+            found["entropy"] = module.sampled_tokens(module.policy, states, rows)[..., 1]
         for need, factor in factors.items():
-            found[need] = module._sampled_tokens(module.policy, states, rows, factor)[..., 0]
+            found[need] = module.sampled_tokens(module.policy, states, rows, factor)[..., 0]
     if "quantiles" in needs:
-        found |= _law(module, module._critic_states(rows, states))
+        found |= _law(module, module.critic_states(rows, states))
     if reference is not None and "ref_logp" in needs:
         found["ref_logp"] = reference.logp(rows)
     return found

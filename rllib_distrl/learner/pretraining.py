@@ -100,7 +100,7 @@ def _backward(learner: DistRLLearner, whole: dict[str, Any]) -> float:
     budget = micro_batch_budget(learner.settings.micro_batch_tokens)
     for rows in module.micro_batches(from_columns(whole), budget):
         part = micro_batch(whole, rows)
-        outputs = module.value_outputs({}, module._critic_states(from_columns(part)))
+        outputs = module.value_outputs({}, module.critic_states(from_columns(part)))
         losses = critic_loss(learner.method.head, outputs, part[ROLLOUTS])
         loss = weighted_sum(losses, part[CRITIC_WEIGHTS])
         loss.backward()

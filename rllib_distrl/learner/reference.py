@@ -42,8 +42,8 @@ class Reference:
         """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
         policy = self.policy
         with adapters_off(policy) if policy is self._module.policy else nullcontext():
-            states = self._module._states(policy, sequences)
-            return self._module._sampled_tokens(policy, states, sequences)[..., 0]
+            states = self._module.states(policy, sequences)
+            return self._module.sampled_tokens(policy, states, sequences)[..., 0]
 
     def get_state(self) -> dict[str, str]:
         """What a checkpoint must hold: the content hash of the copy; nothing without one."""

@@ -109,9 +109,9 @@ def policy_columns(module: Any, columns: dict[str, Tensor], n_top: int) -> dict[
     }
     for index in module.micro_batches(sequences):
         part = sequences.rows(index)
-        states = module._states(module.policy, part)
+        states = module.states(module.policy, part)
         width = part.actions.shape[1]
-        outputs = module._sampled_tokens(module.policy, states, part)
+        outputs = module.sampled_tokens(module.policy, states, part)
         found["logp"][index, :width], found["entropy"][index, :width] = outputs.unbind(-1)
         ids, logps = _likeliest(states[part.mask], module, n_top)
         inside = torch.zeros(len(index), steps, dtype=torch.bool, device=ids.device)

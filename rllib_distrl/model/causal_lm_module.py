@@ -187,10 +187,10 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def _forward(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         sequences = self.sequences(batch)
-        states = self._states(self.policy, sequences)
-        outputs = {Columns.ACTION_DIST_INPUTS: self._sampled_tokens(self.policy, states, sequences)}
+        states = self.states(self.policy, sequences)
+        outputs = {Columns.ACTION_DIST_INPUTS: self.sampled_tokens(self.policy, states, sequences)}
         if self.has_critic:
-            outputs[Columns.EMBEDDINGS] = self._critic_states(sequences, states)
+            outputs[Columns.EMBEDDINGS] = self.critic_states(sequences, states)
         return outputs
 
     def _forward_inference(self, batch: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
@@ -216,7 +216,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         tokens = torch.zeros_like(prompts.prompt_lens)
         logps = torch.zeros_like(tokens, dtype=torch.float32)
         for index in self.micro_batches(prompts):
-            states = self._states(self.policy, prompts.rows(index))[:, 0]
+            states = self.states(self.policy, prompts.rows(index))[:, 0]
             logits = self.logit_map(head(states.to(head.weight.dtype)).float())
             uniforms = torch.rand(len(index), dtype=torch.float64, device=tokens.device)
             tokens[index], logps[index], _ = sample(logits, uniforms, params)
@@ -277,7 +277,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             )
         return states.squeeze(0)
 
-    def _states(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
+    def states(self, model: nn.Module, sequences: Sequences) -> torch.Tensor:
         """(B, T, H), the states before each completion token."""
         if not packs_rows(model):
             return sequences.states(self.hidden(model, sequences))
@@ -302,7 +302,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             logit_map=self.logit_map,
         )
 
-    def _sampled_tokens(
+    def sampled_tokens(
         self, policy: Any, states: torch.Tensor, sequences: Sequences, factor: float = 1.0
     ) -> torch.Tensor:
         """(B, T, 2): logp of each completion token and entropy, zeros where masked."""
@@ -337,7 +337,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         Under the sampling temperature; zeros where masked.
         """
         sequences = self.sequences(batch)
-        return self._sampled_tokens(self.policy, self._states(self.policy, sequences), sequences)
+        return self.sampled_tokens(self.policy, self.states(self.policy, sequences), sequences)
 
     def compute_logps(self, batch: dict[str, Any]) -> torch.Tensor:
         """(B, T) float32 logps of the completion tokens, in micro-batches, without gradients.
@@ -349,12 +349,12 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         with torch.no_grad():
             for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
-                states = self._states(self.policy, rows)
-                sampled = self._sampled_tokens(self.policy, states, rows)[..., 0]
+                states = self.states(self.policy, rows)
+                sampled = self.sampled_tokens(self.policy, states, rows)[..., 0]
                 logps[index, : sampled.shape[1]] = sampled.float()
         return logps
 
-    def _critic_states(
+    def critic_states(
         self, sequences: Sequences, policy_states: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(B, T, H) states for the value head, with what the critic alone is told behind them.
@@ -363,10 +363,10 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """
         if self.n_critics:
             rows = self._as_critic_reads(sequences)
-            parts = [self._states(trunk, rows) for trunk in self.critics]
+            parts = [self.states(trunk, rows) for trunk in self.critics]
         else:
             if policy_states is None:
-                policy_states = self._states(self.policy, sequences)
+                policy_states = self.states(self.policy, sequences)
             parts = [policy_states.detach() if self.critic_kind == "detached" else policy_states]
         if self.critic_observation in NUMBERS_FOR_CRITICS:
             told = sequences.observations
@@ -420,7 +420,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         with torch.no_grad():
             for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
-                values = self.value_outputs({}, self._critic_states(rows))
+                values = self.value_outputs({}, self.critic_states(rows))
                 outputs[index, : values.shape[1]] = values
         return outputs
 
@@ -435,8 +435,8 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def forward_target(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Action distribution inputs (B, T, 2) of the frozen copy."""
         sequences = self.sequences(batch)
-        states = self._states(self.target_policy, sequences)
-        inputs = self._sampled_tokens(self.target_policy, states, sequences)
+        states = self.states(self.target_policy, sequences)
+        inputs = self.sampled_tokens(self.target_policy, states, sequences)
         return {TARGET_NETWORK_ACTION_DIST_INPUTS: inputs}
 
 

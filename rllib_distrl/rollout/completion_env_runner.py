@@ -208,12 +208,12 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             config = _off_training_problems(config)
         super().__init__(config=config, **kwargs)
         # The local runner beside remote ones has no env, and nothing to sample.
-        self.engine = None if self.env is None else self._make_engine()
-        self._load_engine()
+        self.engine = None if self.env is None else self.make_engine()
+        self.load_engine()
         self._check_engine()
         # Our algorithms always have a seed; see `DistRLConfig.validate`.
         self._sampling_seed = secrets.randbelow(2**31) if config.seed is None else config.seed
-        self._branching = _branching_of(config)
+        self.branching = _branching_of(config)
         self._drawn = 0  # prompts that this runner chose by itself
         self._watched = _watches_episodes(config, self._callbacks)
 
@@ -236,7 +236,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         """The first sub-env, in which completions are replayed."""
         return self.env.unwrapped.envs[0]
 
-    def _make_engine(self) -> RolloutEngine:
+    def make_engine(self) -> RolloutEngine:
+        """What samples for this runner, with the module's architecture and no weights yet."""
         return make_engine(
             self.rollout.engine,
             self.module.policy.config,
@@ -247,7 +248,8 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             options=self.rollout.engine_options,
         )
 
-    def _load_engine(self) -> None:
+    def load_engine(self) -> None:
+        """Gives the engine the module's weights, and keeps their hash."""
         if self.engine is None:
             return
         state = self.module.policy.state_dict()
@@ -269,7 +271,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             self._weights_seq_no = 0
         super().set_state(state)
         if COMPONENT_RL_MODULE in state:
-            self._load_engine()
+            self.load_engine()
 
     def load_weights(self, state: dict[str, Any]) -> LoadedWeights | str:
         """Takes over ``state`` and proves what the engine then holds, or says what went wrong."""
@@ -443,10 +445,10 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     ) -> list[list[_Row]]:
         """The rows of each prompt: whole, or with `segment` perhaps paused."""
         started = time.perf_counter()
-        requests, begun = self._requests(prompts, num_generations), begun or {}
+        requests, begun = self.requests(prompts, num_generations), begun or {}
         fixed = isinstance(num_generations, int)
         sizes = [num_generations] * len(prompts) if fixed else num_generations[: len(prompts)]
-        if self._branching is not None:
+        if self.branching is not None:
             rows = self._branched(requests, sizes, params)
             self.metrics.log_value(GENERATION_TIMER, time.perf_counter() - started, reduce="sum")
             return _grouped(requests, rows, sizes)
@@ -475,7 +477,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
     ) -> list[Completion]:
         """Whole completions, some of which share their beginning."""
         env = self.token_env.unwrapped
-        rows, shared = sample_branching(self.engine, requests, params, env, sizes, self._branching)
+        rows, shared = sample_branching(self.engine, requests, params, env, sizes, self.branching)
         for row, common in zip(rows, shared, strict=True):
             row.versions = np.full(len(row.tokens), self._weights_seq_no)
             self.metrics.log_value(BRANCHED_METRIC, float(common > 0), reduce="mean")
@@ -497,9 +499,15 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
         self.metrics.log_value(REPLAY_TIMER, time.perf_counter() - graded, reduce="sum")
         return episodes
 
-    def _requests(
+    def requests(
         self, prompts: Sequence[PromptRequest], num_generations: int | Sequence[int]
     ) -> list[Request]:
+        """What the engine is asked: a request for each completion, its randomness by its key.
+
+        Args:
+            prompts: Rows and visits.
+            num_generations: Completions of each, or of all.
+        """
         seed = self._sampling_seed + (_EVALUATION_SEED_OFFSET * self.config.in_evaluation)
         if not prompts:
             return []

@@ -9,7 +9,7 @@ from rllib_distrl.algorithm.export import export_critic, policy_state
 from rllib_distrl.evaluation.evaluate import evaluate_model
 from rllib_distrl.learner.pretraining import pretrain_critic
 from rllib_distrl.settings import EvalSettings
-from tests.helpers import COUNTDOWN, TINY, distrl_config
+from tests.helpers import COUNTDOWN, TINY, distrl_config, local_learner
 from tests.learner.rig import hot_config, make_learner, sample
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -20,7 +20,7 @@ def lifetime(result):
 
 
 def critic_state(algo):
-    module = algo.learner_group._learner.policy_module
+    module = local_learner(algo).policy_module
     return torch.cat([p.detach().flatten() for p in module.critic_parameters()])
 
 

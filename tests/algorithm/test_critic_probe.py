@@ -6,7 +6,7 @@ from rllib_distrl.algorithm.critic_probe import probe_critic
 from rllib_distrl.algorithm.inspection import held_out_runner
 from rllib_distrl.rollout.completion_env_runner import PromptRequest
 from tests.golden.curve import EvenDigits
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, local_learner
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -42,10 +42,10 @@ def test_the_error_is_that_of_the_mean_return_of_continuations(cold):
 
 
 def test_looking_leaves_training_alone(cold):
-    state = cold.learner_group._learner.uncertainty.get_state()["ensemble"]
+    state = local_learner(cold).uncertainty.get_state()["ensemble"]
     cursor = cold.prompt_sampler.cursor
     one = probe_critic(cold, prefixes=4, continuations=2, split=None)
     assert probe_critic(cold, prefixes=4, continuations=2, split=None) == one
-    after = cold.learner_group._learner.uncertainty.get_state()["ensemble"]
+    after = local_learner(cold).uncertainty.get_state()["ensemble"]
     assert all((state[name] == after[name]).all() for name in state)
     assert cold.prompt_sampler.cursor == cursor

@@ -162,7 +162,7 @@ def test_the_critic_warms_up_before_the_policy_moves(build):
 def test_a_sync_that_did_not_happen_is_an_error(build):
     algo = build(distrl_config())
     algo.train()
-    algo.env_runner._load_engine = lambda: None
+    algo.env_runner.load_engine = lambda: None
     with pytest.raises(RuntimeError, match="weight sync did not happen"):
         for _ in range(2):
             algo.train()

@@ -183,11 +183,11 @@ class BreakingRunner(CompletionEnvRunner):
         super().__init__(*args, **kwargs)
         self.up = True
 
-    def _make_engine(self):
+    def make_engine(self):
         breakages = ray.get_actor("breakages")
         if ray.get(breakages.next.remote("start")):
             raise RuntimeError("the engine cannot start")
-        engine = super()._make_engine()
+        engine = super().make_engine()
         stream = engine.stream
 
         def stream_or_break(requests, params):

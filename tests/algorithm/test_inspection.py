@@ -4,7 +4,7 @@ import torch
 
 from rllib_distrl.algorithm.export import policy_state
 from rllib_distrl.algorithm.inspection import inspect_policy
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, local_learner
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -19,7 +19,7 @@ def algo():
 
 
 def test_looking_changes_nothing(algo):
-    module = algo.learner_group._learner.policy_module
+    module = local_learner(algo).policy_module
     before = {name: x.clone() for name, x in module.state_dict().items()}
     first = inspect_policy(algo, problems=2, num_generations=2)
     assert not bool(module.value_initialised)

@@ -51,8 +51,8 @@ class ForgetfulEngine(TorchEngine):
 
 def runner_with(engine_class):
     class Runner(CompletionEnvRunner):
-        def _make_engine(self):
-            engine = super()._make_engine()
+        def make_engine(self):
+            engine = super().make_engine()
             engine.__class__ = engine_class
             return engine
 

@@ -4,7 +4,14 @@ import torch
 from scipy import stats
 
 from rllib_distrl.engine import SamplingParams
-from rllib_distrl.engine.sampling import _GOLDEN, _mix, filter_logits, invert_cdf, sample, uniforms
+from rllib_distrl.engine.sampling import (
+    GOLDEN_GAMMA,
+    filter_logits,
+    invert_cdf,
+    sample,
+    splitmix64,
+    uniforms,
+)
 
 KEYS = [(7, row, sample, 0) for row in range(40) for sample in range(500)]
 LOGITS = [2.0, -1.0, 0.5, 0.5, 3.0, -4.0, 1.0, 0.0]
@@ -28,8 +35,8 @@ def oracle(logits, temperature=1.0, top_k=0, top_p=1.0):
 
 def test_the_hash_is_splitmix64():
     # The first outputs of the published generator from state 0.
-    states = np.arange(1, 4, dtype=np.uint64) * _GOLDEN
-    assert [hex(x) for x in _mix(states)] == [
+    states = np.arange(1, 4, dtype=np.uint64) * GOLDEN_GAMMA
+    assert [hex(x) for x in splitmix64(states)] == [
         "0xe220a8397b1dcdaf",
         "0x6e789e6aa1b965f4",
         "0x6c45d188009454f",

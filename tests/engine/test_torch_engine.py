@@ -115,7 +115,7 @@ def test_a_long_queue_through_a_narrow_batch_uses_the_cache_again(decoder):
     tokens, cache = sum(len(c.tokens) for c in completions), narrow.decoder.cache
     # Columns for three sequences: without those of finished ones it could not end.
     columns = {
-        "compiled": lambda: 16 * len(cache._users),
+        "compiled": lambda: 16 * len(cache.users),
         "fast": lambda: 3 * cache.data.shape[3],
     }[decoder]()
     assert tokens > 2 * columns and columns < 3 * 250
@@ -127,8 +127,8 @@ def test_a_long_queue_through_a_narrow_batch_uses_the_cache_again(decoder):
 @pytest.mark.parametrize("decoder", ["compiled", "fast"])
 def test_equal_prompts_are_computed_once(decoder):
     engine, widths = make_engine(make_model("llama-mha"), decoder=decoder), []
-    prefill = engine.decoder._prefill
-    engine.decoder._prefill = lambda prompts, *rest: (
+    prefill = engine.decoder.prefill
+    engine.decoder.prefill = lambda prompts, *rest: (
         widths.append(len(prompts)) or prefill(prompts, *rest)
     )
     engine.generate(make_requests(prompts=5, samples=6), SAMPLED)
@@ -155,15 +155,15 @@ def test_pages_of_finished_rows_come_back():
     decoder, pages = engine.decoder, []
     for _ in range(3):
         engine.generate(requests, SAMPLED)
-        assert not decoder.cache._users.any()
-        pages.append(len(decoder.cache._users))
+        assert not decoder.cache.users.any()
+        pages.append(len(decoder.cache.users))
     assert pages[0] == pages[-1]
     decoder.open(4, 20, 40)
     prompts = [tuple(range(4, 24)), tuple(range(4, 9))]
     decoder.admit(prompts, np.array([0, 0, 0, 1]))
     # A full page for the first prompt, shared by its rows; a page of each row's own; those of the
     # last prompt stay while another call may continue it.
-    users = decoder.cache._users
+    users = decoder.cache.users
     assert sorted(users[users > 0].tolist()) == [1, 1, 1, 1, 1, 3]
     decoder.keep(np.array([2, 3]))
     assert sorted(users[users > 0].tolist()) == [1, 1, 1, 1]

@@ -7,8 +7,8 @@ from distrl_envs.task import Problem
 from distrl_envs.tasks.arithmetic import ArithmeticTask
 
 TASK = ArithmeticTask()
-SUM = TASK._problem(0, 472, "+", 95)
-DIFFERENCE = TASK._problem(0, 502, "-", 95)
+SUM = TASK.posed(0, 472, "+", 95)
+DIFFERENCE = TASK.posed(0, 502, "-", 95)
 
 
 def test_working_by_hand():
@@ -50,8 +50,8 @@ def test_problems_are_true_and_their_solutions_correct(digits):
 
 
 def test_either_order_of_a_sum_is_one_problem_but_not_of_a_difference():
-    assert TASK._problem(0, 1, "+", 2).key == TASK._problem(0, 2, "+", 1).key
-    assert TASK._problem(0, 3, "-", 2).key != TASK._problem(0, 3, "+", 2).key
+    assert TASK.posed(0, 1, "+", 2).key == TASK.posed(0, 2, "+", 1).key
+    assert TASK.posed(0, 3, "-", 2).key != TASK.posed(0, 3, "+", 2).key
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_verdicts(completion, status):
 
 
 def test_zero_and_leading_zeros():
-    problem = TASK._problem(0, 5, "-", 5)
+    problem = TASK.posed(0, 5, "-", 5)
     assert TASK.grade(problem, "-> 0").answer == "0"
     assert TASK.grade(problem, "-> 0 0 0").score == 1.0
 

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distrl_envs.task import Problem
-from distrl_envs.tasks.graph_path import GraphPathTask, _problem
+from distrl_envs.tasks.graph_path import GraphPathTask, graph_problem
 
 TASK = GraphPathTask()
 #   3 - 7 - 12       two ways round a square, and a dead end at 40
 #    \     /  \
 #      5       40
-SQUARE = _problem(0, [(3, 7), (7, 12), (5, 3), (12, 5), (12, 40)], 3, 12)
+SQUARE = graph_problem(0, [(3, 7), (7, 12), (5, 3), (12, 5), (12, 40)], 3, 12)
 
 
 def all_paths(edges, start, end):
@@ -97,7 +97,7 @@ def test_search_finds_every_path_and_only_paths():
 
 def test_a_graph_without_a_path_is_reported():
     with pytest.raises(ValueError, match="No path"):
-        TASK.solution(_problem(0, [(1, 2), (3, 4)], 1, 4), np.random.default_rng(0))
+        TASK.solution(graph_problem(0, [(1, 2), (3, 4)], 1, 4), np.random.default_rng(0))
 
 
 @pytest.mark.parametrize(("nodes", "edges"), [(4, None), (8, None), (20, None), (20, 19), (5, 8)])
@@ -118,9 +118,9 @@ def test_problems_keep_to_the_rules(nodes, edges):
 
 
 def test_the_order_of_edges_and_ends_makes_no_other_problem():
-    turned = _problem(0, [(12, 40), (12, 7), (3, 7), (5, 3), (5, 12)], 12, 3)
+    turned = graph_problem(0, [(12, 40), (12, 7), (3, 7), (5, 3), (5, 12)], 12, 3)
     assert turned.key == SQUARE.key
-    assert _problem(0, SQUARE.data["edges"], 3, 40).key != SQUARE.key
+    assert graph_problem(0, SQUARE.data["edges"], 3, 40).key != SQUARE.key
 
 
 @given(st.one_of(st.text(), st.text(alphabet="0123456789->, \n")))
@@ -147,7 +147,7 @@ def test_impossible_difficulties_are_refused(wrong):
 def test_the_instruction_names_edges_and_ends():
     text = TASK.instruction(SQUARE)
     assert "3-7, 7-12, 5-3, 12-5, 12-40" in text and "from 3 to 12" in text
-    example = _problem(0, [(1, 2), (2, 3)], 1, 3)
+    example = graph_problem(0, [(1, 2), (2, 3)], 1, 3)
     assert TASK.grade(example, text.rpartition("as in: ")[2]).score == 1.0
     assert isinstance(example, Problem)
 

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
 
 from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.evaluation.critic import check_judge, judge_samples
 from rllib_distrl.evaluation.data import resolve_data
 from rllib_distrl.evaluation.evaluate import run_evaluation
-from tests.helpers import COUNTDOWN, TINY, distrl_config
+from tests.helpers import COUNTDOWN, TINY, distrl_config, local_learner
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SETTINGS = {"problems": 6, "n": 4, "k": (1, 2, 4), "max_tokens": 24, "temperature": 1.5}
@@ -40,7 +39,7 @@ def test_a_critic_that_has_learned_nothing_chooses_at_random_and_stops_at_once(a
 
 
 def test_a_critic_that_follows_the_verifier_finds_what_is_right(algo):
-    module = algo.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()
+    module = local_learner(algo).policy_module
     head = module.observation_head
     kept = {name: p.detach().clone() for name, p in head.named_parameters()}
     success = module.value_head.in_features + 2  # "success", the third of Countdown's numbers

@@ -173,7 +173,7 @@ def test_the_head_learns_what_the_numbers_alone_say(episodes):
     columns[CRITIC_OBSERVATIONS] = numbers
     target = (numbers[..., 0] * numbers[..., 1]).tanh()
     with torch.no_grad():
-        states = module._critic_states(from_columns(columns))
+        states = module.critic_states(from_columns(columns))
     head = [p for name, p in module.named_parameters() if name.startswith(PARTS[1:])]
     optimizer = torch.optim.Adam(head, 1e-2)
     for _ in range(120):

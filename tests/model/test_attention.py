@@ -6,7 +6,7 @@ import transformers
 
 from rllib_distrl.maths.packing import pack
 from rllib_distrl.model import attention
-from rllib_distrl.model.attention import ATTENTION, let_pack_rows, packs_rows
+from rllib_distrl.model.attention import let_pack_rows, packs_rows
 from tests.learner.rig import hot_config, make_learner, sample
 
 SIZES = {
@@ -185,7 +185,7 @@ def gradients_of_update(episodes, settings):
         tokens.append(keywords["input_ids"].numel())
 
     module.policy.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    assert module.policy.config._attn_implementation == ATTENTION
+    assert packs_rows(module.policy)
     learner.update(episodes=episodes, timesteps={"training_iteration": 1})
     gradients = {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
     return gradients, sum(tokens)

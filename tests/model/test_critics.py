@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from ray.rllib.core import DEFAULT_MODULE_ID
 from safetensors.torch import load_file, save_file
 
 from rllib_distrl.algorithm.export import export_critic
 from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 from rllib_distrl.settings import RolloutSettings
-from tests.helpers import TINY, distrl_config
+from tests.helpers import TINY, distrl_config, local_learner
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 ROWS = {
@@ -37,7 +36,7 @@ def trained():
 
 
 def module_of(algo):
-    return algo.learner_group._learner.module[DEFAULT_MODULE_ID].unwrapped()
+    return local_learner(algo).policy_module
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared", "twin"])

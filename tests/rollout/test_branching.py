@@ -25,7 +25,7 @@ def runner():
 
 def sampled(runner, branching):
     """Rows and what they share with another, of two groups."""
-    requests = runner._requests(PROMPTS[:2], SIZE)
+    requests = runner.requests(PROMPTS[:2], SIZE)
     method, env = resolve("branching", branching)(), runner.token_env.unwrapped
     params = runner.sampling_params(True)
     return sample_branching(runner.engine, requests, params, env, [SIZE, SIZE], method)
@@ -64,11 +64,11 @@ def test_its_law_behind_the_beginning_is_the_policys(runner):
     rows, shared = sampled(runner, ALWAYS)
     plain = runner.sample_prompts(PROMPTS[:1], SIZE).episodes
     assert max(shared) > 0
-    runner._branching = resolve("branching", ALWAYS)()
+    runner.branching = resolve("branching", ALWAYS)()
     try:
         report = runner.sample_prompts(PROMPTS[:2], SIZE)
     finally:
-        runner._branching = None
+        runner.branching = None
     assert report.error is None, report.error
     assert report.metrics[BRANCHED_METRIC].peek() == 0.5
     assert len(report.episodes) == 2 * SIZE and len(plain) == SIZE

@@ -10,7 +10,7 @@ from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 
 from distrl_envs.tokenizers import small_tokenizer
 from rllib_distrl.engine import TorchEngine
-from rllib_distrl.engine.scheduler import Call
+from rllib_distrl.engine.sampling import sample
 from rllib_distrl.engine.weights import content_hash
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
@@ -50,10 +50,10 @@ def tokens(episodes):
 
 def test_only_the_engine_is_on_the_runners_device():
     runner = make_runner()
-    runner._device = torch.device("meta")
+    runner._device = torch.device("meta")  # noqa: SLF001  (RLlib's, which asks PyTorch for GPUs)
     runner.make_module()
     assert {parameter.device.type for parameter in runner.module.parameters()} == {"cpu"}
-    assert runner._device.type == "meta"
+    assert runner._device.type == "meta"  # noqa: SLF001
 
 
 def test_groups_come_whole_and_in_order(runner):
@@ -207,7 +207,7 @@ def test_a_batch_is_graded_by_all_workers_of_the_grader_at_once(tmp_path):
     with task.grader:
         report = runner.sample_prompts([PromptRequest(row, 0) for row in range(8)], 2)
         assert report.error is None
-        assert all(worker.jobs for worker in task.grader.pool._workers)
+        assert all(worker.jobs for worker in task.grader.pool.workers)
     for episode in report.episodes:
         first, last = episode.infos[0], episode.infos[-1]
         alone = task.grade(task.problem(first["row"]), last["completion"],
@@ -288,10 +288,9 @@ def test_nothing_is_sampled_behind_a_stop_string(runner, decoder):
 
 
 def test_an_engine_that_samples_another_model_is_refused(monkeypatch):
-    def other(self, logits, rows, counts):
-        return draw(self, logits * 1.5, rows, counts)
+    def other(logits, *rest):
+        return sample(logits * 1.5, *rest)
 
-    draw = Call._draw
-    monkeypatch.setattr(Call, "_draw", other)
+    monkeypatch.setattr("rllib_distrl.engine.scheduler.sample", other)
     with pytest.raises(ValueError, match="other probabilities than Qwen2ForCausalLM has"):
         make_runner()

@@ -171,7 +171,7 @@ def test_neither_order_nor_company_change_what_is_sampled(engine, model):
 
 def test_new_weights_replace_the_old_ones_in_place(name, engine, model):
     requests = make_requests(prompts=3, samples=2, longest=60)
-    views = {key: view.data_ptr() for key, view in engine._views.items()}
+    views = {key: view.data_ptr() for key, view in engine.views.items()}
     before = engine.generate(requests, SAMPLED)
     second = make_model(name, seed=1)
     returned = engine.load_weights(second.state_dict(), 1)
@@ -182,7 +182,7 @@ def test_new_weights_replace_the_old_ones_in_place(name, engine, model):
         np.testing.assert_allclose(completion.logps, want, atol=5e-5)
     engine.load_weights(model.state_dict(), 2)
     assert tokens_of(engine.generate(requests, SAMPLED)) == tokens_of(before)
-    assert {key: view.data_ptr() for key, view in engine._views.items()} == views
+    assert {key: view.data_ptr() for key, view in engine.views.items()} == views
 
 
 def test_every_tensor_is_part_of_the_hash_and_of_what_is_computed(engine, model):
@@ -191,17 +191,17 @@ def test_every_tensor_is_part_of_the_hash_and_of_what_is_computed(engine, model)
     hashes = {engine.weights_hash()}
     state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     before = [c.logps.tolist() for c in engine.generate(requests, params)]
-    for key in engine._shapes:
+    for key in engine.shapes:
         kept = state[key].clone()
         state[key].view(-1)[:] += 0.25 * torch.randn(kept.numel())
-        if "lm_head.weight" in state and "lm_head.weight" not in engine._shapes:
+        if "lm_head.weight" in state and "lm_head.weight" not in engine.shapes:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         hashes.add(engine.load_weights(state, 1))
         assert engine.weights_hash() == content_hash(state)
         if "k_proj.bias" not in key:  # softmax does not see a shift of all scores
             assert [c.logps.tolist() for c in engine.generate(requests, params)] != before, key
         state[key].copy_(kept)
-    assert len(hashes) == 1 + len(engine._shapes)
+    assert len(hashes) == 1 + len(engine.shapes)
 
 
 def test_bfloat16_updates_arrive_and_agree_with_a_float32_learner():
@@ -209,8 +209,8 @@ def test_bfloat16_updates_arrive_and_agree_with_a_float32_learner():
 
     name, requests = "llama-gqa", make_requests(prompts=6, samples=3)
     engine = VllmEngine(CONFIGS[name], [EOS], dtype=torch.bfloat16)
-    assert {view.dtype for view in engine._views.values()} == {torch.bfloat16}
-    pointers = {key: view.data_ptr() for key, view in engine._views.items()}
+    assert {view.dtype for view in engine.views.values()} == {torch.bfloat16}
+    pointers = {key: view.data_ptr() for key, view in engine.views.items()}
     learners = [make_model(name, seed) for seed in (0, 1)]
     for version, learner in enumerate(learners):
         expected = content_hash(learner.state_dict(), dtype=torch.bfloat16)
@@ -228,9 +228,9 @@ def test_bfloat16_updates_arrive_and_agree_with_a_float32_learner():
         # Rounding of weights and activations on one side alone, and another model's logps.
         assert 1e-3 < errors[0] < PROBE_TOLERANCE["bfloat16"] / 2
         assert errors[1] > 5 * PROBE_TOLERANCE["bfloat16"]
-    assert {key: view.data_ptr() for key, view in engine._views.items()} == pointers
+    assert {key: view.data_ptr() for key, view in engine.views.items()} == pointers
     with torch.no_grad():  # vLLM's own tensor, under its own name
-        dict(engine._model.named_parameters())["model.layers.1.mlp.down_proj.weight"][-1, -1] += 1
+        dict(engine.model.named_parameters())["model.layers.1.mlp.down_proj.weight"][-1, -1] += 1
     assert engine.weights_hash() != expected
 
 

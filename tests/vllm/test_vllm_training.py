@@ -20,9 +20,9 @@ def breaking(lies):
     """A runner whose vLLM engine loses one tensor of every update; with `lies` it hides that."""
 
     class Runner(CompletionEnvRunner):
-        def _make_engine(self):
-            engine = super()._make_engine()
-            load, view = engine.load_weights, engine._views[SKIPPED]
+        def make_engine(self):
+            engine = super().make_engine()
+            load, view = engine.load_weights, engine.views[SKIPPED]
 
             def load_some(state, version):
                 kept = view.clone()

@@ -172,31 +172,31 @@ class WorkerPool:
     def start(self) -> None:
         """Starts all workers now, without waiting for them."""
         with self._condition:
-            while len(self._workers) < self.size:
+            while len(self.workers) < self.size:
                 self._idle.append(self._new())
 
     def close(self) -> None:
         """Ends all workers; the next job starts new ones."""
         with self._condition:
-            _kill_all(self._workers)
+            _kill_all(self.workers)
             self._idle.clear()
             self._condition.notify_all()
 
     def pids(self) -> list[int]:
         """Process ids of the workers."""
         with self._condition:
-            return [worker.pid for worker in self._workers]
+            return [worker.pid for worker in self.workers]
 
     def _reset(self) -> None:
         self._owner = os.getpid()
         self._condition = threading.Condition()
-        self._workers: set[Worker] = set()
+        self.workers: set[Worker] = set()
         self._idle: list[Worker] = []
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
+        self._finalizer = weakref.finalize(self, _kill_all, self.workers)
 
     def _new(self) -> Worker:
         worker = Worker(self._command)
-        self._workers.add(worker)
+        self.workers.add(worker)
         return worker
 
     def _take(self) -> Worker:
@@ -214,7 +214,7 @@ class WorkerPool:
 
     def _reserve(self) -> Worker:
         with self._condition:
-            while not self._idle and len(self._workers) >= self.size:
+            while not self._idle and len(self.workers) >= self.size:
                 self._condition.wait()
             if self._idle:
                 # Those that are still starting come last.
@@ -225,20 +225,20 @@ class WorkerPool:
 
     def _give_back(self, worker: Worker, healthy: bool) -> None:
         with self._condition:
-            if worker not in self._workers:
+            if worker not in self.workers:
                 return  # The pool was closed meanwhile.
             if healthy and worker.jobs < self._jobs_per_worker:
                 self._idle.append(worker)
             else:
-                self._workers.discard(worker)
+                self.workers.discard(worker)
                 worker.kill()
                 self._idle.append(self._new())
             self._condition.notify()
 
     def _drop(self, worker: Worker) -> None:
         with self._condition:
-            if worker in self._workers:
-                self._workers.discard(worker)
+            if worker in self.workers:
+                self.workers.discard(worker)
                 worker.kill()
             self._condition.notify()
 

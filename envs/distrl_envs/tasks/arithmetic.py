@@ -56,7 +56,7 @@ class ArithmeticTask(GeneratedTask):
         left, right = (self._number(draws) for _ in range(2))
         if symbol == "-" and left < right:
             return None
-        problem = self._problem(row, left, symbol, right)
+        problem = self.posed(row, left, symbol, right)
         return problem, self._working(left, symbol, right)
 
     def solution(self, problem: Problem, rng: np.random.Generator) -> str:
@@ -118,7 +118,8 @@ class ArithmeticTask(GeneratedTask):
             number = BASE * number + draws.below(BASE)
         return number
 
-    def _problem(self, row: int, left: int, symbol: str, right: int) -> Problem:
+    def posed(self, row: int, left: int, symbol: str, right: int) -> Problem:
+        """The problem `left symbol right`, as it is shown."""
         result = left + right if symbol == "+" else left - right
         # Either order of a sum is the same problem: both belong to the same split.
         first, second = sorted((left, right)) if symbol == "+" else (left, right)

@@ -83,7 +83,7 @@ class GraphPathTask(GeneratedTask):
         path = _walk(edges, start, end, draws.below)
         if path is None:
             return None
-        return _problem(row, edges, start, end), " ".join(map(str, path))
+        return graph_problem(row, edges, start, end), " ".join(map(str, path))
 
     def solution(self, problem: Problem, rng: np.random.Generator) -> str:
         """A random simple path, by depth-first search in random order.
@@ -152,7 +152,8 @@ def _last_line(text: str) -> str:
     return text.strip().rpartition("\n")[2].replace("→", "->").strip().removesuffix(".")
 
 
-def _problem(row: int, edges: Sequence[Edge], start: int, end: int) -> Problem:
+def graph_problem(row: int, edges: Sequence[Edge], start: int, end: int) -> Problem:
+    """The problem of going from `start` to `end` along `edges`, as it is shown."""
     shown = " , ".join(f"{a} {b}" for a, b in edges)
     # The order of edges and of ends does not make another problem: one key, one split.
     listed = ",".join(f"{a}-{b}" for a, b in sorted((min(e), max(e)) for e in edges))
