@@ -25,7 +25,7 @@ from rllib_distrl.settings import EvalTable, RolloutSettings, RunSettings
 MIN_SEEDS = 2
 _NAME = re.compile(r"[\w][\w.+-]*")
 _VARIANTS_FILE = ("recipe", "base", "variants")
-_ABOUT = ("recipe", "part")  # of a variant, beside its settings
+_ABOUT = ("recipe", "part", "same_task")  # of a variant, beside its settings
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,14 @@ class Contender:
         name: Names it in tables, figures and folders.
         recipe: Its settings; seed and budget are the comparison's.
         part: The part of the method that it varies; empty outside of ablations.
+        same_task: Its file's word that its environment, where it is another, asks and grades held
+            out problems as the others' do: a control that tells learners something else.
     """
 
     name: str
     recipe: Recipe
     part: str = ""
+    same_task: bool = False
 
     @property
     def digest(self) -> str:
@@ -110,7 +113,7 @@ def make_plan(
     Args:
         files: Recipes; or files with `recipe = "…"`, a table `[base]` of settings for all
             variants, and tables `[variants.NAME]` of settings that replace the recipe's; a variant
-            may name a recipe of its own.
+            may name a recipe of its own, and promise `same_task` (see `Contender`).
         overrides: `table.key=value` items for all of them.
         seeds: How many.
         first_seed: They are this one and those that follow.
@@ -170,9 +173,14 @@ def _read_variants(
         override_tables(recipe, overrides)
         locate(recipe, Path.cwd())
         try:
-            contenders.append(Contender(name, recipe_from_tables(recipe, name), part))
+            resolved = recipe_from_tables(recipe, name)
         except ValueError as error:
             raise ValueError(f"{file}: [variants.{name}]: {error}") from error
+        if not isinstance(promise := changes.get("same_task", False), bool):
+            raise ValueError(
+                f"{file}: [variants.{name}]: same_task is {promise!r}; it must be true or false."
+            )
+        contenders.append(Contender(name, resolved, part, promise))
     return contenders
 
 
@@ -219,6 +227,8 @@ def _check_same_task(contenders: Sequence[Contender]) -> None:
     for other in others:
         got = _task(other.recipe)
         for key, value in wanted.items():
+            if other.same_task and key == "environment.env_config":
+                continue
             if got[key] != value:
                 raise ValueError(
                     f"{first.name} and {other.name} cannot be compared: {key} is {value!r} in the "

@@ -138,6 +138,20 @@ def test_files_of_variants_are_checked(folder: Path) -> None:
             plan(folder, "bad.toml")
 
 
+def test_a_control_may_promise_that_its_environment_is_the_same_task(folder: Path) -> None:
+    control = VARIANTS + "control = { environment = { env_config = { seed = 1 } } }\n"
+    for text, message in {
+        control: "plain and control cannot be compared: environment.env_config is",
+        control.replace("} } }", "} }, same_task = 1 }"): "same_task is 1; it must be true or fal",
+    }.items():
+        (folder / "bad.toml").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            plan(folder, "bad.toml")
+    (folder / "good.toml").write_text(control.replace("} } }", "} }, same_task = true }"))
+    seeds = {c.name: c.recipe.env_config.get("seed") for c in plan(folder, "good.toml").contenders}
+    assert seeds == {"plain": None, "kappa-0.5": None, "control": 1}
+
+
 NOT_COMPARED = {"noise_backward", "noise_forward", "ucb_source"}
 
 

@@ -1,10 +1,13 @@
-"""The task, and the controls, of the comparison on unruly rewards."""
+"""Tasks and controls of the comparisons in tune/."""
 
+import numpy as np
 import pytest
 import torch
 
 from distrl_envs.task import Problem
+from distrl_envs.tasks.countdown import CountdownTask
 from rllib_distrl.method.batch import SequenceBatch
+from tune.placebo import Placebo
 from tune.unruly import Unruly, clipped, group_rank, true_result
 
 
@@ -60,3 +63,15 @@ def test_controls_by_hand():
     five = batch([0.0] * 5, [0, 1, 2, 3, 4])
     cut = clipped(five, torch.tensor([[1.0], [-2.0], [0.5], [-50.0], [2.5]]), medians=3.0)
     assert cut.flatten().tolist() == pytest.approx([1.0, -2.0, 0.5, -6.0, 2.5])
+
+
+def test_a_placebo_tells_how_the_answer_stands_to_another_problem():
+    told, task = Placebo(), CountdownTask()
+    here, other = task.problem(3), task.problem(4)
+    answer = task.solution(other, np.random.default_rng(0))
+    texts = [answer[:length] for length in range(0, len(answer), 4)] + [answer]
+    found = told.critic_observation(here, (), texts)
+    assert found == task.critic_observation(other, (), texts)
+    assert found[-1][0] == 1.0  # right there,
+    assert task.critic_observation(here, (), texts)[-1][0] == 0.0  # and wrong here
+    assert told.grade(other, answer).score == 1.0
