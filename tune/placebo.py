@@ -7,9 +7,10 @@ from distrl_envs.tasks.countdown import CountdownTask
 
 
 class Placebo(CountdownTask):
-    """Countdown, whose critic is told how the same answer would stand to the next problem."""
+    """Countdown, whose critic is told how the same answer would stand to the next problem.
 
-    name = "placebo"
+    Its name is Countdown's, of which its problems are drawn.
+    """
 
     def critic_observation(
         self, problem: Problem, turns: Sequence[Turn], texts: Sequence[str]
