@@ -64,7 +64,7 @@ from rllib_distrl.method.allocators import ExploreFilterReplay, warn_of_rows_see
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.causal_lm_module import DistRLModule
 from rllib_distrl.model.loading import resolve
-from rllib_distrl.recipe_schema import builder_parameters, check_names
+from rllib_distrl.recipe_schema import builder_parameters, check_names, take_builder_values
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.contract import check_contract, check_env, check_whole
 from rllib_distrl.rollout.fleet import EnvRunnerFleet
@@ -237,8 +237,9 @@ class DistRLConfig(AlgorithmConfig):
         Raises:
             ValueError: with what was got, what is allowed and what to do.
         """
-        check_contract(self, ours=True)
         check_attributes(self)
+        take_builder_values(self, leave=TrainingSettings.model_fields)
+        check_contract(self, ours=True)
         take_settings(self)
         super().validate()
         validate_distrl(self)
