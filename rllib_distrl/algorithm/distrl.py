@@ -45,6 +45,8 @@ from rllib_distrl.algorithm.restoring import (
     check_restored,
     check_settings,
     module_settings,
+    place_of,
+    reading,
     saved_settings,
 )
 from rllib_distrl.algorithm.scaling import check_scale
@@ -576,17 +578,19 @@ class DistRL(Algorithm):
         """Restores a checkpoint, also into an algorithm that has trained further.
 
         Raises:
-            ValueError: for a checkpoint of another model or critic, with the difference.
+            ValueError: for a checkpoint of another model or critic, with the difference, and for
+                one that cannot be read.
             RuntimeError: when the learners have not taken it over.
         """
-        whole = kwargs.get("component") is None
+        whole, filesystem = kwargs.get("component") is None, kwargs.get("filesystem")
+        path = place_of(path, filesystem)
         if whole:
-            filesystem = kwargs.get("filesystem")
             saved = saved_settings(path, filesystem, self.STATE_FILE_NAME)
             check_settings(self.config, saved, f"The checkpoint {path}")
         self.batches.drop()
         self._restored_weights = None
-        super().restore_from_path(path, *args, **kwargs)
+        with reading(path):
+            super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()
         check_restored(path, self._restored_weights, self.weight_sync.contents())
         self.between_iterations = whole
