@@ -5,9 +5,6 @@ As in RLlib, the configuration and the algorithm that it builds are one file.
 
 import secrets
 import threading
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,7 +32,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_distrl.algorithm.batches import Batches
-from rllib_distrl.algorithm.cluster import check_cluster, why_no_runner_starts
+from rllib_distrl.algorithm.cluster import check_cluster, exits_are_errors, why_no_runner_works
 from rllib_distrl.algorithm.critic_pretraining import pretrain
 from rllib_distrl.algorithm.estimates import largest_micro_batch
 from rllib_distrl.algorithm.export import export_policy
@@ -297,7 +294,7 @@ class DistRL(Algorithm):
         Raises:
             RuntimeError: no env runner starts, or code of the user's called ``sys.exit``.
         """
-        with _exits_are_errors("building the algorithm"):
+        with exits_are_errors("building the algorithm"):
             self._build(config)
 
     def _build(self, config: Any) -> None:
@@ -356,7 +353,7 @@ class DistRL(Algorithm):
     def _explain_dead_runners(self, error: IndexError) -> None:
         """Raises what kept all remote runners from starting, if that was it."""
         config = self.evaluation_config or self.config
-        if config.num_env_runners and (why := why_no_runner_starts(config)):
+        if config.num_env_runners and (why := why_no_runner_works(config)):
             raise RuntimeError(f"No env runner starts. {why}") from error
 
     def train(self) -> dict[str, Any]:
@@ -366,7 +363,7 @@ class DistRL(Algorithm):
             RuntimeError: code of the user's called ``sys.exit``, which would end the job in
                 silence.
         """
-        with _exits_are_errors("training"):
+        with exits_are_errors("training"):
             return super().train()
 
     def training_step(self) -> None:
@@ -594,17 +591,3 @@ class DistRL(Algorithm):
         self._sync_weights()
         check_restored(path, self._restored_weights, self.weight_sync.contents())
         self.between_iterations = whole
-
-
-@contextmanager
-def _exits_are_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except SystemExit as error:
-        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        if str(frame.f_globals.get("__name__")).startswith("ray."):
-            raise  # Ray ends this process.
-        raise RuntimeError(
-            f"sys.exit({error.code!r}) was called while {doing}, by {frame.f_code.co_name}() "
-            f"in {frame.f_code.co_filename}:{frame.f_lineno}."
-        ) from error
