@@ -10,11 +10,13 @@ import difflib
 import importlib
 import inspect
 import math
+import os
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel
 
 BUILDER_TABLES = (
@@ -145,6 +147,56 @@ def toml_types(annotation: Any) -> frozenset[type] | None:
     if origin is typing.Literal:
         return frozenset(type(choice) for choice in typing.get_args(annotation))
     return _class_types(origin or annotation)
+
+
+def as_python(value: Any, annotation: Any) -> Any:
+    """A value as TOML holds it: no NumPy, no path, no tuple, no 1e6 where an integer is wanted.
+
+    Args:
+        value: What Python has been given.
+        annotation: Of the setting, which says what is wanted.
+    """
+    if isinstance(value, (np.generic, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    kinds = toml_types(annotation) or frozenset()
+    if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
+        return int(value)
+    return _as_lists(value) if list in kinds else value
+
+
+def _as_lists(value: Any) -> Any:
+    """Lists in place of tuples, at any depth of them: RLlib takes schedules as both."""
+    return list(map(_as_lists, value)) if isinstance(value, (list, tuple)) else value
+
+
+def take_builder_values(config: Any, leave: Collection[str] = ()) -> None:
+    """Checks what Python has given to RLlib's builder methods as a recipe is checked.
+
+    Looks at what has been changed, and makes Python's values of NumPy's. Tables may hold what no
+    recipe can.
+
+    Args:
+        config: Any `AlgorithmConfig`.
+        leave: Settings that have been checked.
+
+    Raises:
+        ValueError: As `check_value`.
+    """
+    given, usual = vars(config), vars(type(config)())
+    for table in BUILDER_TABLES:
+        for name, annotation in builder_parameters(config, table).items():
+            value, kinds = as_python(given.get(name), annotation), toml_types(annotation)
+            before = usual.get(name)
+            same = type(value) is type(before) and value == before
+            if name in leave or not kinds or value is None or same:
+                continue
+            if dict not in kinds:
+                check_value(f"{table}.{name}", value, annotation, before)
+                setattr(config, name, value)
+            elif kinds == {dict} and isinstance(value, (str, int, float, list)):
+                raise ValueError(f"{table}.{name}: wanted a table, got {_shown(value)}.")
 
 
 def check_value(where: str, value: Any, annotation: Any, default: Any = None) -> None:

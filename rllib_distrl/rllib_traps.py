@@ -5,6 +5,7 @@ of both, and those of other libraries, and a test says which are gone when one o
 Where nothing else is said, no issue was found upstream.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -111,8 +112,11 @@ def count_restart(manager: Any) -> None:
 def given_model_config(config: Any) -> dict[str, Any]:
     """What `rl_module(model_config=...)` was given; ``config.model_config`` has defaults too.
 
+    Paths are strings in it.
+
     Raises:
-        ValueError: for anything but a dict, such as RLlib's own `DefaultModelConfig`.
+        ValueError: for anything but a dict, such as RLlib's own `DefaultModelConfig`, and a model
+            that is no name.
     """
     given = config._model_config
     if not isinstance(given, Mapping):
@@ -120,7 +124,13 @@ def given_model_config(config: Any) -> dict[str, Any]:
             f"rl_module(model_config=...) is a {type(given).__name__}; the network is a language "
             "model, which takes a dict such as {'model': 'builtin:countdown'}."
         )
-    return dict(given)
+    found = {k: os.fspath(v) if isinstance(v, os.PathLike) else v for k, v in given.items()}
+    if not isinstance(found.get("model") or "", str):
+        raise ValueError(
+            f"rl_module(model_config=...) has model = {found['model']!r:.80}; it must be a string "
+            "or a path: 'builtin:NAME', a folder, or an id on the Hugging Face hub."
+        )
+    return found
 
 
 def is_registered_env(env: Any) -> bool:

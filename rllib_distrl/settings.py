@@ -7,7 +7,6 @@ and refused otherwise, in one sentence with what was got and what is allowed.
 
 import importlib
 import inspect
-import os
 import re
 import typing
 from collections.abc import Mapping
@@ -15,7 +14,6 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import annotated_types
-import numpy as np
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -28,7 +26,14 @@ from pydantic import (
     model_validator,
 )
 
-from rllib_distrl.recipe_schema import check_names, in_words, literal_choices, nearest, toml_types
+from rllib_distrl.recipe_schema import (
+    as_python,
+    check_names,
+    in_words,
+    literal_choices,
+    nearest,
+    toml_types,
+)
 
 Positive = Annotated[FiniteFloat, Field(gt=0)]
 NotNegative = Annotated[FiniteFloat, Field(ge=0)]
@@ -39,7 +44,7 @@ Count = Annotated[int, Field(ge=1)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
 Choice = str | dict[str, Any]
 """A method by its name, or ``{name, ...}`` with settings of its own; see `method.registry`."""
-Schedule = list[list[float]]
+Schedule = list[list[FiniteFloat]]
 """RLlib's: [[env step, value], ...], linear between them."""
 
 TWIN = "twin"
@@ -105,18 +110,10 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_python(cls, value: Any, info: ValidationInfo) -> Any:
-        """NumPy's scalars, paths, whole floats for integers, lists and tuples for one another."""
         annotation = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, np.generic):
-            value = value.item()
-        if isinstance(value, os.PathLike):
-            return os.fspath(value)
-        kinds = toml_types(annotation) or frozenset()
-        if isinstance(value, float) and value.is_integer() and int in kinds and float not in kinds:
-            return int(value)
-        if typing.get_origin(annotation) is tuple:
-            return tuple(value) if isinstance(value, list) else value
-        return as_lists(value) if list in kinds else value
+        value = as_python(value, annotation)
+        as_tuple = typing.get_origin(annotation) is tuple and isinstance(value, list)
+        return tuple(value) if as_tuple else value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as they travel in a module's ``model_config`` or stand in a recipe."""
@@ -152,11 +149,6 @@ class Settings(BaseModel):
         if indices:
             annotation = typing.get_args(annotation)[0]
         return f"{where} is {first['input']!r}; {_must_be(annotation, field, first)}"
-
-
-def as_lists(value: Any) -> Any:
-    """Lists in place of tuples, at any depth of them: RLlib takes schedules as both."""
-    return list(map(as_lists, value)) if isinstance(value, (list, tuple)) else value
 
 
 def signature_of(cls: type[Settings]) -> inspect.Signature:

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from ray import tune
 
-from rllib_distrl import DistRLConfig, RolloutSettings, settings
+from rllib_distrl import DistRLConfig, RolloutSettings, settings, wire_language_model
+from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.settings import EvalSettings, RunSettings, Settings, TrainingSettings
-from tests.helpers import distrl_config
+from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 REFUSED = [
     (
@@ -107,12 +108,60 @@ def test_tuples_are_as_good_as_lists():
         ({"lr": "1e-3"}, "training.lr: wanted a number or a list, got '1e-3'"),
         ({"num_epochs": 1.5}, "training.num_epochs: wanted an integer, got 1.5"),
         ({"n_quantiles": "16"}, "training.n_quantiles is '16'"),
+        ({"num_epochs": True}, "training.num_epochs: wanted an integer, got true"),
+        ({"lr": None}, "lr is None; it must be above 0"),
         ({"entropy_coeff": [[5, 0.1], [9, 0.0]]}, "the first timestep must be 0"),
+        ({"entropy_coeff": [[0, 0.1], [9, float("nan")]]}, "training.entropy_coeff"),
     ],
 )
 def test_types_are_checked_in_python_too(values, words):
     with pytest.raises(ValueError, match=words):
         distrl_config(**values).validate()
+
+
+@pytest.mark.parametrize("stock", [False, True])
+@pytest.mark.parametrize(
+    ("table", "values", "words"),
+    [
+        ("env_runners", {"num_env_runners": "2"}, "num_env_runners: wanted an integer, got '2'"),
+        ("env_runners", {"num_env_runners": 1.5}, "num_env_runners: wanted an integer, got 1.5"),
+        ("env_runners", {"explore": "no"}, "explore: wanted true or false"),
+        ("evaluation", {"evaluation_interval": "2"}, "evaluation_interval: wanted an integer"),
+        ("debugging", {"seed": "3"}, "debugging.seed: wanted an integer, got '3'"),
+        ("debugging", {"seed": -1}, r"seed is -1; it must be in \[0, 4294967295\]"),
+        ("debugging", {"seed": 2**32}, "seed is 4294967296"),
+        ("learners", {"custom_resources_per_learner": "big"}, "wanted a table, got 'big'"),
+    ],
+)
+def test_so_are_those_of_rllibs_own_tables(table, values, words, stock):
+    config = algorithm_config("PPO").environment(COUNTDOWN) if stock else distrl_config()
+    getattr(config, table)(**values)
+    with pytest.raises(ValueError, match=words):
+        if stock:
+            wire_language_model(config, TINY, RolloutSettings(max_completion_tokens=24))
+        config.validate()
+
+
+def test_rllibs_own_settings_take_numpy_too():
+    config = distrl_config().env_runners(num_env_runners=np.int64(2)).debugging(seed=np.int32(3))
+    config.evaluation(evaluation_interval=1e1)
+    config.validate()
+    found = (config.num_env_runners, config.seed, config.evaluation_interval)
+    assert repr(found) == "(2, 3, 10)"
+    distrl_config(entropy_coeff=np.array([[0, 0.1], [100, 0.0]])).validate()
+
+
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_model_is_named_by_a_path_or_a_string(kind):
+    for config in (distrl_config(kind(TINY)), algorithm_config("PPO").environment(COUNTDOWN)):
+        config = wire_language_model(config, kind(TINY), RolloutSettings(max_completion_tokens=24))
+        config.validate()
+        assert config.model_config["model"] == TINY
+    config = distrl_config(kind(TINY))
+    config.validate()
+    assert config.model_config["model"] == TINY
+    with pytest.raises(ValueError, match="has model = 3; it must be a string or a path"):
+        distrl_config(3).validate()
 
 
 def test_python_names_the_nearest_setting():

@@ -1,5 +1,8 @@
 """What a configuration asks the cluster for, against what Ray would do with that in silence."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
@@ -83,9 +86,10 @@ def check_cluster(config: Any) -> None:
 
 
 class ClusterChecked:
-    """Mixed into an algorithm of RLlib's: `check_cluster` runs before it starts its first actor."""
+    """Mixed into an algorithm of RLlib's: what it would wait for, or pass over, is an error."""
 
     config: Any
+    env_runner_group: Any
 
     def setup(self, config: Any) -> None:
         """Builds the algorithm; RLlib (Ray 2.60) waits for its runners in here, without an end.
@@ -93,8 +97,27 @@ class ClusterChecked:
         Raises:
             ValueError: as `check_cluster`.
         """
-        check_cluster(self.config)
-        super().setup(config)  # type: ignore[misc]
+        with exits_are_errors("building the algorithm"):
+            check_cluster(self.config)
+            super().setup(config)  # type: ignore[misc]
+
+    def train(self) -> dict[str, Any]:
+        """One iteration.
+
+        Raises:
+            RuntimeError: code of the user's called ``sys.exit``, or fails in every runner: RLlib
+                would start them again, without an end, and learn nothing.
+        """
+        with exits_are_errors("training"):
+            return super().train()  # type: ignore[misc]
+
+    def training_step(self) -> None:
+        """RLlib's, and why it has sampled nothing, where it has lost all of its runners."""
+        super().training_step()  # type: ignore[misc]
+        group = self.env_runner_group
+        lost = group.num_remote_env_runners() and not group.num_healthy_remote_env_runners()
+        if lost and (why := why_no_runner_works(self.config, sample=True)):
+            raise RuntimeError(f"No env runner can sample. {why}")
 
 
 @lru_cache
@@ -149,19 +172,23 @@ def _gpus_per_evaluation_runner(config: Any) -> float:
     return own.get("num_gpus_per_env_runner", config.num_gpus_per_env_runner)
 
 
-def why_no_runner_starts(config: Any) -> str | None:
-    """Starts one more env runner to see why none has started: RLlib (Ray 2.60) forgets it.
+_START_S = 120.0  # imports, and loading a model, on a busy machine
+
+
+def why_no_runner_works(config: Any, *, sample: bool = False) -> str | None:
+    """Starts one more env runner to see why all others fail: RLlib (Ray 2.60) forgets it.
 
     Args:
         config: of the runners.
+        sample: whether it shall sample what the first of them begins with.
 
     Returns:
-        The error in the runner's constructor, with its traceback; None if it has started.
+        The runner's error, with its traceback; None if it has none.
     """
     actor = (
         ray.remote(config.env_runner_cls)
         .options(
-            num_cpus=config.num_cpus_per_env_runner,
+            num_cpus=0,  # the others may hold them all
             num_gpus=config.num_gpus_per_env_runner,
             resources=config.custom_resources_per_env_runner,
             max_restarts=0,
@@ -169,7 +196,9 @@ def why_no_runner_starts(config: Any) -> str | None:
         .remote(config=config, worker_index=1, num_workers=config.num_env_runners)
     )
     try:
-        ray.get(actor.ping.remote(), timeout=config.env_runner_health_probe_timeout_s)
+        ray.get(actor.ping.remote(), timeout=_START_S)
+        if sample:
+            ray.get(actor.sample.remote(), timeout=config.sample_timeout_s)
     except GetTimeoutError:
         return None
     except RayError as error:
@@ -177,3 +206,22 @@ def why_no_runner_starts(config: Any) -> str | None:
     finally:
         ray.kill(actor)
     return None
+
+
+@contextmanager
+def exits_are_errors(doing: str) -> Iterator[None]:
+    """Makes an error of ``sys.exit`` in code of the user's, which would end the job in silence.
+
+    Raises:
+        RuntimeError: naming who has called it.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        if str(frame.f_globals.get("__name__")).startswith("ray."):
+            raise  # Ray ends this process.
+        raise RuntimeError(
+            f"sys.exit({error.code!r}) was called while {doing}, by {frame.f_code.co_name}() "
+            f"in {frame.f_code.co_filename}:{frame.f_lineno}."
+        ) from error

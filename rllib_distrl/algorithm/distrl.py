@@ -5,9 +5,6 @@ As in RLlib, the configuration and the algorithm that it builds are one file.
 
 import secrets
 import threading
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -35,7 +32,7 @@ from ray.rllib.utils.metrics import (
 )
 
 from rllib_distrl.algorithm.batches import Batches
-from rllib_distrl.algorithm.cluster import check_cluster, why_no_runner_starts
+from rllib_distrl.algorithm.cluster import check_cluster, exits_are_errors, why_no_runner_works
 from rllib_distrl.algorithm.critic_pretraining import pretrain
 from rllib_distrl.algorithm.estimates import largest_micro_batch
 from rllib_distrl.algorithm.export import export_policy
@@ -45,6 +42,8 @@ from rllib_distrl.algorithm.restoring import (
     check_restored,
     check_settings,
     module_settings,
+    place_of,
+    reading,
     saved_settings,
 )
 from rllib_distrl.algorithm.scaling import check_scale
@@ -64,7 +63,7 @@ from rllib_distrl.method.allocators import ExploreFilterReplay, warn_of_rows_see
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.causal_lm_module import DistRLModule
 from rllib_distrl.model.loading import resolve
-from rllib_distrl.recipe_schema import builder_parameters, check_names
+from rllib_distrl.recipe_schema import builder_parameters, check_names, take_builder_values
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.contract import check_contract, check_env, check_whole
 from rllib_distrl.rollout.fleet import EnvRunnerFleet
@@ -237,8 +236,9 @@ class DistRLConfig(AlgorithmConfig):
         Raises:
             ValueError: with what was got, what is allowed and what to do.
         """
-        check_contract(self, ours=True)
         check_attributes(self)
+        take_builder_values(self, leave=TrainingSettings.model_fields)
+        check_contract(self, ours=True)
         take_settings(self)
         super().validate()
         validate_distrl(self)
@@ -294,7 +294,7 @@ class DistRL(Algorithm):
         Raises:
             RuntimeError: no env runner starts, or code of the user's called ``sys.exit``.
         """
-        with _exits_are_errors("building the algorithm"):
+        with exits_are_errors("building the algorithm"):
             self._build(config)
 
     def _build(self, config: Any) -> None:
@@ -353,7 +353,7 @@ class DistRL(Algorithm):
     def _explain_dead_runners(self, error: IndexError) -> None:
         """Raises what kept all remote runners from starting, if that was it."""
         config = self.evaluation_config or self.config
-        if config.num_env_runners and (why := why_no_runner_starts(config)):
+        if config.num_env_runners and (why := why_no_runner_works(config)):
             raise RuntimeError(f"No env runner starts. {why}") from error
 
     def train(self) -> dict[str, Any]:
@@ -363,7 +363,7 @@ class DistRL(Algorithm):
             RuntimeError: code of the user's called ``sys.exit``, which would end the job in
                 silence.
         """
-        with _exits_are_errors("training"):
+        with exits_are_errors("training"):
             return super().train()
 
     def training_step(self) -> None:
@@ -575,31 +575,19 @@ class DistRL(Algorithm):
         """Restores a checkpoint, also into an algorithm that has trained further.
 
         Raises:
-            ValueError: for a checkpoint of another model or critic, with the difference.
+            ValueError: for a checkpoint of another model or critic, with the difference, and for
+                one that cannot be read.
             RuntimeError: when the learners have not taken it over.
         """
-        whole = kwargs.get("component") is None
+        whole, filesystem = kwargs.get("component") is None, kwargs.get("filesystem")
+        path = place_of(path, filesystem)
         if whole:
-            filesystem = kwargs.get("filesystem")
             saved = saved_settings(path, filesystem, self.STATE_FILE_NAME)
             check_settings(self.config, saved, f"The checkpoint {path}")
         self.batches.drop()
         self._restored_weights = None
-        super().restore_from_path(path, *args, **kwargs)
+        with reading(path):
+            super().restore_from_path(path, *args, **kwargs)
         self._sync_weights()
         check_restored(path, self._restored_weights, self.weight_sync.contents())
         self.between_iterations = whole
-
-
-@contextmanager
-def _exits_are_errors(doing: str) -> Iterator[None]:
-    try:
-        yield
-    except SystemExit as error:
-        frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
-        if str(frame.f_globals.get("__name__")).startswith("ray."):
-            raise  # Ray ends this process.
-        raise RuntimeError(
-            f"sys.exit({error.code!r}) was called while {doing}, by {frame.f_code.co_name}() "
-            f"in {frame.f_code.co_filename}:{frame.f_lineno}."
-        ) from error

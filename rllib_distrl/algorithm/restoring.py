@@ -1,7 +1,9 @@
 """What is checked when a checkpoint is restored. RLlib (Ray 2.60) checks nothing of it."""
 
+import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,10 @@ SETTINGS = "module_settings"
 WEIGHTS = "policy_weights"
 # Beside the model's name in a checkpoint: which files it had, wherever they lie.
 _MODEL_FILES = "model_files"
+# What unpickling raises, and looking into a state that is built in another way.
+_UNREADABLE = (
+    AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError, pickle.UnpicklingError
+)  # fmt: skip
 # What decides which tensors there are and what they mean; anything else may be changed.
 _SHAPING = (
     "model", "critic", "critic_observation", "critic_freeze", "head", "n_quantiles",
@@ -49,18 +55,44 @@ def saved_settings(path: Any, filesystem: Any, state_file: str) -> dict[str, Any
     """The `module_settings` in a checkpoint; empty where it was written without them.
 
     Args:
-        path: folder or URI of an algorithm's checkpoint.
+        path: of an algorithm's checkpoint; of `place_of`.
         filesystem: pyarrow's, for a ``path`` on it; None: found from the path.
         state_file: name of the file with the algorithm's own state, without its ending.
 
     Raises:
         FileNotFoundError: there is no checkpoint.
+        ValueError: as `reading`.
     """
-    if filesystem is None:
-        filesystem, path = pyarrow.fs.FileSystem.from_uri(str(path))
-    file = (Path(path) / state_file).with_suffix(".pkl").as_posix()
-    with filesystem.open_input_stream(file) as stream:
-        return pickle.load(stream).get(SETTINGS, {})
+    with reading(path):
+        if filesystem is None:
+            filesystem, path = pyarrow.fs.FileSystem.from_uri(path)
+        file = (Path(path) / state_file).with_suffix(".pkl").as_posix()
+        with filesystem.open_input_stream(file) as stream:
+            return dict(pickle.loads(stream.read()).get(SETTINGS, {}))
+
+
+def place_of(path: Any, filesystem: Any) -> str:
+    """Where a checkpoint is, as pyarrow takes it: a URI, or a folder from the root."""
+    text = os.fspath(path)
+    return text if filesystem is not None or "://" in text else str(Path(text).absolute())
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Says that a checkpoint cannot be read: what another version has written has other names.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    try:
+        yield
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"The checkpoint {path} cannot be read ({type(error).__name__}: {error}). It is "
+            "damaged, or was written by a version that this one does not understand: take another "
+            "checkpoint, or the version that wrote it (meta.json of a run names it). Its exported "
+            "model can be trained on with any."
+        ) from error
 
 
 def check_settings(config: Any, saved: Mapping[str, Any], what: str) -> None:

@@ -3,7 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import BaseModel
 from ray.rllib.utils.schedules.scheduler import Scheduler
 
@@ -21,7 +20,7 @@ from rllib_distrl.method.registry import Stage, resolve, smallest_group
 from rllib_distrl.model.critics import check_critic
 from rllib_distrl.model.loading import load_config
 from rllib_distrl.model.lora import check_lora
-from rllib_distrl.recipe_schema import builder_parameters, check_value, nearest
+from rllib_distrl.recipe_schema import nearest
 from rllib_distrl.rllib_traps import given_model_config
 from rllib_distrl.settings import (
     CRITIC_TRUNKS,
@@ -30,7 +29,6 @@ from rllib_distrl.settings import (
     PretrainingSettings,
     RolloutSettings,
     TrainingSettings,
-    as_lists,
 )
 
 
@@ -41,6 +39,7 @@ def check_attributes(config: Any) -> None:
         ValueError: with what to use.
     """
     known = vars(type(config)())
+    public = [name for name in known if not name.startswith("_")]
     # RLlib leaves `class` behind when it copies a configuration (Ray 2.60).
     for name in vars(config).keys() - known.keys() - {"class"}:
         if name.startswith("__"):  # Tune's own, such as `__stderr_file__`.
@@ -48,7 +47,7 @@ def check_attributes(config: Any) -> None:
         if name in RolloutSettings.model_fields:
             hint = f"Use rollout({name}=...)."
         else:
-            hint = f"Did you mean {nearest(name, known)!r}?"
+            hint = f"Did you mean {nearest(name, public)!r}?"
         raise ValueError(f"The configuration has no setting {name!r}. {hint}")
 
 
@@ -63,13 +62,7 @@ def take_settings(config: Any) -> None:
         value = getattr(checked, name)
         if not isinstance(value, BaseModel):
             setattr(config, name, value)
-    annotations = builder_parameters(config, "training")
-    for name in ("lr", "gamma", "grad_clip", "num_epochs", "minibatch_size"):
-        value = getattr(config, name)
-        value = as_lists(value.item() if isinstance(value, np.generic) else value)
-        setattr(config, name, value)
-        if value is not None:
-            check_value(f"training.{name}", value, annotations[name])
+    config.rl_module(model_config=given_model_config(config))
 
 
 def validate_distrl(config: Any) -> None:

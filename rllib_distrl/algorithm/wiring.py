@@ -1,6 +1,7 @@
 """Wiring a language model into any `AlgorithmConfig`, ours or RLlib's own."""
 
 import inspect
+import os
 from typing import Any
 
 import gymnasium
@@ -21,7 +22,7 @@ from rllib_distrl.model.loading import (
     window_of,
 )
 from rllib_distrl.model.lora import check_lora
-from rllib_distrl.recipe_schema import check_environment, nearest
+from rllib_distrl.recipe_schema import check_environment, nearest, take_builder_values
 from rllib_distrl.rllib_traps import given_model_config, is_registered_env
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.contract import check_contract
@@ -57,7 +58,9 @@ def env_settings(model: str, rollout: RolloutSettings, obs_mode: str) -> dict[st
     }
 
 
-def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> AlgorithmConfig:
+def wire_language_model(
+    config: Any, model: str | os.PathLike[str], rollout: RolloutSettings
+) -> AlgorithmConfig:
     """Sets env runner class, module, tokenizer and rollout settings of ``config``.
 
     Args:
@@ -72,10 +75,12 @@ def wire_language_model(config: Any, model: str, rollout: RolloutSettings) -> Al
         ValueError: when a setting is out of range.
     """
     rollout.check_machine()
+    model = os.fspath(model)
     if hasattr(config, "rollout_settings"):
         config.rl_module(model_config={**given_model_config(config), "model": model})
         return config.rollout(**rollout.to_dict())
     _check_algorithm(config)
+    take_builder_values(config)
     check_contract(config)
     check_model_config(config)
     _check_critic_of_stock(config)
@@ -193,8 +198,8 @@ def check_rate(name: str, rate: Any) -> None:
     Raises:
         ValueError: with what is allowed.
     """
-    if isinstance(rate, (int, float)):
-        if not 0 < rate <= 1:
+    if rate is None or isinstance(rate, (int, float)):
+        if rate is None or not 0 < rate <= 1:
             raise ValueError(f"{name} is {rate}; it must be above 0 and at most 1.")
         return
     for point in rate if isinstance(rate, (list, tuple)) else ():

@@ -30,6 +30,8 @@ _ENV_SIDE: Mapping[str, str] = {
     "_module_to_env_connector": _CONNECTORS,
     "add_default_connectors_to_env_to_module_pipeline": _CONNECTORS,
     "add_default_connectors_to_module_to_env_pipeline": _CONNECTORS,
+    "restart_failed_sub_environments": "an environment that fails ends training with its error.",
+    "torch_compile_worker": "the engine generates. Leave it out.",
     "episodes_to_numpy": "learners read arrays. Leave it out.",
     "clip_rewards": "rewards are the task's. Use a wrapper, or our reward_transforms.",
     "observation_filter": _OLD_STACK,
@@ -52,6 +54,9 @@ _OUR_ALGORITHMS: Mapping[str, str] = {
     "input_": "training is online. For saved completions see critic_pretraining.",
     "num_aggregator_actors_per_learner": "the driver hands whole groups to the learners.",
     "count_steps_by": _OLD_STACK,
+    "torch_compile_learner": "it compiles a method of the module that is not called here. Leave it "
+    "out.",
+    "algorithm_config_overrides_per_module": "there is one module. Use training(...).",
 }
 
 
@@ -69,6 +74,9 @@ _AT_LEAST: Mapping[str, int] = {
     "min_sample_timesteps_per_iteration": 0,
     "min_train_timesteps_per_iteration": 0,
 }
+
+
+_SEEDS = 2**32  # as many as NumPy's legacy generator takes
 
 
 def check_contract(config: Any, ours: bool = False) -> None:
@@ -105,6 +113,8 @@ def _check_counts(config: Any) -> None:
         value = getattr(config, name)
         if isinstance(value, (int, float)) and not value >= least:
             raise ValueError(f"{name} is {value}; it must be >= {least}.")
+    if config.seed is not None and not 0 <= config.seed < _SEEDS:
+        raise ValueError(f"seed is {config.seed}; it must be in [0, {_SEEDS - 1}], or None.")
     for name in ("sample_timeout_s", "evaluation_sample_timeout_s"):
         value = getattr(config, name)
         if value is not None and not value > 0:

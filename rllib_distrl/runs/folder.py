@@ -151,11 +151,22 @@ class RunFolder:
 
 
 def is_run_folder(path: Path) -> bool:
-    """Says whether a folder was made by `distrl train`."""
+    """Says whether a folder was made by `distrl train`.
+
+    Raises:
+        ValueError: If it was, and its `meta.json` cannot be read.
+    """
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except OSError:
         return False
+    except ValueError as error:
+        if not RunFolder(path).recipe_file.is_file():
+            return False
+        raise ValueError(
+            f"{path / 'meta.json'} is damaged ({error}). Put it back from a copy of the run, or "
+            "name another folder with --out."
+        ) from None
     return isinstance(meta, dict) and meta.get("format") == _FORMAT
 
 

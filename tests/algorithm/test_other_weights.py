@@ -204,3 +204,30 @@ def test_an_error_in_user_code_ends_the_iteration_at_once_from_a_remote_runner_t
         algo.train()
     assert str(error.value).count("KeyError: ") == 1
     assert algo.fleet.counts["num_failed_env_runners"] == 0
+
+
+def stock_ppo(**callbacks):
+    config = algorithm_config("PPO").environment(COUNTDOWN).callbacks(**callbacks)
+    config.training(train_batch_size_per_learner=64, minibatch_size=32)
+    return wire_language_model(config, TINY, RolloutSettings(max_completion_tokens=24))
+
+
+def test_an_exit_is_an_error_in_rllibs_own_algorithms_too(build):
+    algo = build(stock_ppo(on_train_result=exits))
+    with pytest.raises(RuntimeError, match=r"sys.exit\(3\) was called while .* by exits\(\)"):
+        algo.train()
+
+
+@pytest.mark.slow
+def test_code_that_fails_in_every_runner_ends_rllibs_own_algorithms(build):
+    """RLlib starts the runners again, and goes on without having learned anything."""
+
+    def fail(*, episode, **kwargs):
+        raise KeyError("my bug")
+
+    config = stock_ppo(on_episode_end=fail).env_runners(num_env_runners=1)
+    config.fault_tolerance(delay_between_env_runner_restarts_s=0)
+    algo = build(config)
+    words = r"(?s)No env runner can sample.*on_episode_end failed on row .*my bug"
+    with pytest.raises(RuntimeError, match=words):
+        algo.train()

@@ -96,6 +96,45 @@ def test_save_and_restore_anywhere(algo, tmp_path, place):
     assert_equal(learner_state(algo), saved)
 
 
+@pytest.mark.parametrize("kind", [str, Path])
+def test_a_checkpoint_may_be_named_from_the_working_directory(algo, tmp_path, monkeypatch, kind):
+    algo.save_to_path(str(tmp_path / "c"))
+    saved = learner_state(algo)
+    algo.train()
+    monkeypatch.chdir(tmp_path)
+    algo.restore_from_path(kind("c"))
+    assert_equal(learner_state(algo), saved)
+
+
+def class_of_another_version(module, name):
+    """A pickle that names a class."""
+    strings = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
+    return b"\x80\x04" + b"".join(strings) + b"\x93."
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("algorithm_state.pkl", b"abc"),
+        ("algorithm_state.pkl", b""),
+        ("algorithm_state.pkl", pickle.dumps([1])),
+        ("algorithm_state.pkl", class_of_another_version("rllib_distrl.gone", "State")),
+        ("algorithm_state.pkl", class_of_another_version("rllib_distrl.settings", "Gone")),
+        (
+            "learner_group/learner/state.pkl",
+            class_of_another_version("rllib_distrl.settings", "Gone"),
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_said_with_what_to_do(algo, tmp_path, file, content):
+    algo.save_to_path(str(tmp_path / "c"))
+    assert (tmp_path / "c" / file).exists()
+    (tmp_path / "c" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint .*c cannot be read \(.*take another"):
+        algo.restore_from_path(tmp_path / "c")
+    algo.train()
+
+
 def test_from_checkpoint_goes_on(algo, tmp_path):
     algo.train()
     path = algo.save_to_path(str(tmp_path / "c"))

@@ -53,6 +53,11 @@ EVERYWHERE = [
         r"multi_agent\(policies=...\) names",
     ),
     (lambda c: c.framework("tf2"), "framework is 'tf2'"),
+    (lambda c: c.framework(torch_compile_worker=True), "torch_compile_worker is True"),
+    (
+        lambda c: c.fault_tolerance(restart_failed_sub_environments=True),
+        "restart_failed_sub_environments is True",
+    ),
 ]
 OURS = [
     (lambda c: c.training(train_batch_size_per_learner=64), "train_batch_size_per_learner is 64"),
@@ -70,6 +75,11 @@ OURS = [
     (lambda c: c.training(prompt_sampler={"name": "operator:add"}), r"int, which has no next"),
     (lambda c: c.resources(num_gpus=1), "num_gpus is 1.*num_gpus_per_learner"),
     (lambda c: c.training(optimizer={"type": "sgd"}), "optimizer is"),
+    (
+        lambda c: c.rl_module(algorithm_config_overrides_per_module={"default_policy": {"lr": 1}}),
+        "algorithm_config_overrides_per_module is .*there is one module",
+    ),
+    (lambda c: c.framework(torch_compile_learner=True), "torch_compile_learner is True"),
     (lambda c: c.update_from_dict({"num_generations": 8}), r"Use rollout\(num_generations=...\)"),
     (lambda c: c.update_from_dict({"n_quantile": 8}), "Did you mean 'n_quantiles'"),
     (lambda c: setattr(c, "entropy_coef", 0.1), "Did you mean 'entropy_coeff'"),

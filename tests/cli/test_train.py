@@ -8,14 +8,19 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import MixtralConfig
 from typer.testing import CliRunner
 
 from rllib_distrl.cli.app import app
+from rllib_distrl.cli.explain import said_of_weights
+from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import checkpoint_iteration, list_checkpoints
 from rllib_distrl.runs.log import read_progress
+from rllib_distrl.settings import EvalTable, RolloutSettings, RunSettings
 from tests.helpers import start_python
 
 RECIPE = """
@@ -276,3 +281,15 @@ def test_explain(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         app, ["explain", "tiny.toml", "run.algorithm=PPO", "training.minibatch_size=64"]
     )
     assert "timesteps (RLlib's unit)" in stock.stdout, stock.stderr
+
+
+def test_what_nobody_expects_of_the_weights_is_said(tmp_path: Path) -> None:
+    small = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
+    MixtralConfig(**small, **heads, dtype="bfloat16").save_pretrained(tmp_path)
+    recipe = Recipe(RunSettings(model=str(tmp_path)), RolloutSettings(), EvalTable())
+    lines = said_of_weights(recipe, SimpleNamespace(model_config={"lora": {"r": 2}}))
+    assert lines[0] == "The model was saved in bfloat16; it learns and is exported in float32."
+    assert lines[1].startswith("LoRA 'all-linear' gives the experts no adapter")
+    MixtralConfig(**small, **heads, dtype="float32").save_pretrained(tmp_path)
+    assert said_of_weights(recipe, SimpleNamespace(model_config={})) == []

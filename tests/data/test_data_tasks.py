@@ -310,6 +310,7 @@ def test_the_longest_prompt_is_checked_before_anything_is_sampled(tmp_path, caps
         assert "left out 1 of 6 problems" in capsys.readouterr().err
         answers = [env.task.problem(row).data["answer"][0] for row in range(len(env.task))]
         assert answers == ["0", "1", "2", "4", "5"]
+        assert "train 6" in env.task.describe_splits()  # as `distrl train` asks
     assert len(TokenEnv("math", **options, max_prompt_tokens=287).task) == 6
     with pytest.raises(ValueError, match="must be 'error' or 'skip'"):
         TokenEnv("math", **options, on_long_prompt="cut")

@@ -86,6 +86,14 @@ def test_a_folder_that_is_no_run_is_never_touched(
     assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "meta.json"]
 
 
+def test_a_damaged_meta_json_is_named(tmp_path: Path, recipe: Recipe) -> None:
+    run = create_run(tmp_path / "run", recipe, [])
+    run.meta_file.write_text('{"format"')
+    for use in (open_run, check_free):
+        with pytest.raises(ValueError, match=r"run/meta\.json is damaged \(.*\)\. Put it back"):
+            use(run.path)
+
+
 def test_out_must_be_a_folder(tmp_path: Path, file: Path) -> None:
     with pytest.raises(ValueError, match="not a folder"):
         check_free(file, overwrite=True)
