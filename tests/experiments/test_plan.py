@@ -152,13 +152,22 @@ def test_a_control_may_promise_that_its_environment_is_the_same_task(folder: Pat
     assert seeds == {"plain": None, "kappa-0.5": None, "control": 1}
 
 
+TUNE = Path(__file__).parents[2] / "tune"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["critic_information", "sao", "unruly", "wide_law"])
+def test_small_comparisons_can_be_planned(name: str) -> None:
+    planned = make_plan([TUNE / f"{name}.toml"], [], seeds=8, first_seed=0, budget_tokens=60_000)
+    assert len(planned.jobs()) == 8 * len(planned.contenders) >= 16
+
+
 NOT_COMPARED = {"noise_backward", "noise_forward", "ucb_source"}
 
 
 @pytest.mark.slow
 def test_every_method_is_in_the_file_that_compares_them_and_can_be_planned() -> None:
-    file = Path(__file__).parents[2] / "tune" / "methods.toml"
-    planned = make_plan([file], [], seeds=4, first_seed=0, budget_tokens=200_000)
+    planned = make_plan([TUNE / "methods.toml"], [], seeds=4, first_seed=0, budget_tokens=200_000)
     assert len(planned.jobs()) == 4 * len(planned.contenders) > 300
     used: dict[str, set[str]] = {}
     for contender in planned.contenders:
