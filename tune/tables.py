@@ -34,15 +34,15 @@ COUNTDOWN, GRAPH, GRADED = "headline-countdown", "headline-graph-path", "headlin
 EQUAL, AFTER = "at an equal average", "after training"
 # What README asks of each comparison: folder, recipe, baseline, metric, where it is read.
 SHORT = (
+    ("unruly-both", "rank", "scalar", "avg@8", AFTER),
+    ("unruly-both", "rank", "mean-variance", "avg@8", AFTER),
+    ("unruly-both", "rank", "scalar-clipped", "avg@8", AFTER),
+    ("unruly-both", "rank", "grpo-8", "avg@8", AFTER),
+    ("unruly-clean", "rank", "scalar", "avg@8", AFTER),
     (COUNTDOWN, "weighted", "ppo", "pass@16", EQUAL),
-    (COUNTDOWN, "grpo", "ppo", "pass@16", EQUAL),
-    (COUNTDOWN, "weighted", "weighted-scalar", "pass@16", EQUAL),
     (COUNTDOWN, "distrl", "distrl-scalar", "pass@16", EQUAL),
     (COUNTDOWN, "distrl-scalar", "distrl-none", "avg@64", AFTER),
-    (GRAPH, "weighted", "ppo", "pass@16", EQUAL),
     (GRAPH, "distrl", "distrl-scalar", "avg@64", AFTER),
-    (GRAPH, "distrl-scalar", "distrl-none", "avg@64", AFTER),
-    (GRADED, "weighted", "ppo", "best@16", EQUAL),
     (GRADED, "weighted", "weighted-scalar", "best@16", EQUAL),
 )
 LONG = (
@@ -63,12 +63,31 @@ LONG = (
     *((GRADED, "best4", other, "avg@64", AFTER) for other in ("best4-scalar", "best4-none")),
     *((GRADED, "distrl-scalar", "distrl-none", "avg@64", AFTER),),
 )  # fmt: skip
+UNRULY = {"unruly-clean": "clean", "unruly-both": "two scales, glitches"}
+INFORMATION = "information-32"
+# What docs/law.md asks of each.
+LAW = (
+    *((folder, "rank", other, "avg@8", AFTER)
+      for folder in UNRULY
+      for other in ("scalar", "scalar-clipped", "mean-variance", "grpo-8", "rank-8")),
+)  # fmt: skip
+TOLD = tuple(
+    (INFORMATION, name, "none", metric, AFTER)
+    for name in ("state", "text", "placebo", "no-critic")
+    for metric in ("avg@32", "pass@32")
+)
 SEARCHED = (
     ("rollout", "num_generations"),
     ("training", "critic_warmup_iterations"),
     ("training", "shapers"),
 )
-TASKS = {COUNTDOWN: "Countdown", GRAPH: "Graph path", GRADED: "Countdown, partial credit"}
+TASKS = {
+    COUNTDOWN: "Countdown",
+    GRAPH: "Graph path",
+    GRADED: "Countdown, partial credit",
+    **{folder: f"Rewards: {cell}" for folder, cell in UNRULY.items()},
+    INFORMATION: "Countdown",
+}
 
 
 @cache
@@ -98,6 +117,21 @@ def comparisons(asked: tuple[tuple[str, str, str, str, str], ...]) -> str:
         lines.append([TASKS[folder], compared, f"{metric} {where}", tested(metric, test), clear])
     head = ["task", "compared", "read", "difference [95 %], p → corrected", "clear"]
     return Table(head, lines).to_markdown()
+
+
+def unruly() -> str:
+    """What the steps compute on held-out problems: mean ± sd over the seeds, in %."""
+    lines = []
+    for folder, cell in UNRULY.items():
+        scores: dict[str, list[float]] = {}
+        for record in committed(folder):
+            scores.setdefault(record.name, []).append(100 * record.metrics["avg@8"])
+        names = read_about(RESULTS / folder).names
+        cells = [
+            f"{statistics.mean(x):.1f} ± {statistics.stdev(x):.1f}" for x in map(scores.get, names)
+        ]
+        lines.append([cell, *cells])
+    return Table(["rewards in training", *(f"`{name}`" for name in names)], lines).to_markdown()
 
 
 def longer_completions() -> str:
@@ -153,6 +187,9 @@ TABLES = {
     (ROOT / "docs" / "headline.md", "comparisons"): lambda: comparisons(LONG),
     (ROOT / "docs" / "headline.md", "search"): search,
     (ROOT / "docs" / "headline.md", "longer completions"): longer_completions,
+    (ROOT / "docs" / "law.md", "unruly"): unruly,
+    (ROOT / "docs" / "law.md", "law"): lambda: comparisons(LAW),
+    (ROOT / "docs" / "law.md", "told"): lambda: comparisons(TOLD),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
     (ROOT / "docs" / "methods.md", "methods"): markdown,
 }
