@@ -15,6 +15,8 @@ COMPARISONS = {
     "headline-graded": "headline-graded",
     "headline-graph-path": "headline-graph-path",
     "methods": "methods-compared",
+    "unruly-both": "law-both",
+    "unruly-clean": "law-clean",
 }
 
 
