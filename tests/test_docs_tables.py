@@ -14,6 +14,7 @@ COMPARISONS = {
     "headline-countdown": "headline-countdown",
     "headline-graded": "headline-graded",
     "headline-graph-path": "headline-graph-path",
+    "information-32": "law-information",
     "methods": "methods-compared",
     "unruly-both": "law-both",
     "unruly-clean": "law-clean",

@@ -189,6 +189,7 @@ TABLES = {
     (ROOT / "docs" / "headline.md", "longer completions"): longer_completions,
     (ROOT / "docs" / "law.md", "unruly"): unruly,
     (ROOT / "docs" / "law.md", "law"): lambda: comparisons(LAW),
+    (ROOT / "docs" / "law.md", "told"): lambda: comparisons(TOLD),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
     (ROOT / "docs" / "methods.md", "methods"): markdown,
 }
