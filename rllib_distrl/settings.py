@@ -35,16 +35,20 @@ from rllib_distrl.recipe_schema import (
     toml_types,
 )
 
-Positive = Annotated[FiniteFloat, Field(gt=0)]
-NotNegative = Annotated[FiniteFloat, Field(ge=0)]
+LARGEST = 10**9
+"""Beyond it a number is a slip: it overflows once it is multiplied (our choice)."""
+Number = Annotated[FiniteFloat, Field(ge=-LARGEST, le=LARGEST)]
+Positive = Annotated[FiniteFloat, Field(gt=0, le=LARGEST)]
+NotNegative = Annotated[FiniteFloat, Field(ge=0, le=LARGEST)]
+Temperature = Annotated[FiniteFloat, Field(ge=1e-3, le=1e3)]
 Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 Rate = Annotated[FiniteFloat, Field(gt=0, le=1)]
 """A learning rate. Adam moves a weight by about as much in a step: beyond 1 all of them diverge."""
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=LARGEST)]
 NotNegativeInt = Annotated[int, Field(ge=0)]
 Choice = str | dict[str, Any]
 """A method by its name, or ``{name, ...}`` with settings of its own; see `method.registry`."""
-Schedule = list[list[FiniteFloat]]
+Schedule = list[list[Number]]
 """RLlib's: [[env step, value], ...], linear between them."""
 
 TWIN = "twin"
@@ -174,7 +178,12 @@ def _must_be(annotation: Any, field: Any, error: Mapping[str, Any]) -> str:
     words = in_words(kinds - {str} if choices else kinds)
     if error["type"] == "finite_number":
         words = "a finite number"
-    bounds = _bounds(field.metadata or _inner_metadata(annotation))
+    found = field.metadata or _inner_metadata(annotation)
+    if not {LARGEST, -LARGEST} & set(error.get("ctx", {}).values()):
+        # A limit that is only beyond all reason needs no word where another is broken.
+        generic = (annotated_types.Le(LARGEST), annotated_types.Ge(-LARGEST))
+        found = [item for item in found if item not in generic]
+    bounds = _bounds(found)
     if isinstance(error["input"], str) and dict in (toml_types(annotation) or ()):
         words += f" such as {{name = {error['input']!r}}}"
     others = list(map(repr, choices))
@@ -232,7 +241,7 @@ class RolloutSettings(Settings):
     """Completions per problem in RLlib's evaluation while training: a pool for pass@k and maj@k."""
     max_completion_tokens: Count = 64
     """Length limit; part of the task, see `TokenEnv`."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Of the sampling distribution; the learner uses the same. Greedy sampling is chosen with
     ``explore = false`` in [env_runners]."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
@@ -352,7 +361,7 @@ class EvalSettings(Settings):
     max_tokens: Count | None = None
     """Limit of a completion, EOS included; None: `rollout.max_completion_tokens` of a recipe, the
     environment's own without one."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Divides the logits."""
     top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1.0
     """Nucleus; 1 turns it off."""
@@ -639,7 +648,7 @@ class TrainingSettings(Settings):
     """What the centre of the head is: ``mean`` or ``median``."""
     init_spread: Positive = 0.1
     """Distance of the outermost quantiles at the start."""
-    init_value: FiniteFloat | None = None
+    init_value: Number | None = None
     """Value of all states at the start, after reward transforms; None: the first batch's mean."""
     read_out: dict[str, Any] = {"name": "mean"}
     """``{name, level}`` of the quantiles that the actor takes as the value."""

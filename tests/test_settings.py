@@ -9,7 +9,12 @@ from ray import tune
 
 from rllib_distrl import DistRLConfig, RolloutSettings, settings, wire_language_model
 from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.settings import EvalSettings, RunSettings, Settings, TrainingSettings
+from rllib_distrl.settings import (
+    EvalSettings,
+    RunSettings,
+    Settings,
+    TrainingSettings,
+)
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 REFUSED = [
@@ -63,6 +68,26 @@ def test_one_sentence_says_what_was_got_and_what_is_allowed(table, values, sente
     with pytest.raises(ValueError) as caught:
         table(**values)
     assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("table", "values", "sentence"),
+    [
+        (RunSettings, {"iterations": 10**12}, "1000000000000; it must be in [1, 1000000000]."),
+        (TrainingSettings, {"bonus_coeff": 1e30}, "1e+30; it must be in [0, 1000000000]."),
+        (
+            TrainingSettings,
+            {"init_value": -1e38},
+            "it must be in [-1000000000, 1000000000], or left out.",
+        ),
+        (TrainingSettings, {"entropy_coeff": [[0, 1e30]]}, "is [[0, 1e+30]]; it must be"),
+        (RolloutSettings, {"temperature": 1e-300}, "it must be in [0.001, 1000.0]."),
+    ],
+)
+def test_numbers_beyond_all_reason_are_refused(table, values, sentence):
+    with pytest.raises(ValueError) as caught:
+        table(**values)
+    assert sentence in str(caught.value)
 
 
 def test_values_are_taken_as_python_and_numpy_write_them():

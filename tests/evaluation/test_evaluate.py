@@ -266,7 +266,7 @@ def test_the_environment_limits_completions_where_nothing_is_set():
         ({"n": 0}, "eval.n is 0; it must be >= 1"),
         ({"k": (9,)}, r"pass@9 needs 1 <= k <= n and eval.n is 8"),
         ({"split": "dev"}, "eval.split is 'dev'"),
-        ({"temperature": 0.0}, "eval.temperature is 0.0; it must be above 0"),
+        ({"temperature": 0.0}, r"eval.temperature is 0.0; it must be in \[0.001, 1000.0\]"),
         ({"top_p": 1.5}, "eval.top_p is 1.5"),
         ({"greedy": True}, "Set n = 1"),
         ({"dtype": "float64"}, "eval.dtype is"),
