@@ -32,6 +32,7 @@ class Prompts:
     Attributes:
         task: The task, without the rows that are left out.
         max_tokens: Longest prompt allowed.
+        system_prompt: See `system_prompt_of`.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class Prompts:
         self.max_tokens = max_tokens
         self._tokenizer = tokenizer
         self._compact = is_small(tokenizer)
-        self._system_prompt = system_prompt_of(task, system_prompt)
+        self.system_prompt = system_prompt_of(task, system_prompt)
         self._template = template
         self._variables = chat_template_kwargs
         self._window: int | None = None  # where it is what bounds the prompts
@@ -178,7 +179,7 @@ class Prompts:
     @cached_property
     def _frame_tokens(self) -> int:
         """Tokens around the text of a prompt."""
-        return len(self._rendered("0", self._system_prompt))
+        return len(self._rendered("0", self.system_prompt))
 
     def _encoded(self, problem: Problem) -> list[int]:
         if self._compact:
@@ -187,7 +188,7 @@ class Prompts:
             marked = mark_special(self._tokenizer, problem.prompt)
             text = self.task.instruction(replace(problem, prompt=marked))
         context = self.task.context(problem)
-        system_prompt = self._system_prompt
+        system_prompt = self.system_prompt
         if any(message["role"] == "system" for message in context):
             system_prompt = None  # The row's own says what it asks for.
         try:

@@ -201,6 +201,9 @@ class TokenEnv(gymnasium.Env[Observation, int]):
         )
         self.task = self.prompts.task
         self.max_prompt_tokens = self.prompts.max_tokens
+        self.system_prompt = self.prompts.system_prompt
+        self.prompt_template = prompt_template
+        self.chat_template_kwargs = chat_template_kwargs
         self.has_turns = takes_replies(self.task, max_turns, max_context_tokens, max_reply_tokens)
         self.max_turns = int(self.task.max_turns if max_turns is None else max_turns)
         self.max_reply_tokens = 0

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from ray.rllib.core import DEFAULT_MODULE_ID
 from safetensors.torch import load_file, save_file
 
 from rllib_distrl.algorithm.export import export_critic
@@ -36,7 +37,7 @@ def trained():
 
 
 def module_of(algo):
-    return local_learner(algo).policy_module
+    return local_learner(algo).module[DEFAULT_MODULE_ID].unwrapped()
 
 
 @pytest.mark.parametrize("critic", ["separate", "shared", "twin"])
