@@ -162,7 +162,7 @@ class DataTask(Task):
         left_out = set(rows)
         kept = [index for row, index in enumerate(self._rows) if row not in left_out]
         other = object.__new__(type(self))  # `copy.copy` would make one that has travelled
-        other.__dict__.update({**self.__dict__, "_rows": kept})
+        vars(other).update({**vars(self), "_rows": kept})
         return other
 
     def same_answer(self, one: str, other: str) -> bool:
