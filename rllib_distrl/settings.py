@@ -567,7 +567,7 @@ class TrainingSettings(Settings):
     """Upper half width, if it differs."""
     dual_clip: Annotated[FiniteFloat, Field(gt=1)] | None = None
     """Bound on the ratio where the advantage is negative; None: off."""
-    vf_loss_coeff: NotNegative = 1.0
+    vf_loss_coeff: Annotated[FiniteFloat, Field(ge=0)] = 1.0
     """Weight of the critic's loss."""
     vf_clip_param: Positive = 10.0
     """Bound on the squared error of a scalar critic (one quantile)."""
