@@ -1,6 +1,6 @@
 """Countdown whose rewards in training are unruly, and controls that can do without a law.
 
-    python tune/compare.py tune/unruly.toml --seeds 8 --budget-tokens 150000 --out runs/unruly
+    python tune/compare.py tune/unruly.toml --seeds 8 --budget-tokens 60000 --out runs/unruly-clean
     python tune/compare.py tune/unruly.toml environment.env_config.task_config.glitches=0.03 ...
 
 What a completion is worth is what its steps compute, the more the better, whatever the target is.

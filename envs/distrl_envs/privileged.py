@@ -172,7 +172,7 @@ class Demonstrations:
             ends_turn: Whether a completion has ended; others get an EOS.
 
         Raises:
-            ValueError: If the task has none or replies, or one does not fit.
+            ValueError: If the task has none, or one does not fit.
             TaskError: If the task fails, or returns no text.
         """
         self._prompts, self._tokenizer = prompts, tokenizer
