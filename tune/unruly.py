@@ -18,7 +18,7 @@ from rllib_distrl.method.batch import SequenceBatch
 
 SCALES = 0.1, 10.0
 LARGE_TARGET = 40
-"""From here on a problem is of the other family: about half of them, and the prompt shows it."""
+"""From here on a problem is of the other family, 36 % of them; the prompt shows which."""
 GLITCH = 20.0
 """Times the reward of a perfect answer, with either sign."""
 
