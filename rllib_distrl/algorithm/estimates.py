@@ -181,7 +181,6 @@ def learner_memory(
     activation_checkpointing: bool = False,
     adapter_parameters: int | None = None,
     reference: bool = False,
-    on_gpu: bool = False,
 ) -> dict[str, int]:
     """Estimates one learner's memory by part, in bytes.
 
@@ -195,11 +194,9 @@ def learner_memory(
         activation_checkpointing: Whether blocks keep their inputs alone.
         adapter_parameters: Of one trunk's LoRA adapters; None: all parameters learn.
         reference: Whether a reference policy is kept; with adapters it needs no memory.
-        on_gpu: Whether it learns on a GPU, where chunks of logits are larger.
     """
-    from rllib_distrl.maths.lm_head import ACCELERATOR_LOGITS, CPU_LOGITS
+    from rllib_distrl.maths.lm_head import CHUNK_LOGITS
 
-    most_logits = ACCELERATOR_LOGITS if on_gpu else CPU_LOGITS
     each, own_trunks = _FLOAT32, CRITIC_TRUNKS.get(critic, 0)
     trunks = 1 + own_trunks
     head = (shape.hidden + 1) * critic_outputs if critic != "none" else 0
@@ -223,7 +220,7 @@ def learner_memory(
         ACTIVATIONS: micro_batch_tokens * kept * trunks,
         "logits of a chunk": _LOGITS_COPIES
         * 4
-        * min(most_logits, micro_batch_tokens * shape.vocabulary),
+        * min(CHUNK_LOGITS, micro_batch_tokens * shape.vocabulary),
     }
     if precision == "bf16":
         parts["bfloat16 weights"] = shape.trunk_parameters * trunks * each // 2
@@ -366,7 +363,6 @@ class Needs:
             activation_checkpointing=settings.get("activation_checkpointing", False),
             adapter_parameters=_adapter_parameters(settings),
             reference=_keeps_reference(config),
-            on_gpu=config.num_gpus_per_learner > 0,
         )
         rows = min(rollout.max_batch_size, math.ceil(growth * updates.episodes))
         runner = runner_memory(shape, rows=rows, tokens=longest, dtype=rollout.dtype)

@@ -3,6 +3,7 @@
 No (tokens × vocabulary) tensor outlives a chunk, forward or backward.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CPU_LOGITS = 2**24
-"""Logits held at once on a CPU: 64 MB in float32."""
+CHUNK_LOGITS = 2**26
+"""Logits held at once: 256 MB in float32."""
 
-ACCELERATOR_LOGITS = 2**26
-"""The same on an accelerator, where large matrix products matter more: 256 MB."""
+_CPU_BLOCK = 2**22
+"""Logits computed at once on a CPU: what passes over them then finds them in a cache."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ def token_logps(
 ) -> tuple[Float[Tensor, " M"], Float[Tensor, " M"]]:
     """Computes log π(target) and entropy H = −Σ_v p_v ln p_v under softmax(f(W h + b)/T).
 
-    Both are differentiable, once, in hidden, weight and bias. Matrix products are in the dtype
-    of `hidden` with float32 accumulation; logits and everything after are float32 (float64
-    stays float64). Up to one chunk the softmax is kept for the backward pass; beyond, each
+    Both are differentiable, once, in hidden, weight and bias. Matrix products are of factors in the
+    dtype of `hidden` and sum in float32; logits and all that follows from them are float32 (float64
+    stays float64), gradients of half precision are rounded to it on a CPU. Up to one chunk the softmax is kept for the backward pass; beyond, each
     chunk is computed again there. Autocast is ignored: what `hidden` is decides.
 
     Args:
@@ -102,40 +103,50 @@ def score_by_hidden(
     """
     targets, chunk, found = targets.long(), chunk or _chunk(hidden, weight), []
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        head = _head(weight, hidden)
+        head = _logits_head(weight, hidden)
         for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logps, _ = _log_softmax(h, head, bias, temperature, logit_map)
-            found.append(head[y].to(logps.dtype) - _matmul(logps.exp().to(head.dtype), head))
+            mean = _sum_in_float32(logps.exp().to(head.dtype), head)
+            found.append(head[y].to(logps.dtype) - mean)
     return torch.cat(found)
 
 
 def _chunk(hidden: Tensor, weight: Tensor) -> int:
     """Tokens whose logits are held at once."""
-    budget = CPU_LOGITS if hidden.device.type == "cpu" else ACCELERATOR_LOGITS
-    return max(1, budget // weight.shape[0])
+    return max(1, CHUNK_LOGITS // weight.shape[0])
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Multiplies into a float32 result that was never rounded to half precision."""
-    if a.dtype in (torch.float32, torch.float64):
-        return a @ b
-    if a.device.type == "cuda":
+def _block(hidden: Tensor, weight: Tensor, chunk: int) -> int:
+    """Tokens whose logits are computed at once."""
+    of_cpu = max(1, _CPU_BLOCK // weight.shape[0])
+    return min(chunk, of_cpu) if hidden.device.type == "cpu" else chunk
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.float16, torch.bfloat16)
+
+
+def _sum_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """The product of factors in half precision, in float32 where the device gives it unrounded."""
+    if _is_half(a) and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return a @ b
 
 
-def _head(weight: Tensor, hidden: Tensor) -> Tensor:
-    """The weight in the dtype that products with `hidden` use, converted once per pass."""
+def _logits_head(weight: Tensor, hidden: Tensor) -> Tensor:
+    """The weight as products with `hidden` see it, in the dtype in which logits are computed.
+
+    PyTorch's CPU products of half precision round their results to it, which logits must not be.
+    """
     head = weight.to(hidden.dtype)
-    half_on_cpu = hidden.device.type != "cuda" and hidden.dtype in (torch.float16, torch.bfloat16)
-    return head.float() if half_on_cpu else head
+    return head.float() if _is_half(head) and head.device.type != "cuda" else head
 
 
 def _log_softmax(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, logit_map: LogitMap
 ) -> tuple[Tensor, Tensor | None]:
     """Logps (M, V), and with a soft cap its slope 1 − tanh²(s z / c) at each logit."""
-    logits = _matmul(hidden, weight.t())
+    logits = _sum_in_float32(hidden.to(weight.dtype), weight.t())
     if bias is not None:
         logits += bias
     if logit_map.scale != 1.0:
@@ -181,51 +192,66 @@ class _TokenLogps(torch.autograd.Function):
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         targets = targets.long()
+        block = _block(hidden, weight, chunk)
+        keep = len(hidden) <= chunk
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _head(weight, hidden)
-            logps, slope, picked, entropies = None, None, [], []
-            for h, y in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            head = _logits_head(weight, hidden)
+            kept, picked, entropies = [], [], []
+            for h, y in zip(hidden.split(block), targets.split(block), strict=True):
                 logps, slope = _log_softmax(h, head, bias, temperature, logit_map)
                 picked.append(logps.gather(-1, y.unsqueeze(-1)).squeeze(-1))
                 entropies.append(-(logps.exp() * logps).sum(-1))
+                if keep:
+                    kept += [logps, slope]
         entropy = torch.cat(entropies)
-        kept = (logps, slope) if len(picked) == 1 else (None, None)
         ctx.save_for_backward(hidden, weight, bias, targets, entropy, *kept)
-        ctx.temperature, ctx.logit_map, ctx.chunk = temperature, logit_map, chunk
+        ctx.temperature, ctx.logit_map, ctx.chunk, ctx.block = temperature, logit_map, chunk, block
         ctx.set_materialize_grads(False)
         return torch.cat(picked), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, entropy, kept, slope = ctx.saved_tensors
+        hidden, weight, bias, _, entropy, *_ = ctx.saved_tensors
         with torch.autocast(hidden.device.type, enabled=False):
-            head = _head(weight, hidden)
-            accumulator = entropy.dtype
+            head = weight.to(hidden.dtype)
             need_h, need_w, need_b = ctx.needs_input_grad[:3]
             grad_h = torch.empty_like(hidden) if need_h else None
-            grad_w = torch.zeros_like(weight, dtype=accumulator) if need_w else None
-            grad_b = torch.zeros_like(bias, dtype=accumulator) if need_b else None
+            grad_w = torch.zeros_like(weight, dtype=entropy.dtype) if need_w else None
+            grad_b = torch.zeros_like(bias, dtype=entropy.dtype) if need_b else None
             for start in range(0, len(hidden), ctx.chunk):
                 rows = slice(start, start + ctx.chunk)
-                logps = kept
-                if logps is None:
-                    logps, slope = _log_softmax(
-                        hidden[rows], head, bias, ctx.temperature, ctx.logit_map
-                    )
-                parts = tuple(None if g is None else g[rows] for g in grads)
-                z = _logits_gradient(logps, targets[rows], entropy[rows], parts)  # pyright: ignore[reportArgumentType]
-                if slope is not None:
-                    z = z * slope
-                if ctx.logit_map.scale != 1.0:
-                    z = z * ctx.logit_map.scale
-                z = (z / ctx.temperature if ctx.temperature != 1.0 else z).to(head.dtype)
+                z = torch.cat(list(_gradients_of_products(ctx, rows, grads)))
                 if grad_h is not None:
                     grad_h[rows] = z @ head
                 if grad_w is not None:
-                    grad_w += _matmul(z.t(), hidden[rows].to(head.dtype))
+                    grad_w += _sum_in_float32(z.t(), hidden[rows])
                 if grad_b is not None:
-                    grad_b += z.sum(0, dtype=accumulator)
+                    grad_b += z.sum(0, dtype=entropy.dtype)
         grad_w = None if grad_w is None else grad_w.to(weight.dtype)
         grad_b = None if grad_b is None else grad_b.to(bias.dtype)
         return grad_h, grad_w, grad_b, None, None, None, None
+
+
+def _gradients_of_products(
+    ctx: Any, rows: slice, grads: tuple[Tensor | None, ...]
+) -> Iterator[Tensor]:
+    """Gradients (block, V) by the head's output, in the dtype of the states, of a chunk's rows."""
+    hidden, weight, bias, targets, entropy, *kept = ctx.saved_tensors
+    head = None if kept else _logits_head(weight, hidden)
+    parts = [None if x is None else x[rows].split(ctx.block) for x in grads]
+    of_rows = zip(*(x[rows].split(ctx.block) for x in (hidden, targets, entropy)), strict=True)
+    for i, (h, y, of_block) in enumerate(of_rows):
+        if head is None:
+            logps, slope = kept[2 * i : 2 * i + 2]
+        else:
+            logps, slope = _log_softmax(h, head, bias, ctx.temperature, ctx.logit_map)
+        grad_logp, grad_entropy = (None if part is None else part[i] for part in parts)
+        z = _logits_gradient(logps, y, of_block, (grad_logp, grad_entropy))
+        if slope is not None:
+            z *= slope
+        if ctx.logit_map.scale != 1.0:
+            z *= ctx.logit_map.scale
+        if ctx.temperature != 1.0:
+            z /= ctx.temperature
+        yield z.to(hidden.dtype)

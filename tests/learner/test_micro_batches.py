@@ -80,6 +80,6 @@ def test_the_constant_divisor_is_the_length_limit(episodes):
 
 def test_chunks_of_the_head_change_no_gradient(episodes, monkeypatch):
     _, whole = passes_and_gradients(episodes, 16_384, **EVERY_TERM)
-    monkeypatch.setattr(lm_head, "CPU_LOGITS", 3 * 112)  # three tokens of the vocabulary
+    monkeypatch.setattr(lm_head, "CHUNK_LOGITS", 3 * 112)  # three tokens of the vocabulary
     _, chunked = passes_and_gradients(episodes, 16_384, **EVERY_TERM)
     assert_equal(chunked, whole, 1e-6)

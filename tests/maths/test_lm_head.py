@@ -112,7 +112,7 @@ def test_half_precision_logits_are_not_rounded():
 
 
 @pytest.mark.parametrize("chunk", [7, None])
-def test_under_autocast_only_the_inputs_are_rounded(chunk):
+def test_under_autocast_logits_are_not_rounded(chunk):
     hidden, weight, bias, targets = case(20, 16, 50)
     low = hidden.detach().bfloat16().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -127,10 +127,9 @@ def test_under_autocast_only_the_inputs_are_rounded(chunk):
     loss_of(*expected).backward()
     for ours, theirs in zip(found, expected, strict=True):
         assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip((weight, bias), rounded[1:], strict=True):
-        assert torch.allclose(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
-    # The gradient of bfloat16 states is rounded once, at its end: to 2^-9 of each number.
-    assert torch.allclose(low.grad.float(), rounded[0].grad, rtol=2**-8, atol=1e-5)
+    # Gradients by logits are rounded to 2^-9 of each number at most, then their products are.
+    for ours, theirs in zip((low, weight, bias), rounded, strict=True):
+        assert 0 < (ours.grad.float() - theirs.grad).norm() < 2**-8 * theirs.grad.norm()
 
 
 def test_no_tokens():
