@@ -54,8 +54,9 @@ def token_logps(
 
     Both are differentiable, once, in hidden, weight and bias. Matrix products are of factors in the
     dtype of `hidden` and sum in float32; logits and all that follows from them are float32 (float64
-    stays float64), gradients of half precision are rounded to it on a CPU. Up to one chunk the softmax is kept for the backward pass; beyond, each
-    chunk is computed again there. Autocast is ignored: what `hidden` is decides.
+    stays float64), gradients of half precision are rounded to it on a CPU. Up to one chunk the
+    softmax is kept for the backward pass; beyond, each chunk is computed again there. Autocast is
+    ignored: what `hidden` is decides.
 
     Args:
         hidden: The last hidden states of M tokens.
