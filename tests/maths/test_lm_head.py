@@ -118,6 +118,7 @@ def test_under_autocast_logits_are_not_rounded(chunk):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = token_logps(low, weight, targets, bias=bias, temperature=0.7, chunk=chunk)
         loss_of(*found).backward()
+    assert torch.backends.mkldnn.matmul.fp32_precision == "none"  # left as it was
     assert {tensor.dtype for tensor in found} == {torch.float32}
     assert (low.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
     rounded = [low.detach().float(), weight.detach().bfloat16().float(), bias.detach()]
