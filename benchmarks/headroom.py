@@ -1,15 +1,22 @@
-"""What the law of returns knows in Blackjack that its mean does not, by dynamic programming.
+"""What the law of returns knows that its mean does not: the headroom of a critic of the law.
 
     python -m benchmarks.headroom
+    python -m benchmarks.headroom EVALUATION
 
-For the player with the highest expected score and for one who moves at random: the share of the
-variance across states of each functional that the mean leaves open (`maths.headroom`).
+Without a folder in Blackjack, by dynamic programming, for the player with the highest expected
+score and for one who moves at random. With one of `distrl eval`, at the prompts of a task, from the
+samples that it holds. Each is the share of a functional's variance across states that the mean
+leaves open (`maths.headroom`).
 """
+
+import sys
 
 import numpy as np
 
 from distrl_envs.tasks.blackjack import Law, mean, return_law, uniform, visits
-from rllib_distrl.maths.headroom import headroom
+from rllib_distrl.evaluation.store import load_samples
+from rllib_distrl.maths.headroom import headroom, sampled_headroom
+from rllib_distrl.maths.pass_k import best_at_k
 
 BEST_OF = 4
 
@@ -39,9 +46,23 @@ def blackjack_headroom() -> dict[str, dict[str, float]]:
     return rows
 
 
+def prompts_headroom(folder: str) -> dict[str, dict[str, float]]:
+    """The headroom of each functional at the prompts of an evaluation's problems."""
+    frame = load_samples(folder, ("problem", "sample", "score"))
+    scores = frame.pivot_table(index="problem", columns="sample", values="score").to_numpy()
+    rows = {"std": sampled_headroom(scores, lambda x: x.std(axis=1))}
+    rows["worst quarter"] = sampled_headroom(
+        scores, lambda x: np.sort(x, axis=1)[:, : x.shape[1] // 4].mean(axis=1)
+    )
+    for k in (4, 16):
+        rows[f"best of {k}"] = sampled_headroom(scores, lambda x, k=k: best_at_k(x, k))
+    return {"prompts": rows}
+
+
 def main() -> None:
-    """Prints a line for each player."""
-    for name, row in blackjack_headroom().items():
+    """Prints a line for each player, or one for the prompts."""
+    rows = prompts_headroom(sys.argv[1]) if len(sys.argv) > 1 else blackjack_headroom()
+    for name, row in rows.items():
         print(f"{name:8s}", "  ".join(f"{key} {value:.2f}" for key, value in row.items()))
 
 

@@ -18,6 +18,7 @@ COMPARISONS = {
     "methods": "methods-compared",
     "unruly-both": "law-both",
     "unruly-clean": "law-clean",
+    "wide-law": "law-wide",
 }
 
 

@@ -76,6 +76,11 @@ TOLD = tuple(
     for name in ("state", "text", "placebo", "no-critic")
     for metric in ("avg@32", "pass@32")
 )
+WIDE = tuple(
+    ("wide-law", name, "scalar", metric, AFTER)
+    for name in ("quantiles", "utility-4", "utility-16", "maxk-16", "read-best-16", "read-cvar")
+    for metric in ("avg@32", "best@16")
+)
 SEARCHED = (
     ("rollout", "num_generations"),
     ("training", "critic_warmup_iterations"),
@@ -87,6 +92,7 @@ TASKS = {
     GRADED: "Countdown, partial credit",
     **{folder: f"Rewards: {cell}" for folder, cell in UNRULY.items()},
     INFORMATION: "Countdown",
+    "wide-law": "Steps' worth",
 }
 
 
@@ -190,6 +196,7 @@ TABLES = {
     (ROOT / "docs" / "law.md", "unruly"): unruly,
     (ROOT / "docs" / "law.md", "law"): lambda: comparisons(LAW),
     (ROOT / "docs" / "law.md", "told"): lambda: comparisons(TOLD),
+    (ROOT / "docs" / "law.md", "wide"): lambda: comparisons(WIDE),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
     (ROOT / "docs" / "methods.md", "methods"): markdown,
 }

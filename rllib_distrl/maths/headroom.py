@@ -1,5 +1,7 @@
 """How much a law of returns knows about a state that its mean does not."""
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -30,13 +32,53 @@ def headroom(
     """
     m, v, w = (np.asarray(a, dtype=np.float64) for a in (means, values, weights))
     w = w / w.sum()
+    return _open_share(m, v, v, w, bins)
+
+
+def sampled_headroom(
+    returns: npt.ArrayLike,
+    functional: Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]],
+    bins: int = MEAN_BINS,
+) -> float:
+    """`headroom` of states of equal weight that are known by samples of their returns.
+
+    A third of a state's samples tells its mean, and each of the others the functional: of the
+    products of their deviations the noise of neither is a part. The noise of the mean puts states
+    into the wrong group, so that this is rather too much than too little. Our choice.
+
+    Args:
+        returns: Independent returns of each state, (S, n), n at least 6.
+        functional: From (S, m) returns to (S,).
+        bins: Groups of the mean.
+
+    Raises:
+        ValueError: For fewer returns, or a functional that is the same in all states.
+    """
+    r = np.asarray(returns, dtype=np.float64)
+    third = r.shape[1] // 3
+    if third < 2:
+        raise ValueError(f"Got {r.shape[1]} returns of each state: at least 6 are needed.")
+    first, second, rest = r[:, :third], r[:, third : 2 * third], r[:, 2 * third :]
+    w = np.full(len(r), 1 / len(r))
+    return _open_share(rest.mean(1), functional(first), functional(second), w, bins)
+
+
+def _open_share(
+    m: npt.NDArray[np.float64],
+    one: npt.NDArray[np.float64],
+    other: npt.NDArray[np.float64],
+    w: npt.NDArray[np.float64],
+    bins: int,
+) -> float:
+    """The covariance of two functionals within groups of means over that of all states."""
     # Up to rounding: equal laws that were summed in another order have one mean.
     _, group = np.unique(m.round(9), return_inverse=True)
     mass = np.bincount(group, w)
     bin_of = np.minimum((bins * (np.cumsum(mass) - mass / 2)).astype(int), bins - 1)[group]
-    total = w @ (v - w @ v) ** 2
+    total = w @ ((one - w @ one) * (other - w @ other))
     if not total > 1e-18:
-        raise ValueError(f"Got the functional {v[0]} in all {len(v)} states: it must vary.")
+        raise ValueError(f"Got the functional {one[0]} in all {len(one)} states: it must vary.")
     per_bin = np.bincount(bin_of, w, bins)
-    centre = np.bincount(bin_of, w * v, bins) / np.where(per_bin > 0, per_bin, 1.0)
-    return float(w @ (v - centre[bin_of]) ** 2 / total)
+    share = np.where(per_bin > 0, per_bin, 1.0)
+    off = [v - (np.bincount(bin_of, w * v, bins) / share)[bin_of] for v in (one, other)]
+    return float(w @ (off[0] * off[1]) / total)
