@@ -340,7 +340,7 @@ class Needs:
             longest: Tokens of the longest sequence, prompt included.
             budget: Token places of a micro-batch; None: those of the configuration.
         """
-        from rllib_distrl.method.heads import make_head
+        from rllib_distrl.method.critic import make_head
 
         settings, updates = config.model_config, count_updates(config, rollout)
         # In steady state every segment of a completion is under way, and whole groups come in

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow.fs
 
 from rllib_distrl.files import model_hash
-from rllib_distrl.method.heads import head_identity
+from rllib_distrl.method.critic import head_identity
 from rllib_distrl.method.registry import LEARNED_STATS, resolve
 from rllib_distrl.model.lora import DEFAULTS as LORA_DEFAULTS
 from rllib_distrl.settings import DistanceSettings, EnsembleSettings

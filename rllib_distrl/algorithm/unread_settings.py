@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rllib_distrl.maths.advantages import TARGETS
-from rllib_distrl.method.heads import head_stage
+from rllib_distrl.method.critic import head_stage
 from rllib_distrl.method.pipeline import SHARED, Method
 from rllib_distrl.method.registry import KINDS, LEARNED_STATS, Stage, methods, resolve
 from rllib_distrl.settings import CRITIC_TRUNKS, TrainingSettings

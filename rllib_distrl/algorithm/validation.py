@@ -10,10 +10,10 @@ from rllib_distrl.algorithm.cluster import check_runner_gpus
 from rllib_distrl.algorithm.export import check_export
 from rllib_distrl.algorithm.unread_settings import check_all_settings_are_read
 from rllib_distrl.algorithm.wiring import check_model_config, check_rate, check_window
-from rllib_distrl.learner.optimizers import lr_factor, lr_schedule_settings
+from rllib_distrl.learner.step import lr_factor, lr_schedule_settings
 from rllib_distrl.method.allocators import EQUAL
 from rllib_distrl.method.branching import NONE
-from rllib_distrl.method.heads import make_head
+from rllib_distrl.method.critic import make_head
 from rllib_distrl.method.loss_terms import TEMPERATURE
 from rllib_distrl.method.pipeline import OPTIMISM, Method
 from rllib_distrl.method.registry import Stage, resolve, smallest_group

@@ -10,8 +10,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rllib_distrl.algorithm.cluster import check_runner_gpus, cluster_checked
 from rllib_distrl.algorithm.export import check_export
-from rllib_distrl.model.attention import PRECISIONS
 from rllib_distrl.model.builtin import PREFIX, find_spec
+from rllib_distrl.model.causal_lm import PRECISIONS
 from rllib_distrl.model.causal_lm_module import CausalLMModule
 from rllib_distrl.model.loading import (
     eos_token_ids,

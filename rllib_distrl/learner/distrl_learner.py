@@ -26,15 +26,18 @@ from rllib_distrl.learner.minibatches import (
     minibatches,
     row_orders,
 )
-from rllib_distrl.learner.optimizers import (
+from rllib_distrl.learner.reference import Reference
+from rllib_distrl.learner.step import (
+    Losses,
+    Objective,
+    Refusals,
+    Step,
     learning_rates,
     lr_factor,
     lr_schedule_settings,
     make_optimizers,
     set_learning_rates,
 )
-from rllib_distrl.learner.reference import Reference
-from rllib_distrl.learner.step import Losses, Objective, Refusals, Step
 from rllib_distrl.learner.uncertainty import make_uncertainty
 from rllib_distrl.maths.statistics import identity
 from rllib_distrl.method.batch import SequenceBatch

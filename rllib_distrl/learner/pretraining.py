@@ -21,7 +21,7 @@ from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.calibration import explained_variance
 from rllib_distrl.maths.losses import weighted_sum
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.heads import check_targets
+from rllib_distrl.method.critic import check_targets
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.settings import PretrainingSettings, micro_batch_budget
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from rllib_distrl.engine.weights import content_hash
-from rllib_distrl.model.attention import let_pack_rows, packs_rows
+from rllib_distrl.model.causal_lm import let_pack_rows, packs_rows
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.model.lora import adapters_off
 from rllib_distrl.model.sequences import Sequences

@@ -403,7 +403,7 @@ def expected_value(
 
     Expected value substitution of DSAC-T (arXiv 2310.05858): the law of the next state is replaced
     by its mean, so that the critic learns the law of λ-returns, which is that of the return at
-    λ = 1 alone and narrower below. Its twin critics are `method.heads.Twin`.
+    λ = 1 alone and narrower below. Its twin critics are `method.critic.Twin`.
 
     Args:
         quantiles: Θ_i(s_t).

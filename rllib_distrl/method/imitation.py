@@ -12,8 +12,7 @@ from torch import Tensor
 
 from rllib_distrl.maths import imitation, losses
 from rllib_distrl.maths.statistics import masked_mean
-from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.formula import takes_settings_of
+from rllib_distrl.method.batch import SequenceBatch, takes_settings_of
 from rllib_distrl.method.policy_losses import clip
 from rllib_distrl.method.registry import demand, register
 from rllib_distrl.settings import NotNegative, NotNegativeInt, Positive

@@ -12,8 +12,7 @@ from rllib_distrl.maths.kl import check_kl, kl_estimate
 from rllib_distrl.maths.losses import AGGREGATIONS, budget_weights, token_weights
 from rllib_distrl.maths.statistics import importance_weights, masked_mean
 from rllib_distrl.maths.weighted_losses import differentiable_kl
-from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.formula import of_batch
+from rllib_distrl.method.batch import SequenceBatch, of_batch
 from rllib_distrl.method.registry import Stage, register
 from rllib_distrl.settings import Count, NotNegative, Positive, Rate, Share
 

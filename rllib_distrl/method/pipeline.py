@@ -10,7 +10,7 @@ from torch import Tensor
 from rllib_distrl.maths.advantages import whiten
 from rllib_distrl.maths.statistics import masked_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.heads import Head, check_targets, make_head
+from rllib_distrl.method.critic import Head, check_targets, make_head
 from rllib_distrl.method.registry import Spec, Stage, resolve
 from rllib_distrl.settings import TrainingSettings
 

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from rllib_distrl.maths import contrastive_losses, group_losses, losses, weighted_losses
 from rllib_distrl.maths.statistics import bounded_log_ratio, masked_mean, zero_padding
-from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.formula import of_batch, takes_settings_of
+from rllib_distrl.method.batch import SequenceBatch, of_batch, takes_settings_of
 from rllib_distrl.method.registry import demand, register
 
 clip = register("policy_loss", "clip")(

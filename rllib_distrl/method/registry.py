@@ -16,7 +16,7 @@ What the function is given and returns, by kind; `batch` is a `SequenceBatch` of
     regulariser            (logp, batch) to (B, T)
     target                 (batch) to (B, T, M): what the critic's quantiles learn
     read_out               (law) to (B, T): the actor's value of a state, see `maths.laws.Law`
-    head                   a class: see `method.heads.Head`
+    head                   a class: see `method.critic.Head`
     bonus_statistic        (batch) to (B, T): how uncertain a state is
     aggregation            (batch, a minibatch) to weights (B, T) of its tokens
     importance_correction  (learner's logp, batch) to weights (B, T) of the policy's loss

@@ -17,8 +17,7 @@ from rllib_distrl.maths.group_calibration import (
 from rllib_distrl.maths.quantiles import best_of_k
 from rllib_distrl.maths.statistics import masked_mean, row_mean, zero_padding
 from rllib_distrl.method.advantages import SOURCES, source_needs, unused_of_group
-from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.formula import takes_settings_of
+from rllib_distrl.method.batch import SequenceBatch, takes_settings_of
 from rllib_distrl.method.registry import demand, logp_at, register, resolve
 from rllib_distrl.settings import NotNegative, Positive
 

@@ -21,14 +21,16 @@ from rllib_distrl.engine.sampling import sample
 from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.lm_head import score_by_hidden, token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
-from rllib_distrl.method.heads import Head, make_head
-from rllib_distrl.model.attention import (
+from rllib_distrl.method.critic import Head, make_head
+from rllib_distrl.model.causal_lm import (
     autocast,
     checkpoint_activations,
     freeze_attention,
+    last_states,
+    logit_map_of,
     packs_rows,
+    trunk_of,
 )
-from rllib_distrl.model.causal_lm import last_states, logit_map_of, trunk_of
 from rllib_distrl.model.critics import ObservationHead, draw_apart, load_critic
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.model.lora import add_adapters, merged_state, trunk_beside

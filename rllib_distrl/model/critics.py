@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, linear, pad, scaled_dot_product_attention
 
 from distrl_envs.task import MOST_CRITIC_NUMBERS
-from rllib_distrl.method.heads import head_identity
+from rllib_distrl.method.critic import head_identity
 
 FORMAT = "distrl-critic-1"
 CONFIG, WEIGHTS = "config.json", "critic.safetensors"

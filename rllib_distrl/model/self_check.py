@@ -13,8 +13,13 @@ import torch
 from ray.rllib.core.columns import Columns
 from torch import Tensor
 
-from rllib_distrl.model.attention import let_pack_rows, unpack_rows
-from rllib_distrl.model.causal_lm import gist, ordinary_tokens, own_logits
+from rllib_distrl.model.causal_lm import (
+    gist,
+    let_pack_rows,
+    ordinary_tokens,
+    own_logits,
+    unpack_rows,
+)
 from rllib_distrl.model.loading import resolve
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 

@@ -1,6 +1,6 @@
 import pytest
 
-from rllib_distrl.learner.optimizers import lr_factor
+from rllib_distrl.learner.step import lr_factor
 
 
 def factors(*ks, **settings):

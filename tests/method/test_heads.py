@@ -7,7 +7,7 @@ import torch
 
 from rllib_distrl.maths.calibration import calibration_metrics
 from rllib_distrl.maths.laws import Law, rank, read_out, uncertainty, utility
-from rllib_distrl.method.heads import check_targets, head_stage, make_head
+from rllib_distrl.method.critic import check_targets, head_stage, make_head
 from tests.helpers import distrl_config
 
 D = torch.float64

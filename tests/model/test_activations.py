@@ -3,7 +3,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, GPT2Config, Qwen2Config
 
-from rllib_distrl.model.attention import checkpoint_activations
+from rllib_distrl.model.causal_lm import checkpoint_activations
 from tests.learner.rig import gradients, hot_config, make_learner, sample
 
 QWEN = Qwen2Config(

@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from rllib_distrl.maths.packing import pack
-from rllib_distrl.model import attention
-from rllib_distrl.model.attention import let_pack_rows, packs_rows
+from rllib_distrl.model import causal_lm
+from rllib_distrl.model.causal_lm import let_pack_rows, packs_rows
 from tests.learner.rig import hot_config, make_learner, sample
 
 SIZES = {
@@ -62,12 +62,12 @@ def test_states_and_gradients_are_those_of_padded_rows(family, device_kind, monk
     assert packs_rows(model.base_model)
     torch.testing.assert_close(padded(), expected[0], rtol=0, atol=0)
     if device_kind == "other":
-        plain = attention.attention_of_rows
+        plain = causal_lm.attention_of_rows
 
         def on_any_device(query, key, value, packing, scale):
             return plain(torch.nn.Module(), query, *repeated(query, key, value), packing)
 
-        monkeypatch.setattr(attention, "packed_attention", on_any_device)
+        monkeypatch.setattr(causal_lm, "packed_attention", on_any_device)
     found = gradients(packed_states(model.base_model, packing))
     # Norms are in float32 in these models, whatever the weights are.
     tolerance = 1e-9 if family == "GPT2" else 1e-5

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from rllib_distrl.model.attention import packs_rows
+from rllib_distrl.model.causal_lm import packs_rows
 from rllib_distrl.model.causal_lm_module import CausalLMModule, DistRLModule
 from tests.model.test_self_check import KINDS, save_model
 

@@ -6,8 +6,8 @@ import torch
 from ray.rllib.core.columns import Columns
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rllib_distrl.model import attention
-from rllib_distrl.model.attention import packs_rows
+from rllib_distrl.model import causal_lm
+from rllib_distrl.model.causal_lm import packs_rows
 from rllib_distrl.model.causal_lm_module import CausalLMModule
 from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 from tests.model.test_causal_lm import SIZES
@@ -109,7 +109,7 @@ def half_as_sharp(token_logps):
 
 def test_a_leak_between_packed_rows_means_padded_ones(tmp_path, monkeypatch):
     save_model(tmp_path, "llama")
-    monkeypatch.setattr(attention, "packed_attention", sees_everything)
+    monkeypatch.setattr(causal_lm, "packed_attention", sees_everything)
     assert not packs_rows(make_module(tmp_path).policy)
 
 
