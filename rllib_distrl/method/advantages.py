@@ -18,14 +18,12 @@ from rllib_distrl.maths.group_calibration import (
     shifted_edges,
 )
 from rllib_distrl.maths.statistics import masked_mean, row_mean, zero_padding
-from rllib_distrl.method.batch import SequenceBatch, forget_oldest
+from rllib_distrl.method.batch import SequenceBatch, forget_oldest, of_batch, takes_settings_of
 from rllib_distrl.method.registry import (
     demand,
     logp_at,
-    of_batch,
     register,
     smallest_group,
-    takes_settings_of,
 )
 from rllib_distrl.settings import Count, NotNegative, Positive, Share
 

@@ -62,7 +62,8 @@ class EnvRunnerFleet:
         self._config, self._check_probes, self._trial_id = config, check_probes, trial_id
         self._config_ref: ObjectRef | None = None
         self._restarts: bool = config.restart_failed_env_runners
-        self._update: Any = None
+        self._update: dict[str, Any] | None = None
+        self._in_store: ObjectRef | None = None
         self._process: dict[int, str] = {}
         self._confirmed: set[int] = set()  # served at the last look
         self._asked: dict[ObjectRef, int] = {}  # of `ask`, to the runner's number
@@ -113,7 +114,15 @@ class EnvRunnerFleet:
 
     def set_weights(self, update: dict[str, Any], weights: tuple[int, str]) -> None:
         """Remembers weights for runners that `admit` lets in; see `sync`."""
-        self._update, self.weights = ray.put(update), weights
+        self._update, self._in_store, self.weights = update, None, weights
+        if self.present():
+            self._stored()  # Before the learner moves on.
+
+    def _stored(self) -> ObjectRef:
+        """The weights in Ray's object store, where they come once a remote runner needs them."""
+        if self._in_store is None:
+            self._in_store = ray.put(self._update)
+        return self._in_store
 
     def admit(self) -> list[int]:
         """Brings runners that are up, new or restarted, into service; does not wait for others.
@@ -168,7 +177,7 @@ class EnvRunnerFleet:
             The call, for `answers`, and the (monotonic) time at which the runner is dead if it has
             not answered: whatever it must answer first may take ``deadline_s`` too.
         """
-        update = self._update if number in self._behind else None
+        update = self._stored() if number in self._behind else None
         self._behind.discard(number)
         turns = self._busy().count(number) + 1
         call = self._actor(number).sample_prompts.remote(
@@ -252,7 +261,7 @@ class EnvRunnerFleet:
         """Sends the present weights; returns the numbers of those that have confirmed them."""
         if not numbers:
             return []
-        calls = {self._actor(n).load_weights.remote(state=self._update): n for n in numbers}
+        calls = {self._actor(n).load_weights.remote(state=self._stored()): n for n in numbers}
         loaded = dict(_collect(calls, self.deadline_s))
         for number in numbers:
             self._confirm(number, loaded.get(number))
