@@ -630,7 +630,8 @@ class TrainingSettings(Settings):
     as sampled. None: not."""
     head: Choice = "quantile"
     """What the critic says of a state: ``quantile``; ``bernoulli``, a probability, for returns in
-    [0, 1]; ``categorical``, probabilities of evenly spaced returns (HL-Gauss or two-hot)."""
+    [0, 1]; ``categorical``, probabilities of evenly spaced returns (HL-Gauss or two-hot), between
+    those of the first batch unless it says `low` and `high`; ``gaussian``, mean and variance."""
     n_quantiles: Count = 16
     """N; 1 is a scalar critic with RLlib's own value loss. Of other heads the quantiles of their
     law that targets are made of."""

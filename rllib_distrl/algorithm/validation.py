@@ -166,7 +166,8 @@ def _check_critic_checkpoint(config: Any) -> None:
 def _check_head(config: Any) -> None:
     if config.critic == "none":
         return
-    support = make_head(TrainingSettings.of(config).to_dict()).support
+    head = make_head(TrainingSettings.of(config).to_dict())
+    support = () if head.from_data else head.support
     value = config.init_value
     if support and value is not None and not support[0] <= value <= support[-1]:
         raise ValueError(

@@ -179,28 +179,33 @@ class BatchPass:
     ) -> dict[str, Tensor]:
         """Starts the critic at ``init_value``, or at what it is to learn: the mean return.
 
-        That is over all learners, after the reward transforms, and discounted.
+        That is over all learners, after the reward transforms, and discounted. A head that takes
+        its range from data takes it from the same returns, at all tokens.
 
         Returns:
             The columns of the models that the transforms have read; they need not be made again.
         """
-        value = self.init_value
+        module, value = self._module, self.init_value
         found: dict[str, Tensor] = {}
-        if value is None:
+        if value is None or module.head.from_data:
             transforms = self.method.reward_transforms
             needs = read_from_models({need for stage in transforms for need in stage.needs})
-            found = model_columns(self._module, self.reference, columns, needs)
+            found = model_columns(module, self.reference, columns, needs)
             named = {name: found[name] for name in found.keys() - _extra(found)}
             extras = {**rollouts.extras, **{name: found[name] for name in _extra(found)}}
             transformed = replace(
                 rollouts, **named, extras=extras, metrics={}, memory=deepcopy(self.memory)
             )
             self.method.transform_rewards(transformed)
-            returns = returns_to_go(transformed.rewards, rollouts.loss_mask, self.gamma)[:, 0]
-            total, count = rollouts.all_reduce(
-                torch.stack([returns.sum(), returns.new_tensor(len(rollouts))])
-            )
-            value = float(total / count)
+            returns = returns_to_go(transformed.rewards, rollouts.loss_mask, self.gamma)
+            counted = returns[rollouts.loss_mask]
+            ends = rollouts.all_gather(torch.stack([counted.min(), counted.max()]).unsqueeze(0))
+            module.fit_head(float(ends[:, 0].min()), float(ends[:, 1].max()))
+            if value is None:
+                total, count = rollouts.all_reduce(
+                    torch.stack([returns[:, 0].sum(), returns.new_tensor(len(rollouts))])
+                )
+                value = float(total / count)
         self._module.initialise_values(value)
         return found
 

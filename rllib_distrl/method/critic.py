@@ -46,11 +46,20 @@ class Head(Protocol):
 
     Attributes:
         n_outputs: Raw outputs per state.
-        support: The atoms of its laws, where they are fixed; empty for quantiles.
+        from_data: Whether `fit` is to choose the support by the first batch's returns.
     """
 
     n_outputs: int
-    support: tuple[float, ...]
+    from_data: bool
+
+    @property
+    def support(self) -> tuple[float, ...]:
+        """The atoms of its laws, where they are fixed; empty for quantiles."""
+        ...
+
+    def fit(self, low: float, high: float) -> None:
+        """Lays the support over the returns from `low` to `high`, where it is `from_data`."""
+        ...
 
     def start(self, value: float) -> Tensor:
         """(n_outputs,), the bias with which every law starts around `value`, weights being 0."""
@@ -65,8 +74,17 @@ class Head(Protocol):
         ...
 
 
+class _Fixed:
+    """A head whose support no data decides."""
+
+    from_data = False
+
+    def fit(self, low: float, high: float) -> None:
+        """See `Head`."""
+
+
 @register("head", "quantile")
-class Quantile:
+class Quantile(_Fixed):
     """N ordered quantiles by quantile Huber regression; one is a scalar, with RLlib's own loss.
 
     Its settings are those of `[training]`.
@@ -107,7 +125,7 @@ class Quantile:
 
 
 @register("head", "bernoulli")
-class Bernoulli:
+class Bernoulli(_Fixed):
     """The probability of success, by cross-entropy; returns in [0, 1].
 
     For 0/1 returns the law itself; of others in [0, 1] it knows the mean alone.
@@ -130,8 +148,8 @@ class Bernoulli:
         return bernoulli_loss(outputs.squeeze(-1), targets, loss_mask)
 
 
-def _check_categorical(*, low: float, high: float, **_: Any) -> None:
-    if not low < high:
+def _check_categorical(*, low: float | None, high: float | None, **_: Any) -> None:
+    if low is not None and high is not None and not low < high:
         raise ValueError(f"head 'categorical' needs low < high; got {low} and {high}.")
 
 
@@ -147,24 +165,39 @@ class Categorical:
         self,
         *,
         bins: Annotated[int, Field(ge=2)] = 51,
-        low: FiniteFloat = 0.0,
-        high: FiniteFloat = 1.0,
+        low: FiniteFloat | None = None,
+        high: FiniteFloat | None = None,
         projection: Literal["hl_gauss", "two_hot"] = "hl_gauss",
         sigma: Positive = 0.75,
     ) -> None:
         """Lays out the grid.
 
         Args:
-            bins: Atoms, `low` and `high` among them.
-            low: Least return.
-            high: Greatest return.
+            bins: Atoms, both ends among them.
+            low: Least return; None: of the first batch. A batch of equal returns gets 1 to both
+                sides; later targets beyond an end of the first batch count as that end
+                (`critic_targets_clipped` is their share). Our choice.
+            high: Greatest return, likewise.
             projection: How a target becomes probabilities: "hl_gauss" spreads it, "two_hot" splits
                 it between two neighbours, which keeps its mean.
             sigma: Of "hl_gauss", in steps of the grid.
         """
         self.n_outputs = bins
-        self.support = tuple(torch.linspace(low, high, bins, dtype=torch.float64).tolist())
+        self.from_data = low is None or high is None
+        self._low, self._high = low, high
         self._projection, self._sigma = projection, sigma
+        self.fit(0.0 if high is None else high - 1.0, 1.0 if low is None else low + 1.0)
+
+    def fit(self, low: float, high: float) -> None:
+        """See `Head`; ends that are given stay."""
+        if self._low is not None:
+            low, high = self._low, max(high, self._low)
+        if self._high is not None:
+            low, high = min(low, self._high), self._high
+        if not low < high:
+            low, high = low - (self._low is None), high + (self._high is None)
+        grid = torch.linspace(low, high, self.n_outputs, dtype=torch.float64)
+        self.support = tuple(grid.tolist())
 
     def start(self, value: float) -> Tensor:
         """See `Head`."""
@@ -177,6 +210,8 @@ class Categorical:
     def loss(self, outputs: Tensor, targets: Tensor, loss_mask: Tensor) -> Tensor:
         """See `Head`."""
         atoms = outputs.new_tensor(self.support)
+        if self.from_data:
+            targets = targets.clamp(self.support[0], self.support[-1])
         return categorical_loss(outputs, targets, atoms, loss_mask, self._projection, self._sigma)
 
 
@@ -189,7 +224,7 @@ def _check_gaussian(*, n_quantiles: int, **_: Any) -> None:
 
 
 @register("head", "gaussian", check=_check_gaussian)
-class Gaussian:
+class Gaussian(_Fixed):
     """A mean and a standard deviation, by β-NLL: a law that knows no more than these two.
 
     What a critic with a variance head is: the control for laws of any shape. Its laws are
@@ -248,8 +283,17 @@ class Twin:
 
     def __init__(self, head: Head) -> None:
         """Two of a head: raw outputs are the first critic's, then the second's."""
-        self.head, self.support = head, head.support
+        self.head, self.from_data = head, head.from_data
         self.n_outputs = 2 * head.n_outputs
+
+    @property
+    def support(self) -> tuple[float, ...]:
+        """See `Head`."""
+        return self.head.support
+
+    def fit(self, low: float, high: float) -> None:
+        """See `Head`."""
+        self.head.fit(low, high)
 
     def start(self, value: float) -> Tensor:
         """See `Head`; both alike."""
@@ -318,29 +362,34 @@ def head_identity(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"head": {"name": stage.name, **stage.settings}}
 
 
-def check_targets(head: Head, targets: Tensor, loss_mask: Tensor) -> None:
-    """Refuses targets beyond the fixed atoms of a head: it could not learn them.
+def check_targets(head: Head, targets: Tensor, loss_mask: Tensor) -> Tensor:
+    """Refuses targets beyond the atoms that a head was given: it could not learn them.
 
     Args:
         head: Any.
         targets: (B, T, M).
         loss_mask: (B, T).
 
+    Returns:
+        (B, T, M), which targets lie beyond the atoms that a head took from data.
+
     Raises:
         ValueError: With one of them.
     """
     if not head.support:
-        return
+        return torch.zeros_like(targets, dtype=torch.bool)
     low, high = head.support[0], head.support[-1]
     slack = _ROUNDING * max(1.0, high - low)
     outside = ((targets < low - slack) | (targets > high + slack)) & loss_mask.unsqueeze(-1)
-    if bool(outside.any()):
+    if not head.from_data and bool(outside.any()):
         what = "head 'bernoulli'" if isinstance(head, Bernoulli) else "this head"
         raise ValueError(
             f"{what} takes returns in [{low:g}, {high:g}], and is to learn "
-            f"{float(targets[outside][0]):g}. Use head 'categorical' with low and high around all "
-            "returns, head 'quantile', or leave out reward transforms that move them."
+            f"{float(targets[outside][0]):g}. Use head 'categorical', with low and high around all "
+            "returns or without them, head 'quantile', or leave out reward transforms that move "
+            "them."
         )
+    return outside
 
 
 for _name, _formula in TARGETS.items():

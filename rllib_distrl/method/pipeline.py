@@ -129,10 +129,18 @@ class Method:
             self.read_out.prepare(batch)
             batch.values = self.read_out(batch.law)
             targets = batch.target_quantiles = self.target.of_whole(batch)
-            check_targets(self.head, targets, batch.loss_mask)
+            self._check_targets(targets, batch)
         batch.advantages = self._shaped_advantages(batch)
         for stage in (self.policy_loss, *self.regularisers, self.aggregation):
             stage.prepare(batch)
+
+    def _check_targets(self, targets: Tensor, batch: SequenceBatch) -> None:
+        if self.head.from_data and batch.support:
+            self.head.fit(batch.support[0], batch.support[-1])
+        outside = check_targets(self.head, targets, batch.loss_mask)
+        if self.head.from_data:
+            share = masked_mean(outside.float().mean(-1), batch.loss_mask, batch.all_reduce)
+            batch.metrics["critic_targets_clipped"] = float(share)
 
     def transform_rewards(self, batch: SequenceBatch) -> None:
         """Replaces ``rewards`` by what the critic and the actor learn from."""

@@ -53,6 +53,7 @@ from rllib_distrl.settings import (
 )
 
 POLICY_PREFIX = "policy."
+_RANGE = "range"
 
 
 class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, InferenceOnlyAPI):
@@ -126,7 +127,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def _make_value_head(self) -> None:
         hidden_size = self.policy.get_output_embeddings().weight.shape[1]
-        self.value_head = nn.Linear(hidden_size, self.n_value_outputs)
+        self.value_head = self._new_value_head(hidden_size)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         seed, count = int(self.model_config.get("seed") or 0), max(self.n_critics, 1)
@@ -138,6 +139,9 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             self.observation_head = heads[0] if count == 1 else nn.ModuleList(heads)
         if checkpoint := self.model_config.get("critic_checkpoint"):
             load_critic(self, checkpoint)
+
+    def _new_value_head(self, n_inputs: int) -> nn.Linear:
+        return nn.Linear(n_inputs, self.n_value_outputs)
 
     @contextlib.contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -453,6 +457,8 @@ class DistRLModule(CausalLMModule):
         """Loads the model, makes the critic, and starts its quantiles close together."""
         super().setup()
         if self.has_critic:
+            self._read_range()
+            self.register_load_state_dict_post_hook(self._read_range)
             loaded = bool(self.model_config.get("critic_checkpoint"))
             self.register_buffer("value_initialised", torch.tensor(loaded))
             if not loaded:
@@ -468,6 +474,28 @@ class DistRLModule(CausalLMModule):
     def n_value_outputs(self) -> int:
         """Raw outputs of the value head, such as a centre and N - 1 gaps."""
         return self.head.n_outputs
+
+    def _new_value_head(self, n_inputs: int) -> nn.Linear:
+        """With the range of a head that takes it from data: checkpoints and critics hold it."""
+        value_head = super()._new_value_head(n_inputs)
+        if self.head.from_data:
+            value_head.register_buffer(_RANGE, torch.tensor(self._range, dtype=torch.float64))
+        return value_head
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        return self.head.support[0], self.head.support[-1]
+
+    def fit_head(self, low: float, high: float) -> None:
+        """Lets a head that takes its range from data lie over the returns from low to high."""
+        self.head.fit(low, high)
+        if self.head.from_data:
+            getattr(self.value_head, _RANGE).copy_(torch.tensor(self._range, dtype=torch.float64))
+
+    def _read_range(self, *_: Any) -> None:
+        """After weights were loaded: the head's range is what came with them."""
+        if self.has_critic and self.head.from_data:
+            self.head.fit(*getattr(self.value_head, _RANGE).tolist())
 
     def get_non_inference_attributes(self) -> list[str]:
         """What an env runner does without."""

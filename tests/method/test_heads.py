@@ -143,6 +143,32 @@ def test_a_head_starts_at_the_value_asked_for(spec):
     assert head.law(head.start(0.3)).mean.item() == pytest.approx(0.3, abs=1e-5)
 
 
+def test_a_grid_without_ends_lies_over_the_data_and_counts_what_is_beyond_as_its_end():
+    head = head_stage({"head": {"name": "categorical", "bins": 5, "projection": "two_hot"}})()
+    head.fit(-1.0, 3.0)
+    assert head.support == (-1.0, 0.0, 1.0, 2.0, 3.0)
+    mask, outputs = torch.tensor([[True, False]]), torch.zeros(1, 2, 5)
+    beyond = torch.tensor([[[3.0, 7.5], [9.0, 9.0]]])
+    assert check_targets(head, beyond, mask).tolist() == [[[False, True], [False, False]]]
+    at_the_end = torch.tensor([[[3.0, 3.0], [9.0, 9.0]]])
+    assert torch.equal(head.loss(outputs, beyond, mask), head.loss(outputs, at_the_end, mask))
+
+
+@pytest.mark.parametrize(
+    ("ends", "seen", "expected"),
+    [
+        ({}, (2.0, 2.0), (1.0, 3.0)),
+        ({"low": 0.0}, (-5.0, 4.0), (0.0, 4.0)),
+        ({"low": 0.0}, (0.0, 0.0), (0.0, 1.0)),
+        ({"high": 2.0}, (2.0, 9.0), (1.0, 2.0)),
+    ],
+)
+def test_ends_that_are_given_stay(ends, seen, expected):
+    head = head_stage({"head": {"name": "categorical", "bins": 3, **ends}})()
+    head.fit(*seen)
+    assert (head.support[0], head.support[-1]) == expected
+
+
 def test_targets_beyond_the_atoms_are_refused_and_padding_is_not():
     head = head_stage({"head": GRADED})()
     mask = torch.tensor([[True, False]])
@@ -157,7 +183,7 @@ def test_targets_beyond_the_atoms_are_refused_and_padding_is_not():
         ({"head": "normal"}, "unknown head 'normal'; known: bernoulli, categorical, gaussian, qu"),
         ({"head": "gaussian", "n_quantiles": 1, "bonus_coeff": 0.0}, "cannot show. Set n_quant"),
         ({"head": {"name": "categorical", "bins": 1}}, "bins is 1; it must be .*>= 2"),
-        ({"head": {"name": "categorical", "low": 1.0}}, "low < high; got 1.0 and 1.0"),
+        ({"head": {"name": "categorical", "low": 1.0, "high": 1.0}}, "low < high; got 1.0 and 1.0"),
         ({"head": {"name": "categorical", "projection": "c51"}}, "one of hl_gauss, two_hot"),
         ({"head": {"name": "categorical", "projection": "two_hot", "sigma": 2.0}},
          "sigma = 2.0, which its other settings"),
