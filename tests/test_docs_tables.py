@@ -16,6 +16,7 @@ COMPARISONS = {
     "headline-graph-path": "headline-graph-path",
     "information-32": "law-information",
     "methods": "methods-compared",
+    "sao": "law-sao",
     "unruly-both": "law-both",
     "unruly-clean": "law-clean",
     "wide-law": "law-wide",

@@ -78,9 +78,16 @@ TOLD = tuple(
 )
 WIDE = tuple(
     ("wide-law", name, "scalar", metric, AFTER)
-    for name in ("quantiles", "utility-4", "utility-16", "maxk-16", "read-best-16", "read-cvar")
+    for name in ("quantiles", "utility-4", "utility-4-mean", "utility-16", "maxk-16",
+                 "read-best-16", "read-cvar")
     for metric in ("avg@32", "best@16")
-)
+)  # fmt: skip
+SAO = tuple(
+    ("sao", name, "sao", metric, AFTER)
+    for name in ("critic-once", "attention-learns", "quantiles", "lambda-1", "lambda-0.95", "rank",
+                 "clip", "grpo")
+    for metric in ("avg@32", "pass@32")
+)  # fmt: skip
 SEARCHED = (
     ("rollout", "num_generations"),
     ("training", "critic_warmup_iterations"),
@@ -93,6 +100,7 @@ TASKS = {
     **{folder: f"Rewards: {cell}" for folder, cell in UNRULY.items()},
     INFORMATION: "Countdown",
     "wide-law": "Steps' worth",
+    "sao": "Countdown",
 }
 
 
@@ -197,6 +205,7 @@ TABLES = {
     (ROOT / "docs" / "law.md", "law"): lambda: comparisons(LAW),
     (ROOT / "docs" / "law.md", "told"): lambda: comparisons(TOLD),
     (ROOT / "docs" / "law.md", "wide"): lambda: comparisons(WIDE),
+    (ROOT / "docs" / "law.md", "sao"): lambda: comparisons(SAO),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
     (ROOT / "docs" / "methods.md", "methods"): markdown,
 }
