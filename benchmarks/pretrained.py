@@ -3,9 +3,10 @@
     python -m benchmarks.pretrained [--rounds 5] [--dry]
 
 One batch of 64 completions of `configs/smollm2/sums.toml`, as both recipes learn from it: sampled,
-given to the learner again and again (`update`: one optimiser step, the pass before it included),
-in float32 and in bfloat16. Beside it the products of the same update alone: each matrix of the
-model with its tokens, forward and for both gradients, through PyTorch in the same type. Contestants
+given to the learner again and again (`update`: one optimiser step, the pass before it included,
+which a critic's values or a reference's logps need), in float32 and in bfloat16. Beside it the
+products of the same update alone: each matrix of the model with its tokens, once for that pass,
+forward, and for both gradients, through PyTorch in the same type. Contestants
 take turns; seconds are CPU seconds, medians over the rounds. Peak memory is that of a process of
 its own that trains two iterations of the whole recipe. Writes benchmarks/results/pretrained.json
 and renews the table of docs/pretrained.md.
@@ -50,8 +51,9 @@ def build(recipe: Path, dtype: str) -> Any:
     return load_recipe(recipe, changed).build_config().build_algo()
 
 
-def products(module: Any, places: int, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
-    """Every matrix of the policy with its tokens, forward and for both gradients."""
+def products(learner: Any, places: int, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+    """Every matrix of the policy with its tokens, in all passes, and for both gradients."""
+    module, refers = learner.policy_module, learner.reference is not None
     trunk = [
         (places, m.in_features, m.out_features)
         for name, m in module.policy.named_modules()
@@ -65,8 +67,10 @@ def products(module: Any, places: int, tokens: int, dtype: torch.dtype) -> Calla
     }
 
     def multiply() -> None:
-        for shape in shapes:
+        for number, shape in enumerate(shapes):
             x, weight, gradient = factors[shape]
+            if refers or (module.has_critic and number < len(trunk)):
+                torch.mm(x, weight)
             torch.mm(x, weight)
             torch.mm(gradient.t(), weight.t())
             torch.mm(x.t(), gradient.t())
@@ -87,7 +91,7 @@ def contestants(algo: Any, dtype: str) -> tuple[dict[str, Callable[[], Any]], di
         "sampling": lambda: runner.sample_prompts(prompts, GENERATIONS),
         "weights into the engine": lambda: algo.weight_sync.send(),
         "update": lambda: learner.update(episodes=episodes, timesteps={}, num_epochs=1),
-        "products alone": products(learner.policy_module, places, tokens, getattr(torch, dtype)),
+        "products alone": products(learner, places, tokens, getattr(torch, dtype)),
     }, {"tokens": tokens, "places": places}
 
 

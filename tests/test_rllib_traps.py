@@ -11,11 +11,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 
 import rllib_distrl
 from rllib_distrl import RolloutSettings, wire_language_model
 from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.rllib_traps import PRIVATE_NAMES, optimizer_steps
+from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 
 ROOT = Path(rllib_distrl.__file__).parent
@@ -153,3 +155,10 @@ def test_steps_of_rllibs_own_ppo(ray_session, build, learners):
     trained = algo.train()["learners"]["default_policy"]["num_module_steps_trained"]
     # The last minibatch of an epoch is not full.
     assert optimizer_steps(algo) == -(-trained // 64) > 2
+
+
+def test_a_seed_makes_pytorch_deterministic_and_fills_no_memory():
+    """The canary: a newer RLlib that no longer sets this needs no `leave_memory_unfilled`."""
+    runner = CompletionEnvRunner(config=distrl_config())
+    assert runner.config.seed is not None and torch.are_deterministic_algorithms_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory

@@ -44,6 +44,7 @@ from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.loss_terms import Controllers
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.sequences import from_columns
+from rllib_distrl.rllib_traps import leave_memory_unfilled
 from rllib_distrl.settings import TrainingSettings, micro_batch_budget
 
 TRAINING_ITERATION = "training_iteration"
@@ -90,6 +91,7 @@ class DistRLLearner(TorchLearner):
         """Builds module and optimisers and resolves the stages."""
         config, rollout = self.config, self.config.rollout_settings
         torch.set_num_threads(rollout.torch_threads)
+        leave_memory_unfilled()
         super().build()
         self.settings, self.method = TrainingSettings.of(config), Method.from_config(config)
         seed, self._alone = config.seed or 0, config.num_learners <= 1

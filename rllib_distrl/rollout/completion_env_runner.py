@@ -29,6 +29,7 @@ from rllib_distrl.engine.weights import Probe, check_engine, take_probe
 from rllib_distrl.method.branching import NONE
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.method.registry import resolve
+from rllib_distrl.rllib_traps import leave_memory_unfilled
 from rllib_distrl.rollout.branching import sample_branching
 from rllib_distrl.rollout.contract import (
     TruncatedError,
@@ -204,6 +205,7 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
             check_contract(config)
         self.rollout = RolloutSettings.of(config.model_config)
         torch.set_num_threads(self.rollout.torch_threads)
+        leave_memory_unfilled()
         if config.in_evaluation:
             config = _off_training_problems(config)
         super().__init__(config=config, **kwargs)
