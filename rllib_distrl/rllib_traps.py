@@ -91,9 +91,9 @@ def leave_memory_unfilled() -> None:
     new tensor with NaN. Nothing here reads memory that it has not written, and filling it took an
     eighth of an update of 135 million parameters.
     """
-    import torch
+    from torch.utils import deterministic
 
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def actor_manager(env_runner_group: Any) -> Any:
