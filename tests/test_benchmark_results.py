@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import memory
+from benchmarks import memory, pretrained
 from benchmarks.ratios import RATIOS, Ratio, summary
 from benchmarks.run import PAGES, RESULTS
 from rllib_distrl.experiments.pages import table_of
@@ -59,3 +59,10 @@ def test_estimated_memory_is_within_a_fifth_of_the_measured(name):
     assert found["estimated"].keys() == found["measured"].keys()
     for part, measured in found["measured"].items():
         assert abs(found["estimated"][part] / measured - 1) < 0.2, part
+
+
+def test_the_page_on_a_pretrained_model_shows_the_committed_results():
+    results = json.loads(pretrained.OUT.read_text())
+    assert table_of(pretrained.PAGE, "cost") == pretrained.table(results)
+    assert f"{results['smollm2_peak_memory_gib']:.1f} GiB" in pretrained.PAGE.read_text()
+    assert len(results["commit"].rstrip("+")) >= 7
