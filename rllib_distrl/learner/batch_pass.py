@@ -198,15 +198,16 @@ class BatchPass:
             )
             self.method.transform_rewards(transformed)
             returns = returns_to_go(transformed.rewards, rollouts.loss_mask, self.gamma)
-            counted = returns[rollouts.loss_mask]
-            ends = rollouts.all_gather(torch.stack([counted.min(), counted.max()]).unsqueeze(0))
-            module.fit_head(float(ends[:, 0].min()), float(ends[:, 1].max()))
+            if module.head.from_data:
+                counted = returns[rollouts.loss_mask]
+                ends = rollouts.all_gather(torch.stack([counted.min(), counted.max()]).unsqueeze(0))
+                module.fit_head(float(ends[:, 0].min()), float(ends[:, 1].max()))
             if value is None:
                 total, count = rollouts.all_reduce(
                     torch.stack([returns[:, 0].sum(), returns.new_tensor(len(rollouts))])
                 )
                 value = float(total / count)
-        self._module.initialise_values(value)
+        module.initialise_values(value)
         return found
 
     def _training_forward(

@@ -54,8 +54,7 @@ def pretrain_critic(
     rollouts = learner.batch_pass.looking()(columns, 1).rollouts
     returns = returns_to_go(rollouts.rewards, rollouts.loss_mask, config.gamma)
     rollouts.target_quantiles = returns.unsqueeze(-1)
-    head = learner.policy_module.head
-    check_targets(head, rollouts.target_quantiles, rollouts.loss_mask)
+    check_targets(learner.method.head, rollouts.target_quantiles, rollouts.loss_mask)
     kept_out = rollouts.group % _HELD_OUT == _HELD_OUT - 1
     module = learner.policy_module
     parameters = [p for p in module.critic_parameters() if p.requires_grad]
@@ -102,7 +101,7 @@ def _backward(learner: DistRLLearner, whole: dict[str, Any]) -> float:
     for rows in module.micro_batches(from_columns(whole), budget):
         part = micro_batch(whole, rows)
         outputs = module.value_outputs({}, module.critic_states(from_columns(part)))
-        losses = critic_loss(learner.policy_module.head, outputs, part[ROLLOUTS])
+        losses = critic_loss(learner.method.head, outputs, part[ROLLOUTS])
         loss = weighted_sum(losses, part[CRITIC_WEIGHTS])
         loss.backward()
         total += float(loss.detach())

@@ -489,8 +489,7 @@ class DistRLModule(CausalLMModule):
     def fit_head(self, low: float, high: float) -> None:
         """Lets a head that takes its range from data lie over the returns from low to high."""
         self.head.fit(low, high)
-        if self.head.from_data:
-            getattr(self.value_head, _RANGE).copy_(torch.tensor(self._range, dtype=torch.float64))
+        getattr(self.value_head, _RANGE).copy_(torch.tensor(self._range, dtype=torch.float64))
 
     def _read_range(self, *_: Any) -> None:
         """After weights were loaded: the head's range is what came with them."""
