@@ -148,3 +148,14 @@ def test_every_head_is_pretrained_judged_and_kept(head, build, tmp_path):
         distrl_config(critic_checkpoint=str(tmp_path / "critic")).validate()
     with pytest.raises(ValueError, match="head: "):
         build(distrl_config()).restore_from_path(path)
+
+
+def test_its_loss_has_the_settings_of_training():
+    """Far below kappa the Huber loss is quadratic over 2 kappa: kappa = 20 halves that of 10."""
+    table = {"rollouts": 12, "epochs": 1, "lr": 1e-9, "minibatch_size": 12}
+    episodes, losses = sample(hot_config()), []
+    for kappa in (10.0, 20.0):
+        learner = make_learner(hot_config(quantile_huber_kappa=kappa))
+        found = pretrain_critic(learner, shards=[ray.put(episodes)], table=table)
+        losses.append(found["critic_pretraining_loss"])
+    assert losses[0] == pytest.approx(2 * losses[1], rel=1e-5)
