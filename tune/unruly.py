@@ -10,6 +10,7 @@ nonsense, in training alone: what is held out is scored as it is.
 
 from random import Random
 
+import torch
 from torch import Tensor
 
 from distrl_envs.task import Grade, Problem
@@ -105,3 +106,22 @@ def clipped(batch: SequenceBatch, advantages: Tensor, *, medians: float = 3.0) -
     """Cuts advantages at so many times the median of their size in the batch (one learner's)."""
     bound = medians * advantages[batch.loss_mask].abs().median()
     return advantages.clamp(-bound, bound)
+
+
+_SEEN: list[Tensor] = []  # the returns of this process's run so far
+
+
+def normalised(batch: SequenceBatch) -> Tensor:
+    """Rewards less the mean of all so far, over their deviation: what PopArt has a value learn.
+
+    van Hasselt et al. 2016, arXiv 1602.07714, for one learner. Statistics of all returns in the
+    place of recent ones soon stand still: the correction of the head's weights by which a moving
+    scale would leave values where they were (its "Pop") is left out.
+    """
+    if batch.k == 1:
+        _SEEN.clear()
+    _SEEN.append(batch.returns)
+    seen = torch.cat(_SEEN)
+    last = batch.loss_mask.long().cumsum(1).argmax(1, keepdim=True)
+    mean = seen.mean().expand(last.shape)
+    return batch.rewards.scatter_add(1, last, -mean) / seen.std(correction=0).clamp(min=1e-4)

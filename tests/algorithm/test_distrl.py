@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -198,6 +200,8 @@ def test_two_learners_of_adapters_correct_and_report_what_one_does(build):
     assert 0 < expected["importance_bounded_share"] < 0.5
     assert expected["logp_mismatch_max"] > 1.3
     assert_same_update(policy_state(one), policy_state(two))
+    # Learners that are busy: they answer in turn, so no score can come at once.
+    two.learner_group.foreach_learner(lambda learner: time.sleep(5), timeout_seconds=0.0)
     impatient = ProbeCheck(two.learner_group, two.config.model_config, timeout_s=0.0)
     with pytest.raises(TimeoutError, match="No learner has scored the probes within 0 s"):
         impatient({"It": two.env_runner.held_weights().probe})

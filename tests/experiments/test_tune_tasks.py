@@ -1,5 +1,7 @@
 """Tasks and controls of the comparisons in tune/."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from distrl_envs.task import Problem
 from distrl_envs.tasks.countdown import CountdownTask
 from rllib_distrl.method.batch import SequenceBatch
 from tune.placebo import Placebo
-from tune.unruly import Unruly, clipped, group_rank, true_result
+from tune.unruly import Unruly, clipped, group_rank, normalised, true_result
 
 
 def problem(target):
@@ -54,7 +56,7 @@ def test_held_out_scores_are_clean_and_training_is_not():
 def batch(returns, group):
     rewards = torch.tensor(returns).unsqueeze(1)
     mask = torch.ones_like(rewards, dtype=torch.bool)
-    return SequenceBatch(rewards, mask, torch.zeros_like(rewards), torch.tensor(group))
+    return SequenceBatch(rewards, mask, torch.zeros_like(rewards), torch.tensor(list(group)))
 
 
 def test_controls_by_hand():
@@ -63,6 +65,18 @@ def test_controls_by_hand():
     five = batch([0.0] * 5, [0, 1, 2, 3, 4])
     cut = clipped(five, torch.tensor([[1.0], [-2.0], [0.5], [-50.0], [2.5]]), medians=3.0)
     assert cut.flatten().tolist() == pytest.approx([1.0, -2.0, 0.5, -6.0, 2.5])
+
+
+def test_rewards_less_the_mean_of_all_so_far_over_their_deviation():
+    first, second = batch([1.0, 3.0, 5.0, 7.0], range(4)), batch([5.0, 7.0, 9.0, 11.0], range(4))
+    for _ in range(2):  # a run that is the second of its process knows nothing of the first
+        assert normalised(first).flatten().tolist() == pytest.approx(
+            [(r - 4) / 5**0.5 for r in (1, 3, 5, 7)]
+        )
+        # Eight numbers of mean 6 and variance 9.
+        assert normalised(replace(second, k=2)).flatten().tolist() == pytest.approx(
+            [-1 / 3, 1 / 3, 1.0, 5 / 3]
+        )
 
 
 def test_a_placebo_tells_how_the_answer_stands_to_another_problem():
