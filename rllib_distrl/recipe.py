@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distrl_envs.data_files import HUB_PREFIX
+from distrl_envs.data import HUB_PREFIX
 from rllib_distrl.files import content_hash, model_hash
 from rllib_distrl.recipe_schema import (
     BUILDER_TABLES,

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from distrl_envs.grading import tool_worker
 from distrl_envs.grading.code_session import shortened
-from distrl_envs.grading.python_session import shared_sessions
+from distrl_envs.grading.sandboxes import shared_sessions
 from distrl_envs.grading.worker_pool import WorkerDied, WorkerPool, WorkerTimedOut
 from distrl_envs.user_code import load_attribute
 

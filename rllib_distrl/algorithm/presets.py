@@ -24,7 +24,7 @@ class GRPOConfig(GroupBaselineConfig):
     """Shao et al. 2024 (arXiv 2402.03300): clip 0.2, k3 KL with 0.04, mean of sequence means.
 
     As a loss k3 has the gradient of KL(reference || policy); the estimator "k2" has that of
-    KL(policy || reference), see `maths.kl`.
+    KL(policy || reference), see `maths.losses.kl_estimate`.
     """
 
     def __init__(self, algo_class: type | None = None) -> None:

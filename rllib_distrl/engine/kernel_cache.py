@@ -13,7 +13,7 @@ from filelock import FileLock
 from numba import njit
 from numba.core import config
 
-from rllib_distrl.model.cached_folder import KEY_DIGITS, ROOT_VARIABLE, cache_root, say
+from rllib_distrl.files import KEY_DIGITS, ROOT_VARIABLE, cache_root, say
 
 
 def compile_once(

@@ -19,8 +19,13 @@ from rllib_distrl.evaluation.result import EvalResult
 from rllib_distrl.evaluation.sampling import replies_of
 from rllib_distrl.evaluation.store import SCHEMA, read_part, sample_parts
 from rllib_distrl.learner.token_table import judge_tokens
-from rllib_distrl.maths.choosing import Stopping, best_by_value, stopping, weighted_vote
-from rllib_distrl.maths.majority import group_answers
+from rllib_distrl.maths.choosing import (
+    Stopping,
+    best_by_value,
+    group_answers,
+    stopping,
+    weighted_vote,
+)
 from rllib_distrl.rollout.episodes import Played, build_episode, play
 
 LEVEL = 0.9

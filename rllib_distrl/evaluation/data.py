@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.data_files import READERS
+from distrl_envs.data import READERS
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.recipe_schema import ALIKE, nearest
 from rllib_distrl.settings import EvalSettings

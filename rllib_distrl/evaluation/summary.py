@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from rllib_distrl.evaluation.measures import best_of_n_kl, dead_groups
-from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
+from rllib_distrl.maths.choosing import Equivalence, group_answers, majority_at_k
 from rllib_distrl.maths.pass_k import (
     FloatArray,
     average,

@@ -16,7 +16,7 @@ from torch import Tensor
 from rllib_distrl.learner.step import Step
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.calibration import calibration_metrics
-from rllib_distrl.maths.kl import kl_estimate
+from rllib_distrl.maths.losses import kl_estimate
 from rllib_distrl.maths.statistics import logp_mismatch, masked_mean, masked_mean_and_std
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.settings import TrainingSettings

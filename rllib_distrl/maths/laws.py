@@ -4,6 +4,12 @@ Of one prompt a group of completions tells the mean, the scale and the ranks of 
 law tells the same before a second completion is sampled. Each worth g is a function of the return
 r and the law F at the prompt's state s_0, and A_t = g(R) − E[g(Z_t)], Z_t of the law at s_t, has
 the policy gradient of E[g(R)]; at s_0 the expectation is 0 for `rank` and `standardised`. Ours.
+
+The best of k: ∇E[max(R_1 … R_k)] = k E[u(R) ∇log π] with u(x) = E[(x − M)₊] and M the best of k − 1
+independent returns of the same prompt: a completion counts by how far it lifts the best of the
+others. Ours; the group estimator of the same gradient is `group_advantages.maxk`, which needs k
+completions. There a law is given as atoms (…, N), rising, and edges (…, N + 1), its cumulative
+probabilities from 0 to 1: quantiles have the edges i/N.
 """
 
 from dataclasses import dataclass
@@ -13,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rllib_distrl.maths.best_of_k import gain_over_best
+from rllib_distrl.maths.group_advantages import check_unit_returns
 from rllib_distrl.maths.optimism import BONUS_STATS, bonus_statistic
 from rllib_distrl.maths.quantiles import best_of_k, check_read_out, distorted
 from rllib_distrl.maths.quantiles import read_out as quantiles_read_out
+from rllib_distrl.maths.statistics import AllReduce, identity
 
 
 @dataclass(frozen=True)
@@ -230,3 +237,64 @@ def utility(x: Float[Tensor, "B ..."], prompt: Law, k: int) -> Float[Tensor, "B 
         k: ≥ 1.
     """
     return k * gain_over_best(x, prompt.atoms, prompt.edges, k)
+
+
+# Steps of the grid on which the law of a batch's returns is counted: exact for 0/1 returns.
+_GRID = 50
+
+
+def gain_over_best(
+    x: Float[Tensor, "B ..."],
+    atoms: Float[Tensor, "B N"],
+    edges: Float[Tensor, "B n_edges"],
+    k: int,
+) -> Float[Tensor, "B ..."]:
+    """u(x) = Σ_i (x − z_i)₊ (e_i^{k−1} − e_{i−1}^{k−1}); x itself for k = 1.
+
+    Args:
+        x: Returns.
+        atoms: z, the law of one completion's return at the row's prompt.
+        edges: e.
+        k: ≥ 1.
+
+    Returns:
+        The shape of `x`.
+    """
+    if k == 1:
+        return x
+    rows = (len(x), *[1] * (x.dim() - 1))
+    weights = (edges ** (k - 1)).diff(dim=-1)
+    found = torch.zeros_like(x)
+    for atom, weight in zip(atoms.unbind(-1), weights.unbind(-1), strict=True):
+        found += (x - atom.view(rows)).clamp(min=0.0) * weight.view(rows)
+    return found
+
+
+def law_of_batch(
+    returns: Float[Tensor, " B"], all_reduce: AllReduce = identity
+) -> tuple[Float[Tensor, " 51"], Float[Tensor, " 52"]]:
+    """The law of all completions' returns, whatever their prompt, on a grid of 51 points.
+
+    A return counts for its two neighbours on the grid, so that the mean is exact.
+
+    Args:
+        returns: In [0, 1].
+        all_reduce: Sum over learners.
+
+    Returns:
+        Atoms and edges.
+
+    Raises:
+        ValueError: For a return outside [0, 1].
+    """
+    check_unit_returns(returns, "the law of a batch")
+    place = returns.clamp(0.0, 1.0) * _GRID
+    low = place.floor().clamp(max=_GRID - 1)
+    counts = returns.new_zeros(_GRID + 1)
+    counts.index_add_(0, low.long(), low + 1 - place)
+    counts.index_add_(0, low.long() + 1, place - low)
+    counts = all_reduce(counts)
+    atoms = torch.linspace(0, 1, _GRID + 1, dtype=returns.dtype, device=returns.device)
+    edges = torch.cat([counts.new_zeros(1), counts.cumsum(0) / counts.sum()])
+    edges[-1] = 1.0
+    return atoms, edges.clamp(max=1.0)

@@ -270,7 +270,7 @@ def best_of_k(
     Args:
         quantiles: θ, ordered.
         k: ≥ 0.
-        edges: e, from 0 to 1 (see `group_calibration`); None: i/N.
+        edges: e, from 0 to 1 (see `group_advantages.shifted_edges`); None: i/N.
     """
     if edges is None:
         n = quantiles.shape[-1]

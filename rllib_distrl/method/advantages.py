@@ -9,14 +9,14 @@ from torch import Tensor
 from rllib_distrl.maths import advantages as critic_maths
 from rllib_distrl.maths import credit, laws
 from rllib_distrl.maths import group_advantages as group_maths
-from rllib_distrl.maths.best_of_k import gain_over_best, law_of_batch
 from rllib_distrl.maths.calibration import TIE_WIDTH
-from rllib_distrl.maths.group_calibration import (
+from rllib_distrl.maths.group_advantages import (
     check_unit_returns,
     leave_one_out_posterior,
     logit_shift,
     shifted_edges,
 )
+from rllib_distrl.maths.laws import gain_over_best, law_of_batch
 from rllib_distrl.maths.statistics import masked_mean, row_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch, forget_oldest, of_batch, takes_settings_of
 from rllib_distrl.method.registry import (

@@ -18,8 +18,8 @@ from pydantic import Field
 
 from rllib_distrl.method.batch import PROMPTS_REMEMBERED, forget_oldest
 from rllib_distrl.method.prompt_samplers import PromptRequest, PromptResult
-from rllib_distrl.method.prompt_weights import EDGES, bin_of
 from rllib_distrl.method.registry import Stage, register
+from rllib_distrl.method.shapers import EDGES, bin_of
 from rllib_distrl.settings import Count, NotNegative, NotNegativeInt, Positive, Share
 
 EQUAL = "equal"

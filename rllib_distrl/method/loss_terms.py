@@ -8,8 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rllib_distrl.maths.kl import check_kl, kl_estimate
-from rllib_distrl.maths.losses import AGGREGATIONS, budget_weights, token_weights
+from rllib_distrl.maths.losses import (
+    AGGREGATIONS,
+    budget_weights,
+    check_kl,
+    kl_estimate,
+    token_weights,
+)
 from rllib_distrl.maths.statistics import importance_weights, masked_mean
 from rllib_distrl.maths.weighted_losses import differentiable_kl
 from rllib_distrl.method.batch import SequenceBatch, of_batch
@@ -36,7 +41,7 @@ def kl(logp: Tensor, batch: SequenceBatch, *, coeff: float = 1e-3, estimator: st
         logp: (B, T).
         batch: With `ref_logp`.
         coeff: β ≥ 0.
-        estimator: "k2" or "k3"; see `maths.kl`.
+        estimator: "k2" or "k3"; see `maths.losses.kl_estimate`.
 
     Returns:
         (B, T).

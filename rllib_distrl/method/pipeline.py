@@ -115,7 +115,7 @@ class Method:
 
     @property
     def imitates(self) -> bool:
-        """Whether the loss learns from demonstrations too, see `method.imitation`."""
+        """Whether the loss learns from demonstrations too, see `method.policy_losses`."""
         return "demonstrations" in self.policy_loss.needs
 
     def prepare(self, batch: SequenceBatch) -> None:

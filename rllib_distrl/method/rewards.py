@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rllib_distrl.maths.group_advantages import gradient_novelty as novelty_of
 from rllib_distrl.maths.group_advantages import group_index
-from rllib_distrl.maths.kl import check_kl, kl_estimate
-from rllib_distrl.maths.novelty import gradient_novelty as novelty_of
+from rllib_distrl.maths.losses import check_kl, kl_estimate
 from rllib_distrl.maths.statistics import row_mean, zero_padding
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import register
@@ -186,9 +186,9 @@ def gradient_novelty(
 ) -> Tensor:
     """clip(r (1 + λ r ν), ±cap), r = ±1 by the return: what points elsewhere gains, or loses less.
 
-    ν is `maths.novelty.gradient_novelty` in the group, of the mean over tokens of the gradient by
-    the last hidden state, W_y − Σ_v p_v W_v. It stands in the place of the task's reward. G²RL
-    (arXiv 2512.15687); λ is our choice.
+    ν is `maths.group_advantages.gradient_novelty` in the group, of the mean over tokens of the
+    gradient by the last hidden state, W_y − Σ_v p_v W_v. It stands in the place of the task's
+    reward. G²RL (arXiv 2512.15687); λ is our choice.
 
     Args:
         batch: With `head_gradient`.

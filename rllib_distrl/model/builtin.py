@@ -27,7 +27,7 @@ from distrl_envs import task as task_module
 from distrl_envs.task import GeneratedTask, Problem, Turn
 from distrl_envs.tasks import make_task
 from distrl_envs.tokenizers import EOS, PAD, VOCABULARY, small_tokenizer
-from rllib_distrl.model.cached_folder import CachedFolder, content_key, say
+from rllib_distrl.files import CachedFolder, content_key, say
 from rllib_distrl.model.causal_lm import no_progress_bars
 
 if TYPE_CHECKING:
@@ -208,7 +208,7 @@ def builtin_folder(spec: BuiltinSpec, root: Path | None = None) -> Path:
 
     Args:
         spec: The model.
-        root: Cache directory; by default `cached_folder.cache_root()`.
+        root: Cache directory; by default `files.cache_root()`.
 
     Raises:
         ValueError: If the cache directory cannot be written to.

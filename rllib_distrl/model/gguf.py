@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.model.cached_folder import CachedFolder, content_key, say
+from rllib_distrl.files import CachedFolder, content_key, say
 from rllib_distrl.model.causal_lm import gist, no_progress_bars
 
 SUFFIX, PACKAGE = ".gguf", "package:"
@@ -39,7 +39,7 @@ def gguf_folder(name: str, root: Path | None = None) -> Path:
 
     Args:
         name: `FILE.gguf`, or `package:NAME` for the one that an installed package ships.
-        root: Cache directory; by default `cached_folder.cache_root()`.
+        root: Cache directory; by default `files.cache_root()`.
 
     Raises:
         ValueError: If there is no such file or package, it is no intact GGUF file, of an

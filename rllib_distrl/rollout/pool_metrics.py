@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from distrl_envs.task import Grade
-from rllib_distrl.maths.majority import Equivalence, group_answers, majority_at_k
+from rllib_distrl.maths.choosing import Equivalence, group_answers, majority_at_k
 from rllib_distrl.maths.pass_k import best_at_k, count_scores, distinct_correct, pass_at_k
 from rllib_distrl.rllib_traps import SECONDS
 

@@ -5,8 +5,7 @@ import sys
 import pandas as pd
 import pytest
 
-from distrl_envs.data import Column, DataError, load_data
-from distrl_envs.data_files import hub_address
+from distrl_envs.data import Column, DataError, hub_address, load_data
 
 COLUMNS = {"problem": Column(), "answer": Column((str, int), convert=str)}
 ROWS = [{"problem": "1+1?", "answer": "2"}, {"problem": "2+2?", "answer": 4, "level": 3}]

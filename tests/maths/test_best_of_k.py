@@ -3,7 +3,7 @@ import itertools
 import pytest
 import torch
 
-from rllib_distrl.maths.best_of_k import gain_over_best, law_of_batch
+from rllib_distrl.maths.laws import gain_over_best, law_of_batch
 
 D = torch.float64
 

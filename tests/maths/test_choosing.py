@@ -3,8 +3,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from rllib_distrl.maths.choosing import best_by_value, stopping, weighted_vote
-from rllib_distrl.maths.majority import majority_at_k
+from rllib_distrl.maths.choosing import best_by_value, majority_at_k, stopping, weighted_vote
 
 
 def test_best_by_value_by_hand():

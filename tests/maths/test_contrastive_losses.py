@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rllib_distrl.maths.contrastive_losses import disco, pairwise_bt
+from rllib_distrl.maths.group_losses import disco, pairwise_bt
 
 MASK = torch.tensor([[True, True], [True, False], [True, True], [True, False], [True, True]])
 OLD = torch.tensor([[-1.0, -2.0], [-0.5, 0.0], [-3.0, -1.0], [-2.0, 0.0], [-1.0, -1.0]]).double()

@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 
-from rllib_distrl.maths.kl import kl_estimate
 from rllib_distrl.maths.losses import (
     LAD_DIVERGENCES,
     clipped_surrogate,
     gspo,
+    kl_estimate,
     lad,
     squared_value_loss,
 )

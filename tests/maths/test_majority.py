@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rllib_distrl.maths.majority import group_answers, majority_at_k
+from rllib_distrl.maths.choosing import group_answers, majority_at_k
 
 
 def enumerated_majority(labels, scores, k):

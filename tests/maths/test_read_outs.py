@@ -4,7 +4,7 @@ from statistics import NormalDist
 import pytest
 import torch
 
-from rllib_distrl.maths.group_calibration import (
+from rllib_distrl.maths.group_advantages import (
     calibrated_edges,
     leave_one_out_posterior,
     logit_shift,

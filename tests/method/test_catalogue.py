@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from rllib_distrl.maths.group_advantages import gradient_novelty
 from rllib_distrl.maths.losses import budget_weights
-from rllib_distrl.maths.novelty import gradient_novelty
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.registry import logp_at, resolve
 from tests.helpers import distrl_config

@@ -23,7 +23,7 @@ from distrl_envs.turns import ReplyTokens, interleaved
 from rllib_distrl.algorithm.export import export_policy
 from rllib_distrl.engine.protocol import Request, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
-from rllib_distrl.model.cached_folder import cache_root
+from rllib_distrl.files import cache_root
 from rllib_distrl.model.loading import (
     eos_token_ids,
     load_generation_config,

@@ -9,8 +9,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from distrl_envs.data import CONTEXT, Column, Data, load_data, problem_key
-from distrl_envs.data_files import Numbered, read_rows
+from distrl_envs.data import CONTEXT, Column, Data, Numbered, load_data, problem_key, read_rows
 from distrl_envs.formats import AS_IT_IS, find_format, read_chat
 from distrl_envs.task import PLACE, SPLITS, Problem, Task
 

@@ -15,8 +15,7 @@ from threading import Lock, Thread
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-from distrl_envs.data import CONTEXT
-from distrl_envs.data_files import Numbered, read_rows
+from distrl_envs.data import CONTEXT, Numbered, read_rows
 from distrl_envs.task import PLACE, Grade, Problem, TaskError, Turn, checked_number
 from distrl_envs.tasks.data_task import PROBLEM, DataTask
 from distrl_envs.tasks.text_envs import EMPTY, TURNS, ReplayedTask, Seeded, Step, source_hash

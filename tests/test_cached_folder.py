@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from rllib_distrl.files import CachedFolder, cache_root, content_key
 from rllib_distrl.model.builtin import SPECS, builtin_folder
-from rllib_distrl.model.cached_folder import CachedFolder, cache_root, content_key
 
 
 class Builds:

@@ -3,7 +3,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from distrl_envs.tokenizers import small_tokenizer
-from rllib_distrl.model.token_texts import single_texts, token_texts
+from rllib_distrl.algorithm.inspection import single_texts, token_texts
 
 
 def byte_tokenizer():
