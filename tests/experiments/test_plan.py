@@ -156,7 +156,9 @@ TUNE = Path(__file__).parents[2] / "tune"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["critic_information", "sao", "unruly", "wide_law"])
+@pytest.mark.parametrize(
+    "name", ["critic_batches", "critic_information", "sao", "unruly", "wide_law"]
+)
 def test_small_comparisons_can_be_planned(name: str) -> None:
     planned = make_plan([TUNE / f"{name}.toml"], [], seeds=8, first_seed=0, budget_tokens=60_000)
     assert len(planned.jobs()) == 8 * len(planned.contenders) >= 16
