@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -76,9 +77,11 @@ def test_what_comes_while_ray_starts_is_noted_when_it_has() -> None:
     with Interrupts("") as interrupts:
         with kept_from_ray():
             utils.set_sigterm_handler(lambda *_: pytest.fail("Ray took SIGTERM"))
-            send(signal.SIGTERM)
+            # To this thread: what is sent to the process another thread may take, any time later.
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
             inherited = signal.pthread_sigmask(signal.SIG_BLOCK, ())
             assert set(SIGNALS) <= inherited
+            assert not interrupts.pending
         assert interrupts.pending
     assert utils.set_sigterm_handler is theirs
     assert not set(SIGNALS) & signal.pthread_sigmask(signal.SIG_BLOCK, ())
