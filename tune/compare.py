@@ -19,10 +19,9 @@ import typer
 
 from rllib_distrl.cli.errors import exit_code_of
 from rllib_distrl.cli.ray_session import check_address, cpus_needed, silence_libraries
-from rllib_distrl.experiments.comparison import Comparison
+from rllib_distrl.experiments.comparison import Comparison, Plan, make_plan
 from rllib_distrl.experiments.pages import About, write_outputs
-from rllib_distrl.experiments.plan import Plan, make_plan
-from rllib_distrl.experiments.record import Record
+from rllib_distrl.experiments.results import Record
 
 
 def main(

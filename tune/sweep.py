@@ -53,8 +53,8 @@ def _run(
     address: str | None,
 ) -> None:
     from rllib_distrl.cli.ray_session import check_address, ray_session
-    from rllib_distrl.experiments.space import load_space
     from rllib_distrl.experiments.sweep import run_sweep
+    from rllib_distrl.experiments.trials import load_space
     from rllib_distrl.model.loading import resolve
     from rllib_distrl.recipe import load_recipe
 

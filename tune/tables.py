@@ -17,11 +17,16 @@ from typing import Any
 
 from rllib_distrl.cli.methods import markdown
 from rllib_distrl.experiments.decisions import Decisions, decide
-from rllib_distrl.experiments.pages import read_about, renew_table, with_baseline
-from rllib_distrl.experiments.record import Record, read_records
-from rllib_distrl.experiments.results import Results, arrange
+from rllib_distrl.experiments.pages import (
+    Table,
+    read_about,
+    renew_table,
+    results_table,
+    tested,
+    with_baseline,
+)
+from rllib_distrl.experiments.results import Record, Results, arrange, read_records
 from rllib_distrl.experiments.sweep import at_equal_average
-from rllib_distrl.experiments.tables import Table, results_table, tested
 from rllib_distrl.runs.log import read_progress
 
 ROOT = Path(__file__).parents[1]

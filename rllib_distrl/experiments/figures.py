@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import EngFormatter
 
-from rllib_distrl.experiments.decisions import Decisions
-from rllib_distrl.experiments.equal_average import equal_average_metrics
-from rllib_distrl.experiments.record import Record
-from rllib_distrl.experiments.results import Results, Row
+from rllib_distrl.experiments.decisions import Decisions, equal_average_metrics
+from rllib_distrl.experiments.results import Record, Results, Row
 from rllib_distrl.experiments.statistics import PairedTest
 from rllib_distrl.figures.look import COLOURS, GREY, GRID, INK, MARKERS, PAPER, Chart, chart, legend
 from rllib_distrl.figures.pass_k import draw_pass_k, label_curves

@@ -12,16 +12,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from rllib_distrl.experiments.record import AVERAGE, validated
-from rllib_distrl.experiments.space import Space, scheduler, search_algorithm, with_settings
+from rllib_distrl.experiments.results import AVERAGE, validated
 from rllib_distrl.experiments.statistics import ValidationFit
-from rllib_distrl.experiments.trial import (
+from rllib_distrl.experiments.trials import (
     ITERATIONS,
     MISSING_METRIC,
     TOKENS,
     RecipeTrial,
+    Space,
     StopWithoutMetric,
+    scheduler,
+    search_algorithm,
     trial_recipe,
+    with_settings,
 )
 from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rllib_distrl.experiments.record import FAILED, FINISHED, Record
+from rllib_distrl.experiments.results import FAILED, FINISHED, Record
 
 RECIPE = {"eval": {"problems": 10, "n": 4, "split": "test"}}
 

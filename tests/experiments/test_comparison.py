@@ -12,9 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rllib_distrl.experiments.comparison import Comparison
-from rllib_distrl.experiments.plan import make_plan
-from rllib_distrl.experiments.record import Record, measure_samples, score_counts, thinned
+from rllib_distrl.experiments.comparison import Comparison, make_plan
+from rllib_distrl.experiments.results import Record, measure_samples, score_counts, thinned
 from rllib_distrl.runs.log import read_progress
 from tests.helpers import start_python
 

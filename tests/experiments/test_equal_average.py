@@ -7,18 +7,16 @@ from dataclasses import replace
 
 import pytest
 
-from rllib_distrl.experiments.decisions import decide
-from rllib_distrl.experiments.equal_average import (
+from rllib_distrl.experiments.decisions import (
     at_level,
+    decide,
     equal_average_metrics,
     levels,
     mean_at_levels,
 )
-from rllib_distrl.experiments.pages import sections
-from rllib_distrl.experiments.record import Record
-from rllib_distrl.experiments.results import Results, arrange
+from rllib_distrl.experiments.pages import equal_average_table, sections
+from rllib_distrl.experiments.results import Record, Results, arrange
 from rllib_distrl.experiments.statistics import estimate
-from rllib_distrl.experiments.tables import equal_average_table
 from tests.experiments.made_records import record, records
 
 # Average scores along training: a 0.1 to 0.5 with both seeds, b 0.2 to 0.6 and 0.3 to 0.7, while

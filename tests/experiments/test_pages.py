@@ -11,7 +11,7 @@ import pytest
 from matplotlib.image import imread
 
 from rllib_distrl.experiments.pages import About, read_about, write_outputs
-from rllib_distrl.experiments.record import read_record
+from rllib_distrl.experiments.results import read_record
 from tests.experiments.made_records import failed, records
 
 NAMES = ("a", "b", "c")

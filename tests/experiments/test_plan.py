@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rllib_distrl.experiments.plan import Plan, make_plan, recipe_digest
+from rllib_distrl.experiments.comparison import Plan, make_plan, recipe_digest
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.method.registry import KINDS, names, resolve
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from rllib_distrl.experiments.decisions import decide
-from rllib_distrl.experiments.equal_average import equal_average_metrics
-from rllib_distrl.experiments.results import arrange, number
-from rllib_distrl.experiments.tables import (
+from rllib_distrl.experiments.decisions import decide, equal_average_metrics
+from rllib_distrl.experiments.pages import (
     Table,
     costs_table,
     differences_table,
     results_table,
 )
+from rllib_distrl.experiments.results import arrange, number
 from tests.experiments.made_records import failed, record, records
 
 AVERAGES = {"a": [0.2, 0.4], "b": [0.3, 0.4]}

@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from rllib_distrl.experiments.space import Space, load_space
 from rllib_distrl.experiments.sweep import SweepResult, read_trials, run_sweep
+from rllib_distrl.experiments.trials import Space, load_space
 from rllib_distrl.recipe import Recipe, load_recipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_session")]

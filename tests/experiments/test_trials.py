@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rllib_distrl.experiments.space import load_space, with_settings
+from rllib_distrl.experiments.trials import load_space, with_settings
 from rllib_distrl.recipe import Recipe, load_recipe
 
 RECIPE = """
