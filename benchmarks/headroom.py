@@ -14,7 +14,7 @@ import sys
 import numpy as np
 
 from distrl_envs.tasks.blackjack import Law, mean, return_law, uniform, visits
-from rllib_distrl.evaluation.store import load_samples
+from rllib_distrl.evaluation.result import load_samples
 from rllib_distrl.maths.headroom import headroom, sampled_headroom
 from rllib_distrl.maths.pass_k import best_at_k
 

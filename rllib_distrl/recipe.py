@@ -28,7 +28,7 @@ from rllib_distrl.recipe_schema import (
     is_none,
     nearest,
 )
-from rllib_distrl.runs.trackers import check_trackers
+from rllib_distrl.runs.log import check_trackers
 from rllib_distrl.settings import EvalTable, RolloutSettings, RunSettings
 
 if TYPE_CHECKING:

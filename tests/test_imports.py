@@ -96,13 +96,18 @@ def test_modules_are_found_under_their_former_names():
         old = importlib.import_module("rllib_distrl.algorithms.distrl")
     assert old is importlib.import_module("rllib_distrl.algorithm.distrl")
     assert old.__spec__.name == "rllib_distrl.algorithm.distrl"
-    with pytest.raises(ModuleNotFoundError):
-        importlib.import_module("rllib_distrl.algorithms.no_such_module")
+    for name in ("algorithms.no_such_module", "figures.no_such_module"):
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module(f"rllib_distrl.{name}")
 
 
 @pytest.mark.parametrize("old", sorted(moved.MODULES))
 def test_every_former_name_leads_somewhere(old):
-    assert importlib.util.find_spec(f"rllib_distrl.{moved.MODULES[old]}") is not None
+    new = f"rllib_distrl.{moved.MODULES[old]}"
+    # In one step, not from one former name to another.
+    assert importlib.util.find_spec(new).name == new
+    assert new.removeprefix("rllib_distrl.") not in moved.MODULES
+    assert importlib.util.find_spec(f"rllib_distrl.{old}") is not None
 
 
 def test_explaining_a_builtin_model_imports_no_models_of_transformers():

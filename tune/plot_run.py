@@ -6,7 +6,7 @@ import pandas as pd
 import typer
 
 from rllib_distrl.evaluation.result import EvalResult
-from rllib_distrl.figures.pass_k import plot_pass_k
+from rllib_distrl.figures import plot_pass_k
 from rllib_distrl.runs.folder import open_run
 from rllib_distrl.settings import EvalSettings
 

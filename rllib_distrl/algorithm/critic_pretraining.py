@@ -81,7 +81,7 @@ def read_groups(algo: Any, path: str) -> list[Group]:
 
     Args:
         algo: whose env and model they must fit.
-        path: Parquet with the columns of `evaluation.store.SCHEMA`: a file, or a folder of them.
+        path: Parquet with the columns of `evaluation.result.SCHEMA`: a file, or a folder of them.
 
     Raises:
         ValueError: no such file, a file without token ids, or problems of another task or split.

@@ -36,9 +36,8 @@ from rllib_distrl.runs.folder import (
     open_run,
     resume_run,
 )
-from rllib_distrl.runs.log import read_progress
+from rllib_distrl.runs.log import connect_trackers, read_progress
 from rllib_distrl.runs.storage import RunStorage, storage_of
-from rllib_distrl.runs.trackers import connect_trackers
 
 _FINISHING = (
     "Finishing what cannot be left (in training: this iteration), then a checkpoint. "

@@ -21,8 +21,7 @@ from rllib_distrl.files import remove_temporaries, replaced_folder
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import TrainingStopped, checkpoint_iteration
 from rllib_distrl.runs.folder import RunFolder
-from rllib_distrl.runs.log import RunLog, read_progress
-from rllib_distrl.runs.trackers import Trackers, tracked_run
+from rllib_distrl.runs.log import RunLog, Trackers, read_progress, tracked_run
 
 _REFUSED_STEPS = "learners/default_policy/nonfinite_steps"
 

@@ -15,9 +15,8 @@ from rllib_distrl.algorithm.wiring import env_settings
 from rllib_distrl.engine.protocol import Completion, Request
 from rllib_distrl.evaluation.data import EvalData
 from rllib_distrl.evaluation.evaluate import env_arguments, make_env
-from rllib_distrl.evaluation.result import EvalResult
+from rllib_distrl.evaluation.result import SCHEMA, EvalResult, read_part, sample_parts
 from rllib_distrl.evaluation.sampling import replies_of
-from rllib_distrl.evaluation.store import SCHEMA, read_part, sample_parts
 from rllib_distrl.learner.token_table import judge_tokens
 from rllib_distrl.maths.choosing import (
     Stopping,

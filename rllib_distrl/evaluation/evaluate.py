@@ -17,10 +17,9 @@ from rllib_distrl.engine.protocol import RolloutEngine, SamplingParams
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weights import check_engine
 from rllib_distrl.evaluation.data import EvalData, resolve_data
-from rllib_distrl.evaluation.result import EvalResult, load_result
+from rllib_distrl.evaluation.measures import Equivalence
+from rllib_distrl.evaluation.result import SCHEMA, EvalResult, SampleStore, load_result
 from rllib_distrl.evaluation.sampling import ProgressCallback, Prompted, Sampler
-from rllib_distrl.evaluation.store import SCHEMA, SampleStore
-from rllib_distrl.evaluation.summary import Equivalence
 from rllib_distrl.model.loading import eos_token_ids, load_config, load_model, resolve
 from rllib_distrl.settings import EvalSettings
 
@@ -91,7 +90,7 @@ def run_evaluation(
         overwrite=overwrite,
     )
     if out is not None:
-        from rllib_distrl.figures.pass_k import plot_pass_k  # Matplotlib takes its time.
+        from rllib_distrl.figures import plot_pass_k  # Matplotlib takes its time.
 
         folder = Path(out)
         result.to_json(folder / REPORT, also=also)

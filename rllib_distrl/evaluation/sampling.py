@@ -242,7 +242,7 @@ class Sampler:
         ]
 
     def _replied(self, completion: Completion) -> dict[str, Any]:
-        """The columns of `store.SCHEMA` that an environment decides which replies."""
+        """The columns of `result.SCHEMA` that an environment decides which replies."""
         if not self.env.has_turns:
             return {"replies": None}
         reason = self.env.finish_reason(completion.tokens.tolist(), completion.replies)
@@ -250,7 +250,7 @@ class Sampler:
 
 
 def _stored(completion: Completion) -> list[dict[str, Any]]:
-    """The column `replies` of `store.SCHEMA`."""
+    """The column `replies` of `result.SCHEMA`."""
     return [
         {"at": r.at, "ids": list(r.ids), **asdict(r.reply), "finish": r.finish}
         for r in completion.replies
@@ -271,7 +271,7 @@ def replies_of(record: Mapping[str, Any]) -> list[EnvReply]:
 
 
 def _graded(grade: Grade, grading: str) -> dict[str, Any]:
-    """The columns of `store.SCHEMA` that a grade decides."""
+    """The columns of `result.SCHEMA` that a grade decides."""
     return {
         "status": grade.status,
         "score": float(grade.score),
@@ -281,7 +281,7 @@ def _graded(grade: Grade, grading: str) -> dict[str, Any]:
 
 
 def _record(prompted: Prompted, sample: int, completion: Completion, text: str) -> dict[str, Any]:
-    """One row of `store.SCHEMA`, its grade aside."""
+    """One row of `result.SCHEMA`, its grade aside."""
     collapsed = " ".join(text.split())
     return {
         "problem": prompted.position,

@@ -11,8 +11,19 @@ from matplotlib.ticker import EngFormatter
 from rllib_distrl.experiments.decisions import Decisions, equal_average_metrics
 from rllib_distrl.experiments.results import Record, Results, Row
 from rllib_distrl.experiments.statistics import PairedTest
-from rllib_distrl.figures.look import COLOURS, GREY, GRID, INK, MARKERS, PAPER, Chart, chart, legend
-from rllib_distrl.figures.pass_k import draw_pass_k, label_curves
+from rllib_distrl.figures import (
+    COLOURS,
+    GREY,
+    GRID,
+    INK,
+    MARKERS,
+    PAPER,
+    Chart,
+    chart,
+    draw_pass_k,
+    label_curves,
+    legend,
+)
 from rllib_distrl.maths.pass_k import Curve
 
 _HUES = COLOURS[:6]  # the baseline has the ink

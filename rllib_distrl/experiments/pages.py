@@ -22,7 +22,7 @@ from rllib_distrl.experiments.decisions import (
 )
 from rllib_distrl.experiments.results import Results, Row, arrange, number, read_records
 from rllib_distrl.experiments.statistics import Estimate, PairedTest
-from rllib_distrl.figures.look import Chart
+from rllib_distrl.figures import Chart
 from rllib_distrl.files import write_atomic
 from rllib_distrl.viewer.html import Table, prose, report_page, section
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from rllib_distrl.evaluation.summary import SampleTable, per_problem
+from rllib_distrl.evaluation.measures import SampleTable, per_problem
 from rllib_distrl.experiments.statistics import Estimate, FloatArray, ValidationFit, estimate
 from rllib_distrl.files import write_atomic
 from rllib_distrl.maths import pass_k
@@ -294,7 +294,7 @@ def measure_samples(frame: pd.DataFrame) -> dict[str, float]:
     The entropy is the sampled one: minus the mean log-probability of the sampled tokens.
 
     Args:
-        frame: Graded samples, with the columns of `evaluation.store.SCHEMA`.
+        frame: Graded samples, with the columns of `evaluation.result.SCHEMA`.
 
     Returns:
         {"avg@64": …, "pass@1": …, …, "best@1": …, …, "distinct_correct": …, "entropy": nats per

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rllib_distrl.evaluation.measures import fit_entropy
-from rllib_distrl.figures.look import Chart
+from rllib_distrl.figures import Chart
 from rllib_distrl.files import write_atomic
 from rllib_distrl.runs.reading import EVALUATIONS, Run
-from rllib_distrl.viewer import critic_plots, training_plots
+from rllib_distrl.viewer import plots
 from rllib_distrl.viewer.html import Table, report_page, section
-from rllib_distrl.viewer.training_plots import as_runs
+from rllib_distrl.viewer.plots import as_runs
 
 _NOTHING = "–"
 _DEAD = "env_runners/dead_group_share"
@@ -50,23 +50,23 @@ def _figures(runs: list[Run]) -> list[str]:
     valued = {name: table for name, table in tables.items() if table.has("value")}
     spread = {name: table for name, table in tables.items() if table.n_quantiles}
     return [
-        _figure("Learning", "learning", training_plots.plot_learning_curves, runs),
-        _figure("pass@k", "pass", training_plots.plot_pass_at_k, runs),
-        _figure("Calibration of the critic", "calibration", critic_plots.plot_calibration, runs,
+        _figure("Learning", "learning", plots.plot_learning_curves, runs),
+        _figure("pass@k", "pass", plots.plot_pass_at_k, runs),
+        _figure("Calibration of the critic", "calibration", plots.plot_calibration, runs,
                 "Before each update, on returns that the critic has not seen. Coverage should be "
                 "what it is called: 0.5 and 0.9."),
-        _figure("PIT", "pit", critic_plots.plot_pit, runs,
+        _figure("PIT", "pit", plots.plot_pit, runs,
                 "Flat: calibrated. A hump: the distribution is too wide. Horns: too narrow."),
-        _figure("Reliability", "reliability", critic_plots.plot_reliability, valued,
+        _figure("Reliability", "reliability", plots.plot_reliability, valued,
                 "Tokens of the trained policy on validation problems; larger dots: more tokens."),
         _figure("Does the spread know where the value is wrong?", "spread",
-                critic_plots.plot_spread_against_error, spread,
+                plots.plot_spread_against_error, spread,
                 "States that several completions share. The correlation given V is the one to "
                 "read: the plain one mostly repeats the noise of sampling."),
-        _figure("Optimism", "optimism", training_plots.plot_optimism, runs),
-        _figure("Sampler against learner", "mismatch", training_plots.plot_mismatch, runs),
-        _figure("Time", "time", training_plots.plot_timing, runs),
-        _figure("What became of the completions", "grades", training_plots.plot_grades, runs),
+        _figure("Optimism", "optimism", plots.plot_optimism, runs),
+        _figure("Sampler against learner", "mismatch", plots.plot_mismatch, runs),
+        _figure("Time", "time", plots.plot_timing, runs),
+        _figure("What became of the completions", "grades", plots.plot_grades, runs),
     ]  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import torch
 
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.evaluation.evaluate import evaluate_model
-from rllib_distrl.evaluation.store import SCHEMA, load_samples, sample_parts
+from rllib_distrl.evaluation.result import SCHEMA, load_samples, sample_parts
 from rllib_distrl.settings import EvalSettings
 from tests.evaluation.tiny_evaluation import (
     ENV_ID,

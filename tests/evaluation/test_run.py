@@ -5,7 +5,7 @@ import json
 import pytest
 
 from rllib_distrl.evaluation.evaluate import run_evaluation
-from rllib_distrl.evaluation.store import load_samples
+from rllib_distrl.evaluation.result import load_samples
 from tests.evaluation.tiny_evaluation import ENV_ID, tiny_model
 
 SMALL = {"problems": 3, "n": 4, "max_tokens": 16}

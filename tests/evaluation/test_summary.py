@@ -3,7 +3,7 @@
 import pandas as pd
 import pytest
 
-from rllib_distrl.evaluation.summary import per_problem, summarise
+from rllib_distrl.evaluation.measures import per_problem, summarise
 from rllib_distrl.maths.pass_k import default_ks
 
 

@@ -9,7 +9,7 @@ from transformers import Qwen2ForCausalLM
 
 from distrl_envs.task import Grade
 from rllib_distrl.evaluation.evaluate import evaluate_model
-from rllib_distrl.evaluation.store import SCHEMA, load_samples, sample_parts
+from rllib_distrl.evaluation.result import SCHEMA, load_samples, sample_parts
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.settings import EvalSettings
 from tests.evaluation.test_evaluate import assert_same_samples

@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from rllib_distrl.runs.trackers import (
+from rllib_distrl.runs.log import (
     TrackedRun,
     Trackers,
     check_trackers,

@@ -13,8 +13,8 @@ from rllib_distrl.evaluation.measures import entropy_at
 from rllib_distrl.method.token_table import TokenTable
 from rllib_distrl.recipe import recipe_from_tables
 from rllib_distrl.runs.folder import create_run
-from rllib_distrl.viewer import critic_plots, training_plots
-from rllib_distrl.viewer.critic_plots import reliability, shared_states
+from rllib_distrl.viewer import plots
+from rllib_distrl.viewer.plots import reliability, shared_states
 from rllib_distrl.viewer.run_report import write_report
 from tests.viewer.runs import RECIPE, make_run
 
@@ -77,19 +77,19 @@ def test_shared_states_are_those_with_equal_prefixes():
 
 def test_figures_draw_the_numbers(tmp_path):
     runs = [load_run(make_run(tmp_path / n, r)) for n, r in (("a", (0.1, 0.2)), ("b", (0.3, 0.4)))]
-    learning = training_plots.plot_learning_curves(runs)
+    learning = plots.plot_learning_curves(runs)
     drawn = [line.get_ydata().tolist() for line in learning.axes[0].lines]
     assert [0.1, 0.2] in drawn
     assert [0.3, 0.4] in drawn
-    passes = training_plots.plot_pass_at_k(runs).axes[0].lines
+    passes = plots.plot_pass_at_k(runs).axes[0].lines
     # One of four samples solves each problem before training, two after: pass@2 is 1/2 and 5/6.
     assert [line.get_ydata().tolist() for line in passes[:2]] == [
         pytest.approx([1 / 4, 1 / 2, 1]),
         pytest.approx([1 / 2, 5 / 6, 1]),
     ]
-    bars = training_plots.plot_timing(runs[0]).axes[0].patches
+    bars = plots.plot_timing(runs[0]).axes[0].patches
     assert [bar.get_width() for bar in bars] == [1.0, 2.0]
-    fan = critic_plots.plot_completion(runs[0].token_table, 0)
+    fan = plots.plot_completion(runs[0].token_table, 0)
     assert fan._repr_png_().startswith(b"\x89PNG")
 
 

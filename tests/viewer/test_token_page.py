@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from rllib_distrl.method.token_table import read_token_table
-from rllib_distrl.viewer.token_blocks import blocks
-from rllib_distrl.viewer.token_page import table_of_samples, write_viewer
+from rllib_distrl.viewer.token_page import blocks, table_of_samples, write_viewer
 from tests.viewer.tables import HOSTILE, make_table
 
 

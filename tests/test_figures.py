@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rllib_distrl.evaluation.result import EvalResult
-from rllib_distrl.figures.look import spread_labels
-from rllib_distrl.figures.pass_k import plot_pass_k
+from rllib_distrl.figures import plot_pass_k, spread_labels
 from rllib_distrl.settings import EvalSettings
 
 

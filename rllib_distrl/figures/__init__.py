@@ -1,1 +1,0 @@
-"""The look of all figures, and the plot of pass@k that all pages share."""
