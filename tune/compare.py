@@ -17,8 +17,7 @@ from typing import Annotated
 
 import typer
 
-from rllib_distrl.cli.errors import exit_code_of
-from rllib_distrl.cli.ray_session import check_address, cpus_needed, silence_libraries
+from rllib_distrl.cli.session import check_address, cpus_needed, exit_code_of, silence_libraries
 from rllib_distrl.experiments.comparison import Comparison, Plan, make_plan
 from rllib_distrl.experiments.pages import About, write_outputs
 from rllib_distrl.experiments.results import Record

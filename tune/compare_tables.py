@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from rllib_distrl.cli.errors import exit_code_of
+from rllib_distrl.cli.session import exit_code_of
 from rllib_distrl.experiments.pages import write_outputs
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from rllib_distrl.cli.errors import exit_code_of
+from rllib_distrl.cli.session import exit_code_of
 from rllib_distrl.experiments.sweep import at_equal_average, read_validations
 from rllib_distrl.files import write_atomic
 

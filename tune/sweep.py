@@ -15,8 +15,7 @@ from typing import Annotated
 
 import typer
 
-from rllib_distrl.cli.errors import exit_code_of
-from rllib_distrl.cli.ray_session import silence_libraries
+from rllib_distrl.cli.session import exit_code_of, silence_libraries
 
 
 def main(
@@ -52,7 +51,7 @@ def _run(
     max_concurrent: int,
     address: str | None,
 ) -> None:
-    from rllib_distrl.cli.ray_session import check_address, ray_session
+    from rllib_distrl.cli.session import check_address, ray_session
     from rllib_distrl.experiments.sweep import run_sweep
     from rllib_distrl.experiments.trials import load_space
     from rllib_distrl.model.loading import resolve

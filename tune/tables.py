@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from rllib_distrl.cli.methods import markdown
+from rllib_distrl.cli.explain import markdown
 from rllib_distrl.experiments.decisions import Decisions, decide
 from rllib_distrl.experiments.pages import (
     Table,

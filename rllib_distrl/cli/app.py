@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from rllib_distrl.cli.errors import exit_code_of
+from rllib_distrl.cli.session import exit_code_of
 from rllib_distrl.runs.checkpoints import TrainingStopped
 
 
@@ -194,7 +194,7 @@ def methods(
     ] = None,
 ) -> None:
     """List what a recipe may choose by name, with its settings."""
-    from rllib_distrl.cli.methods import run_methods
+    from rllib_distrl.cli.explain import run_methods
 
     run_methods(kind)
 

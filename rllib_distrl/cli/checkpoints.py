@@ -10,9 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
-from rllib_distrl.cli.results import knows_critic
+from rllib_distrl.cli.display import knows_critic
+from rllib_distrl.cli.session import Interrupts, hide_loading_bars, silence_libraries
 from rllib_distrl.files import replaced_folder
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import (
@@ -109,7 +108,7 @@ def restored(
     run: RunFolder, checkpoint: Path, interrupts: Interrupts | None = None
 ) -> Iterator[Any]:
     """The run's algorithm in the state of a checkpoint, without actors, in a Ray session."""
-    from rllib_distrl.cli.ray_session import ray_session
+    from rllib_distrl.cli.session import ray_session
 
     hide_loading_bars()
     config = run.recipe().build_config()

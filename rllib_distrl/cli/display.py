@@ -1,22 +1,32 @@
-"""The progress of training: a live table on a terminal, plain lines elsewhere."""
+"""What commands show: the progress of training and of evaluations, and tables of results.
+
+Progress is a live table or a bar on a terminal, a plain line now and then elsewhere.
+"""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
 
+from rich import progress as bars
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
+from rllib_distrl.cli.session import Interrupts
 from rllib_distrl.experiments.training import RunLength
 from rllib_distrl.runs.log import tokens_generated
+
+if TYPE_CHECKING:
+    from rllib_distrl.evaluation.sampling import Progress as EvalProgress
+
 
 # Where RLlib and our learners report what a person wants to see; the first key found counts.
 _RETURN = ("env_runners/episode_return_mean",)
@@ -25,6 +35,7 @@ _ENTROPY = ("learners/default_policy/entropy",)
 _SPREAD = ("learners/default_policy/quantile_spread",)
 
 _WINDOW = 20  # iterations over which speed is averaged
+_LINE_SECONDS = 30.0  # between lines of an evaluation
 
 
 @dataclass(frozen=True)
@@ -163,3 +174,261 @@ def _first(row: Mapping[str, Any], keys: tuple[str, ...]) -> float | None:
 
 def _formatted(value: float | None, spec: str) -> str:
     return "" if value is None else format(value, spec)
+
+
+SHARES = (0.0, 1.0)
+"""Scores within these bounds are shares, shown in %; others are shown as they are."""
+OF_SCORES = ("avg@", "best@", "maj@")
+"""Metrics that average scores; the others are shares whatever the scores."""
+
+_COUNTS = {"tokens": "tokens per sample", "distinct_correct": "distinct correct solutions"}
+"""Estimates that are no shares, so not in %."""
+_OF_CRITIC = {
+    "quantile_explained_variance": "explained variance of returns",
+    "quantile_state_explained_variance": "explained variance of mean returns",
+    "quantile_state_rmse": "error of the value (root mean square)",
+    "quantile_crps": "continuous ranked probability score",
+    "quantile_coverage_50": "coverage of the central 50 %",
+    "quantile_coverage_90": "coverage of the central 90 %",
+    "quantile_pit_ks": "largest deviation of the PIT from uniform",
+    "quantile_crossing_rate": "crossing rate",
+    "quantile_spread": "spread",
+    "quantile_spread_error_correlation": "spread and error, rank correlation",
+    "quantile_spread_error_partial_correlation": "... given the value",
+    "quantile_spread_error_partial_correlation_given_position": "... and the position",
+    "optimism_stat_error_correlation": "bonus statistic and error",
+    "optimism_stat_error_partial_correlation": "... given the value",
+    "optimism_stat_error_partial_correlation_given_position": "... and the position",
+}
+
+
+def print_before_after(console: Console, results: Mapping[str, Any]) -> None:
+    """Prints the table that ends a training run.
+
+    Args:
+        console: Where to.
+        results: The contents of `eval.json`; shares in [0, 1], shown as percentages.
+    """
+    before, after = results["before"], results["after"]
+    scores = results.get("scores", SHARES)
+    table = _metrics("value") if before is None else _metrics("before", "after", "change")
+    for name in (k for k in after if before is None or k in before):
+        cells = [shown(name, after[name], scores)]
+        if before is not None:
+            change = after[name] - before[name]
+            style = "green" if change > 0 else "red" if change < 0 else ""
+            signed = Text(shown(name, change, scores, sign="+"), style)
+            cells = [shown(name, before[name], scores), *cells, signed]
+        table.add_row(name, *cells)
+    asked = f"{results['problems']} {problems_of(results)}, {results['samples']} samples each"
+    numbers = ", averages of scores as they are" if _is_number("avg@", scores) else ""
+    _print(console, f"{asked}, in %{numbers}:", table)
+
+
+def print_report(console: Console, report: Mapping[str, Any], data: str, problems: str) -> None:
+    """Prints the table of one evaluation with its intervals.
+
+    Args:
+        console: Where to.
+        report: What `EvalResult.report` returns; shares in [0, 1], shown as percentages.
+        data: What was evaluated on.
+        problems: What its problems are called.
+    """
+    table = _metrics("value", "95 % interval")
+    for name, (low, high) in report["intervals"].items():
+        cells = [report[name], low, high]
+        if name in _COUNTS:
+            value, low, high = (f"{cell:.1f}" for cell in cells)
+        else:
+            value, low, high = (shown(name, cell, report["scores"]) for cell in cells)
+            value += unit_of(name, report["scores"])
+        table.add_row(_COUNTS.get(name, name), value, f"{low} to {high}")
+    samples = f"{report['samples']} sample{'s' * (report['samples'] != 1)} each"
+    _print(console, f"{data}: {report['problems']} {problems}, {samples}", table)
+
+
+def print_critic(console: Console, found: Mapping[str, float], split: str) -> None:
+    """Prints the table of one critic; nothing where there is none."""
+    if not found:
+        return
+    table = _metrics("value", first="critic")
+    for name, label in _OF_CRITIC.items():
+        if name in found:
+            table.add_row(label, f"{found[name]:.3f}")
+    prefixes = problems_of({"split": split}).replace("problems", "prefixes")
+    each = f"{found['continuations']} continuations each:"
+    _print(console, f"{found['prefixes']} {prefixes}, {each}", table)
+
+
+def print_judged(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what a critic's choices and stops are worth; nothing where none was asked."""
+    if not found:
+        return
+    table = _metrics("mean score", first="chosen by the critic")
+    for name, value in found.items():
+        if "@" in name:
+            label = f"{name} (votes count alike)" if name.startswith("maj@") else name
+            table.add_row(label, f"{value:.3f}")
+    _print(console, "The critic's choice among the samples:", table)
+    table = _metrics("stopped", "tokens saved", "false stops", "score lost", first="below")
+    for each in found["stopping"]:
+        names = ("stopped", "tokens_saved", "false_stops", "score_lost")
+        cells = ("-" if each[name] is None else f"{100 * each[name]:.1f}" for name in names)
+        table.add_row(f"{each['threshold']:g}", *cells)
+    quantile = f"{100 * found['level']:.0f} % quantile"
+    _print(console, f"If a completion stopped where the critic's {quantile} is below, %:", table)
+
+
+def print_audit(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints how often the verifier errs, and the reward that knows of it; nothing without one."""
+    if not found:
+        return
+    table = _metrics("%", "95 % interval", "of", first="the verifier")
+    rows = {
+        "false_positive_rate": ("passes what is wrong", found["wrong"]),
+        "false_negative_rate": ("fails what is right", found["right"]),
+    }
+    for name, (label, count) in rows.items():
+        value, low, high = (found[name][each] for each in ("value", "low", "high"))
+        shown = "-" if value is None else f"{100 * value:.1f}"
+        table.add_row(label, shown, f"{100 * low:.1f} to {100 * high:.1f}", str(count))
+    _print(console, f"Of {found['right'] + found['wrong']} labelled samples:", table)
+    values = {name: found[name]["value"] for name in rows}
+    if None not in values.values() and sum(values.values()) < 1:
+        given = ", ".join(f"{name} = {value:.4g}" for name, value in values.items())
+        line = f'reward_transforms = [{{ name = "noise_backward", {given} }}]'
+        console.print(f"In [training]: {line}", highlight=False, markup=False, soft_wrap=True)
+
+
+def knows_critic(found: Mapping[str, float]) -> bool:
+    """Whether `print_critic` has something to print of it."""
+    return any(name in found for name in _OF_CRITIC)
+
+
+def _metrics(*columns: str, first: str = "metric") -> Table:
+    """An empty table whose further columns are numbers."""
+    table = Table(first)
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _print(console: Console, header: str, table: Table) -> None:
+    console.print(header, highlight=False, markup=False, soft_wrap=True)
+    console.print(table)
+
+
+def problems_of(results: Mapping[str, Any]) -> str:
+    """What the problems of an evaluation are called: held-out only where training sees none."""
+    return "training problems" if results.get("split") == "train" else "held-out problems"
+
+
+def in_one_line(summary: Mapping[str, float], scores: Sequence[float] = SHARES) -> str:
+    """Formats one evaluation as `avg@64 17.1 %, pass@8 60.9 %`."""
+    return ", ".join(
+        f"{name} {shown(name, value, scores)}{unit_of(name, scores)}"
+        for name, value in summary.items()
+    )
+
+
+def shown(name: str, value: float, scores: Sequence[float] = SHARES, sign: str = "") -> str:
+    """A metric in %, or as a number where it averages scores outside of [0, 1]."""
+    return f"{value:{sign}.3f}" if _is_number(name, scores) else f"{100 * value:{sign}.1f}"
+
+
+def unit_of(name: str, scores: Sequence[float]) -> str:
+    """What stands behind a metric that is `shown`."""
+    return "" if _is_number(name, scores) else " %"
+
+
+def _is_number(name: str, scores: Sequence[float]) -> bool:
+    return name.startswith(OF_SCORES) and (scores[0] < SHARES[0] or scores[1] > SHARES[1])
+
+
+class EvaluationProgress:
+    """Shows progress while entered; call it with every `Progress` of the evaluation.
+
+    That is also where a signal ends the evaluation: what is finished is on disk.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        interrupts: Interrupts | None = None,
+        clock: Any = time.monotonic,
+    ) -> None:
+        """Shows nothing yet.
+
+        Args:
+            console: Where to.
+            label: What is going on.
+            interrupts: Asked whenever a sample has ended.
+            clock: Returns seconds.
+        """
+        self._console, self._label, self._clock = console, label, clock
+        self._interrupts = interrupts
+        self._bar = bars.Progress(
+            bars.TextColumn("{task.description}"),
+            bars.BarColumn(),
+            bars.MofNCompleteColumn(),
+            bars.TextColumn("samples{task.fields[numbers]}"),
+            bars.TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None, numbers="")
+        self._last_line = clock()
+
+    def __enter__(self) -> Self:
+        """Draws the bar."""
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Takes the bar away."""
+        self._bar.stop()
+
+    def __call__(self, progress: EvalProgress) -> None:
+        """Shows the state once a sample has ended.
+
+        Raises:
+            Interrupted: After a signal.
+        """
+        self._show(progress)
+        if self._interrupts is not None:
+            self._interrupts.check()
+
+    def _show(self, progress: EvalProgress) -> None:
+        numbers = _numbers(progress)
+        self._bar.update(
+            self._task,
+            completed=progress.samples_done,
+            total=progress.samples_in_all,
+            numbers=f"  {numbers}" if numbers else "",
+        )
+        if progress.resumed and not progress.samples:
+            done = f"{progress.resumed} of {progress.problems} problems"
+            self._print(f"Continuing: {done} are finished.")
+        if not self._console.is_terminal and self._clock() - self._last_line >= _LINE_SECONDS:
+            self._last_line = self._clock()
+            done = f"{progress.samples_done:,}/{progress.samples_in_all:,} samples"
+            left = f"time left {duration(progress.seconds_left)}"
+            self._print(f"{self._label}: " + "  ".join(filter(None, (done, numbers, left))))
+
+    def _print(self, line: str) -> None:
+        self._bar.console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _numbers(progress: EvalProgress) -> str:
+    """Score and speed, as far as there are any."""
+    fresh = progress.problems_done - progress.resumed
+    score = [f"score {progress.score:.3f}"] if fresh else []
+    speed = progress.tokens / max(progress.seconds, 1e-9)
+    return "  ".join([*score, f"tokens/s {speed:,.0f}"]) if progress.samples else ""

@@ -20,16 +20,15 @@ from rllib_distrl.cli.checkpoints import (
     probe_checkpoint,
     restored,
 )
-from rllib_distrl.cli.interrupts import Interrupts
-from rllib_distrl.cli.measure import EvaluationProgress
-from rllib_distrl.cli.ray_session import hide_loading_bars, silence_libraries
-from rllib_distrl.cli.results import (
+from rllib_distrl.cli.display import (
+    EvaluationProgress,
     print_audit,
     print_critic,
     print_judged,
     print_report,
     problems_of,
 )
+from rllib_distrl.cli.session import Interrupts, hide_loading_bars, silence_libraries
 from rllib_distrl.files import write_atomic
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints

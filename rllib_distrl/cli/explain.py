@@ -1,8 +1,15 @@
-"""`distrl explain`: what a recipe does per iteration, and the memory it needs."""
+"""`distrl explain`: what a recipe does per iteration, and the memory it needs.
+
+Beside it the checks before training starts, of memory, problems and room on disk, and
+`distrl methods`: what a recipe may choose by name, from the registry.
+"""
 
 from __future__ import annotations
 
+import inspect
 import math
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +30,17 @@ from rllib_distrl.algorithm.estimates import (
     size,
     too_large,
 )
-from rllib_distrl.cli.checks import check_problems
-from rllib_distrl.cli.ray_session import silence_libraries
-from rllib_distrl.method.registry import resolve
+from rllib_distrl.cli.session import silence_libraries
+from rllib_distrl.method.registry import KINDS, Method, methods, resolve
 from rllib_distrl.recipe import Recipe, load_recipe
-from rllib_distrl.settings import RolloutSettings, TrainingSettings
+from rllib_distrl.runs.checkpoints import list_checkpoints
+from rllib_distrl.runs.folder import RunFolder
+from rllib_distrl.settings import CRITIC_TRUNKS, RolloutSettings, TrainingSettings
 
 _PROMPTS_MEASURED = 64
+_BYTES = 4  # of a weight or a moment: both are float32
+_PAPER = re.compile(r"arXiv (\d{4}\.\d{4,5})")
+_AUTHORS = re.compile(r"\(?([A-Z][\w-]+(?: (?:et al\.|& [A-Z][\w-]+))?)[ ,]+((?:19|20)\d\d)\b")
 _EQUAL = TrainingSettings.defaults()["allocator"]
 
 
@@ -284,3 +295,155 @@ def _add_parts(table: Table, title: str, parts: Mapping[str, int]) -> None:
     for name, n_bytes in parts.items():
         table.add_row(f"  {name}", size(n_bytes))
     table.add_section()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method as the table shows it: all texts are read from the code."""
+
+    kind: str
+    name: str
+    what: str
+    source: str
+    needs: str
+    settings: str
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """Every registered method, by kind and name.
+
+    Raises:
+        ValueError: for an unknown kind.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"There is no kind {kind!r}; there are {', '.join(KINDS)}.")
+    shipped = [
+        each for one in KINDS if kind in (None, one) for each in methods(one)
+        if each.function.__module__.startswith("rllib_distrl.")
+    ]  # fmt: skip
+    return [_entry(each) for each in shipped]
+
+
+def _entry(method: Method) -> Entry:
+    text = inspect.getdoc(method.function) or ""
+    needs = {} if callable(method.needs) else method.needs
+    settings = [
+        name if p.default is inspect.Parameter.empty else f"{name}={p.default!r}".replace("'", "")
+        for name, p in method.settings().items()
+    ]
+    return Entry(
+        method.kind,
+        method.name,
+        text.partition("\n\n")[0].replace("\n", " "),
+        _source(text),
+        "by its settings" if callable(method.needs) else ", ".join(sorted(needs)),
+        ", ".join(settings),
+    )
+
+
+def _source(text: str) -> str:
+    """The first paper that a docstring names, or that it is our choice."""
+    text = " ".join(text.split())
+    if found := _PAPER.search(text):
+        return f"arXiv {found[1]}"
+    if found := _AUTHORS.search(text):
+        return f"{found[1]} {found[2]}"
+    return "ours" if re.search(r"\b[Oo]urs?\b", text) else ""
+
+
+def markdown() -> str:
+    """The table of docs/methods.md, one part per kind."""
+    parts = []
+    for kind in KINDS:
+        lines = [f"### {kind}", "", "| name | what | source | reads | settings |"]
+        lines.append("|---|---|---|---|---|")
+        for entry in entries(kind):
+            cells = (f"`{entry.name}`", entry.what, entry.source, entry.needs, entry.settings)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
+
+
+def run_methods(kind: str | None, console: Console | None = None) -> None:
+    """Prints the methods of a kind, or of all."""
+    console = console or Console()
+    table = Table(box=None, pad_edge=False, show_lines=False)
+    for column in ("kind", "name", "what", "settings"):
+        table.add_column(column, overflow="fold", style="bold" if column == "name" else None)
+    for entry in entries(kind):
+        table.add_row(entry.kind, entry.name, entry.what, entry.settings)
+    console.print(table)
+
+
+def check_problems(recipe: Recipe, config: Any) -> list[str]:
+    """Builds the task of every split that the recipe asks, as the run will.
+
+    Args:
+        recipe: Says which splits are asked.
+        config: The recipe's algorithm configuration.
+
+    Returns:
+        Lines for people: how large the splits are, and whether training problems are evaluated.
+
+    Raises:
+        ValueError: If the data has faults, a split is empty or a prompt is too long.
+    """
+    import gymnasium
+
+    splits = ["train", recipe.eval.split] + ["validation"] * bool(recipe.eval.interval)
+    lines: list[str] = []
+    for split in dict.fromkeys(splits):
+        env = gymnasium.make(
+            config.env, disable_env_checker=True, **{**config.env_config, "split": split}
+        )
+        task = getattr(env.unwrapped, "task", None)
+        env.close()
+        if split == "train" and task is not None:
+            lines += filter(None, [task.describe_splits()])
+    if recipe.eval.split == "train":
+        lines.append("The evaluation asks training problems, as eval.split = 'train' says.")
+    return lines
+
+
+def check_room(recipe: Recipe, config: Any, run: RunFolder) -> None:
+    """Checks that a run's checkpoints and its model have room.
+
+    Args:
+        recipe: Says how many checkpoints stay.
+        config: Its `AlgorithmConfig`.
+        run: Where they go; what is there already is counted.
+
+    Raises:
+        ValueError: If the disk has less.
+    """
+    settings = recipe.run
+    policy, trained = _parameters(settings.model, config.model_config)
+    checkpoint = _BYTES * (policy + 3 * trained)  # weights, and two moments of what learns
+    # While one is written, those that it replaces are still there.
+    kept = settings.keep_checkpoints + 1 + bool(settings.checkpoint_metric)
+    missing = max(kept - len(list_checkpoints(run.checkpoints)), 1)
+    needed = missing * checkpoint + _BYTES * policy
+    place = next(p for p in (run.path.absolute(), *run.path.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise ValueError(
+            f"{run.path}: the disk has {size(free)} free, and the run needs about {size(needed)} "
+            f"for {missing} checkpoint(s) of {size(checkpoint)} and the model. Make room, name "
+            "another place with --out, or lower run.keep_checkpoints."
+        )
+
+
+def _parameters(model: str, settings: dict[str, Any]) -> tuple[int, int]:
+    """Parameters that a checkpoint holds for the sake of the policy, and those that learn."""
+    from rllib_distrl.model.causal_lm import without_weights
+    from rllib_distrl.model.loading import load_config
+    from rllib_distrl.model.lora import count_adapter_parameters
+
+    model_config = load_config(model)
+    policy = without_weights(model_config)
+    weights = sum(p.numel() for p in policy.parameters())
+    trunks = 1 + CRITIC_TRUNKS.get(settings.get("critic", "separate"), 0)
+    if lora := settings.get("lora"):
+        return weights, trunks * count_adapter_parameters(lora, model_config)
+    trunk = sum(p.numel() for p in policy.base_model.parameters())
+    return 0, weights + (trunks - 1) * trunk

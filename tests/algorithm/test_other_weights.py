@@ -12,7 +12,7 @@ from distrl_envs.tokenizers import decode_completion, render_prompt
 from rllib_distrl import RolloutSettings, wire_language_model
 from rllib_distrl.algorithm.cluster import check_cluster
 from rllib_distrl.algorithm.registry import algorithm_config
-from rllib_distrl.cli.ray_session import cpus_needed
+from rllib_distrl.cli.session import cpus_needed
 from rllib_distrl.rollout.groups import SamplingError
 from tests.helpers import COUNTDOWN, TINY, distrl_config
 

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from rllib_distrl.cli.app import app
-from rllib_distrl.cli.errors import message_of
+from rllib_distrl.cli.session import message_of
 
 RECIPE = """
 [run]

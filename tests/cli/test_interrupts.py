@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from rllib_distrl.cli.errors import Interrupted, exit_code_of
-from rllib_distrl.cli.interrupts import Interrupts, kept_from_ray
+from rllib_distrl.cli.session import Interrupted, Interrupts, exit_code_of, kept_from_ray
 from tests.helpers import start_python
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -89,7 +88,7 @@ def test_what_comes_while_ray_starts_is_noted_when_it_has() -> None:
 
 WORK = """
 import sys, time
-from rllib_distrl.cli.interrupts import Interrupted, Interrupts
+from rllib_distrl.cli.session import Interrupted, Interrupts
 with Interrupts("first", "last words") as interrupts:
     print("ready", flush=True)
     for _ in range(int(sys.argv[1])):

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from rllib_distrl.cli.measure import EvaluationProgress
+from rllib_distrl.cli.display import EvaluationProgress
 from rllib_distrl.evaluation.sampling import Progress
 
 

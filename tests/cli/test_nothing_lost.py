@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from rllib_distrl.cli import checks
 from rllib_distrl.cli.app import app
+from rllib_distrl.cli.explain import check_room
 from rllib_distrl.experiments.comparison import start_distrl
 from rllib_distrl.experiments.training import TrainingCheckpoints
 from rllib_distrl.recipe import load_recipe
@@ -88,8 +89,8 @@ def test_a_log_without_a_good_checkpoint_is_not_written_over(file: Path, tmp_pat
 def test_a_run_without_room_is_refused_before_anything_is_made(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usage = checks.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=1_500_000))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=1_500_000))
     refused = train(file, "--out", tmp_path / "run")
     assert refused.exit_code == 2
     # 61,056 weights learn; with two moments a checkpoint has 0.7 MiB: three of them and a model.
@@ -97,8 +98,8 @@ def test_a_run_without_room_is_refused_before_anything_is_made(
     assert "3 checkpoint(s) of" in refused.stderr
     assert not (tmp_path / "run").exists()
     enough = load_recipe(file, ["run.keep_checkpoints=1"])
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: usage._replace(free=2_000_000))
-    checks.check_room(enough, enough.build_config(), RunFolder(tmp_path / "run"))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage._replace(free=2_000_000))
+    check_room(enough, enough.build_config(), RunFolder(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("content", ["", '{"before": {"avg@1": 0.', "[1, 2]"])
