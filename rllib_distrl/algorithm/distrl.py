@@ -175,6 +175,15 @@ class DistRLConfig(AlgorithmConfig):
         return RolloutSettings(**self._rollout)
 
     @property
+    def lends_weights(self) -> bool:
+        """Whether env runners of the learner's process hold its weights themselves, not a copy.
+
+        Not where somebody may read them while it learns.
+        """
+        beside = self.evaluation_parallel_to_training or self.rollout_settings.max_staleness
+        return self.num_learners == 0 and not beside
+
+    @property
     def _model_config_auto_includes(self) -> dict[str, Any]:
         rollout = self.rollout_settings
         return {
@@ -318,6 +327,8 @@ class DistRL(Algorithm):
             self._explain_dead_runners(error)
             raise
         self._sync_weights()
+        if self.eval_env_runner is not None:
+            self.eval_env_runner.share_engine(self.env_runner, self.weight_sync.latest[0])
         self.between_iterations = True
 
     @cached_property

@@ -240,7 +240,7 @@ def _block_activations(shape: ModelShape, product_bytes: int, each: int) -> int:
 
 
 def runner_memory(
-    shape: ModelShape, *, rows: int, tokens: int, dtype: str = "float32"
+    shape: ModelShape, *, rows: int, tokens: int, dtype: str = "float32", lent: bool = False
 ) -> dict[str, int]:
     """Estimates one env runner's memory by part, in bytes.
 
@@ -249,10 +249,12 @@ def runner_memory(
         rows: Sequences that the engine decodes at once.
         tokens: Longest sequence, prompt included.
         dtype: Of the engine: [rollout] dtype. What hands weights on to it holds float32.
+        lent: Whether that is the learner's own memory.
     """
     each = _ENGINE_BYTES[dtype]
+    held = {} if lent else {"policy weights": shape.parameters * _FLOAT32}
     return {
-        "policy weights": shape.parameters * _FLOAT32,
+        **held,
         "engine's weights": shape.parameters * each,
         "KV cache": 2 * shape.layers * rows * tokens * shape.kv_width * each,
     }
@@ -365,7 +367,10 @@ class Needs:
             reference=_keeps_reference(config),
         )
         rows = min(rollout.max_batch_size, math.ceil(growth * updates.episodes))
-        runner = runner_memory(shape, rows=rows, tokens=longest, dtype=rollout.dtype)
+        # Merged adapters, and what comes from a GPU, are copies.
+        copied = config.num_env_runners or config.num_gpus_per_learner or settings.get("lora")
+        lent = getattr(config, "lends_weights", False) and not copied
+        runner = runner_memory(shape, rows=rows, tokens=longest, dtype=rollout.dtype, lent=lent)
         return cls(learner, runner, budget, longest)
 
 

@@ -27,12 +27,13 @@ from rllib_distrl.settings import CRITIC_TRUNKS
 
 
 def policy_state(algo: Any) -> dict[str, Any]:
-    """The policy's weights by Hugging Face name, as float tensors, from the learner.
+    """A copy of the policy's weights by Hugging Face name, as float tensors, from the learner.
 
     The learner is asked because ``algo.get_module()`` may lag behind it (Ray 2.60).
     """
     update, _ = runner_weights(algo.learner_group)
-    return hugging_face_names(update[COMPONENT_RL_MODULE])
+    policy = hugging_face_names(update[COMPONENT_RL_MODULE])
+    return {name: tensor.clone() for name, tensor in policy.items()}
 
 
 def nonfinite_weights(algo: Any) -> list[str]:

@@ -100,7 +100,8 @@ class WeightSync:
         """Takes what somebody else has put into the learners' modules since the last `fetch`.
 
         Returns:
-            Whether it is another policy, by every number of it.
+            Whether it is another policy, by every number of it; where the learner lends its
+            weights, what they were is not known any more, and they count as others.
         """
         if self._stamps() == self._learners_stamps:
             return False
@@ -108,7 +109,8 @@ class WeightSync:
         self.fetch()
         after = _policy(self.latest)
         return self.version != version or not all(
-            torch.equal(tensor, before[name]) for name, tensor in after.items()
+            tensor.data_ptr() != before[name].data_ptr() and torch.equal(tensor, before[name])
+            for name, tensor in after.items()
         )
 
     def contents(self) -> tuple[int, str]:

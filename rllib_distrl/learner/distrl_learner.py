@@ -93,6 +93,7 @@ class DistRLLearner(TorchLearner):
         torch.set_num_threads(rollout.torch_threads)
         leave_memory_unfilled()
         super().build()
+        self.policy_module.lends_weights = config.lends_weights
         self.settings, self.method = TrainingSettings.of(config), Method.from_config(config)
         seed, self._alone = config.seed or 0, config.num_learners <= 1
         self.reference = Reference(self.policy_module) if "ref_logp" in self.method.needs else None

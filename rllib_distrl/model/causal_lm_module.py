@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any, Self
 
+import numpy as np
 import torch
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.utils import make_target_network
@@ -13,11 +14,13 @@ from ray.rllib.core.rl_module.apis import InferenceOnlyAPI, TargetNetworkAPI, Va
 from ray.rllib.core.rl_module.apis.target_network_api import TARGET_NETWORK_ACTION_DIST_INPUTS
 from ray.rllib.core.rl_module.torch import TorchRLModule
 from ray.rllib.utils.numpy import convert_to_numpy
+from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 from torch import nn
 from torch.nn.functional import linear
 
 from rllib_distrl.engine.protocol import SamplingParams
 from rllib_distrl.engine.sampling import sample
+from rllib_distrl.engine.weights import check_names
 from rllib_distrl.maths.laws import Law
 from rllib_distrl.maths.lm_head import score_by_hidden, token_logps
 from rllib_distrl.maths.packing import first_of_prompt, split_by_token_budget, split_packed
@@ -75,7 +78,14 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     batches of RLlib's own learners with ``obs_mode="incremental"``. Prompts without actions
     (`from_prompts`) are answered by `forward_inference` and `forward_exploration` with the next
     token of each.
+
+    Attributes:
+        lends_weights: whether a learner's module hands its own memory to env runners, who read it
+            and never write to it, in place of a copy. For one process, where nobody reads what was
+            handed out while the learner learns.
     """
+
+    lends_weights = False
 
     def setup(self) -> None:
         """Loads the model and, on a learner, makes the critic."""
@@ -177,15 +187,43 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         return ["critic", "value_head", "observation_head", "target_policy"]
 
     def get_state(self, *args: Any, inference_only: bool = False, **kwargs: Any) -> dict[str, Any]:
-        """RLlib's state; for env runners the policy with its adapters merged in."""
-        state = super().get_state(*args, inference_only=inference_only, **kwargs)
-        if self.lora is None or not inference_only:
-            return state
-        merged = {f"{POLICY_PREFIX}{name}": x for name, x in merged_state(self.policy).items()}
-        return {
-            **{name: x for name, x in state.items() if not name.startswith(POLICY_PREFIX)},
-            **{name: convert_to_numpy(x) for name, x in merged.items()},
+        """RLlib's state; for env runners the policy with its adapters merged in.
+
+        These get the module's own memory where it lends it, and of merged weights in any case.
+        """
+        if not inference_only or not (self.lends_weights or self.lora is not None):
+            return super().get_state(*args, inference_only=inference_only, **kwargs)
+        unread = self.get_non_inference_attributes()
+        state = {
+            name: tensor
+            for name, tensor in self.state_dict().items()
+            if name.partition(".")[0] not in unread
         }
+        if self.lora is not None:
+            merged = {f"{POLICY_PREFIX}{name}": x for name, x in merged_state(self.policy).items()}
+            rest = {name: x for name, x in state.items() if not name.startswith(POLICY_PREFIX)}
+            state = {**rest, **merged}
+        return {name: _as_array(tensor) for name, tensor in state.items()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Takes over a state; on an env runner the arrays themselves, without a copy.
+
+        What it holds there may be the learner's, so nothing is written to it. Arrays that may not
+        be written to lie in Ray's object store, which must not be kept full: these are copied.
+
+        Raises:
+            ValueError: on an env runner, for tensors that are missing or have another shape.
+        """
+        if not self.inference_only:
+            super().set_state(state)
+            return
+        own = {**dict(self.named_buffers(remove_duplicate=False)),
+               **dict(self.named_parameters(remove_duplicate=False))}  # fmt: skip
+        shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
+        given = {name: _kept(state[name]) for name in shapes if name in state}
+        check_names(given, shapes)
+        for name, tensor in given.items():
+            own[name].data = tensor.to(own[name].dtype)
 
     def get_initial_state(self) -> dict[str, Any]:
         """A state of one number: it makes RLlib's connectors keep the time axis."""
@@ -444,6 +482,18 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         states = self.states(self.target_policy, sequences)
         inputs = self.sampled_tokens(self.target_policy, states, sequences)
         return {TARGET_NETWORK_ACTION_DIST_INPUTS: inputs}
+
+
+def _as_array(tensor: torch.Tensor) -> Any:
+    """As RLlib hands weights on, but of float32 on the CPU the same memory."""
+    same = tensor.dtype == torch.float32 and tensor.dim()
+    return tensor.detach().cpu().numpy() if same else convert_to_numpy(tensor)
+
+
+def _kept(value: Any) -> torch.Tensor:
+    """A tensor of the same memory; of a copy of it where it may not be written to."""
+    tensor: Any = convert_to_torch_tensor(value)
+    return tensor.clone() if isinstance(value, np.ndarray) and not value.flags.writeable else tensor
 
 
 class DistRLModule(CausalLMModule):

@@ -240,15 +240,36 @@ class CompletionEnvRunner(SingleAgentEnvRunner):
 
     def make_engine(self) -> RolloutEngine:
         """What samples for this runner, with the module's architecture and no weights yet."""
-        return make_engine(
-            self.rollout.engine,
-            self.module.policy.config,
-            tuple(self.token_env.unwrapped.eos_token_ids),
-            max_batch_size=self.rollout.max_batch_size,
-            device=str(self._device or "cpu"),
-            dtype=getattr(torch, self.rollout.dtype),
-            options=self.rollout.engine_options,
-        )
+        return make_engine(model_config=self.module.policy.config, **self._engine_settings)
+
+    @property
+    def _engine_settings(self) -> dict[str, Any]:
+        return {
+            "name": self.rollout.engine,
+            "eos_token_ids": tuple(self.token_env.unwrapped.eos_token_ids),
+            "max_batch_size": self.rollout.max_batch_size,
+            "device": str(self._device or "cpu"),
+            "dtype": getattr(torch, self.rollout.dtype),
+            "options": self.rollout.engine_options,
+        }
+
+    def share_engine(self, other: "CompletionEnvRunner", state: dict[str, Any]) -> None:
+        """Samples with another runner's engine from now on, where its own would be the same.
+
+        Then weights, keys and values are in memory once. The two never sample at the same time, and
+        both sample with what the learner has.
+
+        Args:
+            other: a runner of this process.
+            state: what `set_state` takes, with the weights that the engine has.
+        """
+        if self.engine is None or other.engine is None or self.rollout.engine != "torch":
+            return
+        if type(self.engine) is type(other.engine) and (
+            self._engine_settings == other._engine_settings
+        ):
+            self.engine = other.engine
+            self.set_state(state)
 
     def load_engine(self) -> None:
         """Gives the engine the module's weights, and keeps their hash."""

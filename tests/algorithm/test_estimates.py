@@ -27,7 +27,7 @@ from rllib_distrl.algorithm.registry import algorithm_config
 from rllib_distrl.model.builtin import SPECS
 from rllib_distrl.model.loading import load_config, load_model
 from rllib_distrl.settings import RolloutSettings
-from tests.helpers import TINY, distrl_config
+from tests.helpers import TINY, distrl_config, with_model_config
 
 QWEN = Qwen2Config(
     vocab_size=112,
@@ -231,6 +231,23 @@ def test_a_model_saved_in_bfloat16_learns_in_float32(tmp_path) -> None:
     low = runner_memory(shape, rows=256, tokens=34, dtype="bfloat16")
     assert (low["policy weights"], low["engine's weights"]) == (learns, learns // 2)
     assert low["KV cache"] == 2 * 3 * 256 * 34 * 32 * 2
+
+
+@pytest.mark.parametrize(
+    ("runners", "settings", "held"),
+    [(0, {}, 0), (2, {}, 1), (0, {"lora": {"r": 2}}, 1), (0, {"max_staleness": 1}, 1)],
+)
+def test_in_one_process_the_policy_is_held_once(runners, settings, held) -> None:
+    config = distrl_config(micro_batch_tokens=100).env_runners(num_env_runners=runners)
+    if "lora" in settings:
+        config = with_model_config(config, **settings)
+    else:
+        config.rollout(**settings)
+    shape = shape_of(TINY)
+    parts = Needs.of(config, config.rollout_settings, shape, longest=31).runner
+    weights = 4 * shape.parameters
+    assert parts.get("policy weights", 0) == held * weights
+    assert parts["engine's weights"] == weights
 
 
 def test_rows_of_all_segments_are_under_way_at_once() -> None:

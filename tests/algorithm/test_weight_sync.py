@@ -15,7 +15,7 @@ from rllib_distrl.engine.weights import PROBE_TOKENS, Probe, check_probe, conten
 from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.groups import RunnersLostError
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, local_learner, with_model_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 SKIPPED = "model.layers.1.mlp.down_proj.weight"
@@ -101,6 +101,97 @@ def test_every_remote_engine_is_checked(build):
         algo.weight_sync.fetch()
         algo.weight_sync.send()
     algo.train()
+
+
+def addresses(module):
+    """Where each tensor of a policy lies."""
+    return {name: tensor.data_ptr() for name, tensor in module.policy.state_dict().items()}
+
+
+def evaluated(config, **settings):
+    return config.evaluation(evaluation_interval=1, evaluation_duration=2, **settings)
+
+
+@pytest.mark.parametrize("critic", ["separate", "detached"])
+def test_in_one_process_the_policy_is_in_memory_once(build, critic):
+    algo = build(evaluated(distrl_config(init_value=0.5, critic=critic)))
+    learner, seen = local_learner(algo), set()
+    for _ in range(3):
+        assert algo.env_runner.engine is algo.eval_env_runner.engine
+        for runner in (algo.env_runner, algo.eval_env_runner):
+            assert addresses(runner.module) == addresses(learner.policy_module)
+        weights = content_hash(learner.policy_module.policy.state_dict(), sample=algo.iteration)
+        assert (
+            algo.env_runner.engine.weights_hash() == algo.env_runner.held_weights().hash == weights
+        )
+        episodes = algo.env_runner.sample(num_episodes=4, explore=True)
+        probes = [
+            Probe(
+                tuple(episode.infos[0]["prompt_ids"]),
+                episode.actions.data,
+                episode.extra_model_outputs["action_logp"].data,
+            )
+            for episode in episodes
+        ]
+        for probe, logps in zip(probes, score_probes(learner, probes=probes), strict=True):
+            np.testing.assert_allclose(probe.logps, logps, atol=1e-5)
+        seen.add(weights)
+        algo.train()
+    assert len(seen) == 3  # Each update made another policy.
+
+
+def test_what_a_runner_is_told_by_others_does_not_reach_the_learner(build):
+    algo = build(distrl_config())
+    runner, before = algo.env_runner, policy_state(algo)
+    others = {name: array + 1 for name, array in runner.module.get_state().items()}
+    for array in others.values():
+        array.flags.writeable = False  # As they come from Ray's object store.
+    runner.set_state({"rl_module": others})
+    assert torch.equal(policy_state(algo)["model.norm.weight"], before["model.norm.weight"])
+    name = "policy.model.norm.weight"
+    held = runner.module.state_dict()[name]
+    np.testing.assert_array_equal(held, others[name])
+    assert held.data_ptr() != others[name].ctypes.data
+    with pytest.raises(ValueError, match=r"missing: policy\.model\.norm\.weight"):
+        runner.set_state({"rl_module": {k: x for k, x in others.items() if k != name}})
+    assert not algo.weight_sync.fetch_foreign()
+    algo.weight_sync.send()
+    assert addresses(runner.module) == addresses(local_learner(algo).policy_module)
+
+
+def test_weights_that_change_between_iterations_are_noticed_where_they_are_lent(build):
+    algo = build(distrl_config())
+    policy = local_learner(algo).policy_module.policy
+    with torch.no_grad():
+        policy.model.embed_tokens.weight[3, 3] += 0.5
+    assert algo.weight_sync.fetch_foreign()
+    assert not algo.weight_sync.fetch_foreign()
+
+
+@pytest.mark.parametrize("why", ["adapters", "staleness", "parallel evaluation"])
+def test_elsewhere_runners_keep_copies(build, why):
+    config = distrl_config(init_value=0.5)
+    if why == "adapters":
+        with_model_config(config, lora={"r": 2})
+    elif why == "staleness":
+        config.rollout(max_staleness=1).env_runners(num_env_runners=1, num_cpus_per_env_runner=0.5)
+    else:
+        evaluated(config, evaluation_num_env_runners=1, evaluation_parallel_to_training=True)
+    algo = build(config)
+    runner, learner = algo.env_runner.module, local_learner(algo).policy_module
+    assert not set(addresses(runner).values()) & {
+        parameter.data_ptr() for parameter in learner.parameters() if parameter.requires_grad
+    }
+    algo.train()
+    algo.train()
+
+
+def test_an_evaluation_by_another_engine_has_its_own(build):
+    config = evaluated(distrl_config())
+    other = {"env_runner_cls": runner_with(ForgetfulEngine)}
+    algo = build(config.evaluation(evaluation_config=other))
+    assert type(algo.eval_env_runner.engine) is ForgetfulEngine
+    assert type(algo.env_runner.engine) is TorchEngine
 
 
 def test_lag_and_probe_error_are_logged(build):
