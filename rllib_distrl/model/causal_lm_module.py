@@ -86,6 +86,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     """
 
     lends_weights = False
+    _borrows = False  # whether an env runner's tensors are arrays that somebody else has
 
     def setup(self) -> None:
         """Loads the model and, on a learner, makes the critic."""
@@ -208,22 +209,26 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over a state; on an env runner the arrays themselves, without a copy.
 
-        What it holds there may be the learner's, so nothing is written to it. Arrays that may not
-        be written to lie in Ray's object store, which must not be kept full: these are copied.
+        What it has taken over may be the learner's, so nothing is written to it. Arrays that may
+        not be written to lie in Ray's object store, which must not be kept full: these are copied.
 
         Raises:
             ValueError: on an env runner, for tensors that are missing or have another shape.
         """
-        if not self.inference_only:
+        fixed = any(isinstance(x, np.ndarray) and not x.flags.writeable for x in state.values())
+        if not self.inference_only or (fixed and not self._borrows):
             super().set_state(state)
             return
         own = {**dict(self.named_buffers(remove_duplicate=False)),
                **dict(self.named_parameters(remove_duplicate=False))}  # fmt: skip
         shapes = {name: tensor.shape for name, tensor in self.state_dict().items()}
-        given = {name: _kept(state[name]) for name in shapes if name in state}
+        given: Any = convert_to_torch_tensor(
+            {name: state[name] for name in shapes.keys() & state.keys()}
+        )
         check_names(given, shapes)
         for name, tensor in given.items():
-            own[name].data = tensor.to(own[name].dtype)
+            own[name].data = (tensor.clone() if fixed else tensor).to(own[name].dtype)
+        self._borrows = not fixed
 
     def get_initial_state(self) -> dict[str, Any]:
         """A state of one number: it makes RLlib's connectors keep the time axis."""
@@ -488,12 +493,6 @@ def _as_array(tensor: torch.Tensor) -> Any:
     """As RLlib hands weights on, but of float32 on the CPU the same memory."""
     same = tensor.dtype == torch.float32 and tensor.dim()
     return tensor.detach().cpu().numpy() if same else convert_to_numpy(tensor)
-
-
-def _kept(value: Any) -> torch.Tensor:
-    """A tensor of the same memory; of a copy of it where it may not be written to."""
-    tensor: Any = convert_to_torch_tensor(value)
-    return tensor.clone() if isinstance(value, np.ndarray) and not value.flags.writeable else tensor
 
 
 class DistRLModule(CausalLMModule):
