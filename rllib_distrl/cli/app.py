@@ -202,13 +202,15 @@ def methods(
 @app.command()
 def explain(recipe: RecipeArgument, overrides: OverridesArgument = None) -> None:
     """Show what a recipe does per iteration and what memory it needs; starts nothing."""
+    import atexit
     import gc
 
     from rllib_distrl.cli.explain import run_explain
 
     # Most of the time goes into importing RLlib and Transformers, which leaves no garbage; looking
-    # for some among ever more objects took a sixth of it.
+    # for some among ever more objects took a sixth of it, and once more at the end a fifth.
     gc.disable()
+    atexit.register(gc.freeze)
     try:
         run_explain(recipe, overrides or [])
     finally:

@@ -10,7 +10,6 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from rllib_distrl.engine.kernels import kernels
 from rllib_distrl.engine.protocol import SamplingParams
 
 # SplitMix64: Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014).
@@ -173,6 +172,8 @@ def _draw_compiled(
     logits: torch.Tensor, u: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Draws in one pass on CPU; as `draw`."""
+    from rllib_distrl.engine.kernels import kernels  # Numba: imported by who samples
+
     rows = len(logits)
     tokens, logps = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
     entropies = torch.empty(rows if params.entropy else 0)

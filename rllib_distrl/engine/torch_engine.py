@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from rllib_distrl.engine.compiled_decoder import CompiledDecoder, not_compiled
 from rllib_distrl.engine.conversation import Conversation
-from rllib_distrl.engine.fast_decoder import FastDecoder
 from rllib_distrl.engine.fast_weights import unsupported
-from rllib_distrl.engine.generic_decoder import GenericDecoder
 from rllib_distrl.engine.protocol import (
     UNKNOWN_VERSION,
     Completion,
@@ -31,10 +29,11 @@ from rllib_distrl.engine.weights import check_names, content_hash, copy_weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# Imported when an engine is made: Numba, which compiles kernels, takes a third of a second.
 _DECODERS = {
-    "compiled": CompiledDecoder,
-    "fast": FastDecoder,
-    "generic": GenericDecoder,
+    "compiled": "compiled_decoder:CompiledDecoder",
+    "fast": "fast_decoder:FastDecoder",
+    "generic": "generic_decoder:GenericDecoder",
 }
 DecoderName = Literal["auto", "compiled", "fast", "generic"]
 
@@ -44,6 +43,8 @@ def choose_decoder(
 ) -> DecoderName:
     """What "auto" stands for: kernels on CPUs, CUDA graphs, or Transformers."""
     if device.type == "cpu":
+        from rllib_distrl.engine.compiled_decoder import not_compiled
+
         return "generic" if not_compiled(config, device, dtype) else "compiled"
     return "generic" if unsupported(config) else "fast"
 
@@ -98,9 +99,9 @@ class TorchEngine:
             )
         if decoder == "auto":
             decoder = choose_decoder(model_config, self.device, dtype)
-        self.decoder: SteppingDecoder | DrawingDecoder = _DECODERS[decoder](
-            model_config, self.device, dtype
-        )
+        module, _, kind = _DECODERS[decoder].partition(":")
+        make: Any = getattr(import_module(f"rllib_distrl.engine.{module}"), kind)
+        self.decoder: SteppingDecoder | DrawingDecoder = make(model_config, self.device, dtype)
         self.is_eos = self._eos_table(eos_token_ids, text_config.vocab_size)
 
     @staticmethod
