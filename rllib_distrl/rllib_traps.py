@@ -46,12 +46,22 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
         "_device",
         "_learner_connector",
         "_log_trainable_parameters",
+        "_make_modules_ddp_if_necessary",
+        "_map_module_to_device",
         "_module",
+        "_named_optimizers",
         "_optimizer_parameters",
         "_params",
+        "_set_optimizer_state",
         "_uncompiled_update",
         "_update",
         "_weights_seq_no",
+    ),
+    # Inherited: a state that all learners put together.
+    "ray.rllib.core.learner.learner_group:LearnerGroup": (
+        "_check_component",
+        "_get_results",
+        "_get_subcomponents",
     ),
     # RLlib's own hooks, for all their names.
     "ray.rllib.core.rl_module.torch.torch_rl_module:TorchRLModule": (

@@ -593,6 +593,9 @@ class TrainingSettings(Settings):
     """``bf16`` is autocast with float32 weights and logits."""
     activation_checkpointing: bool = False
     """Whether the backward pass runs each block once more instead of keeping its activations."""
+    sharding: Literal["none", "fsdp"] = "none"
+    """``fsdp``: every learner holds a share of weights, gradients, moments and reference (FSDP2)
+    instead of a copy."""
     lr_schedule: Annotated[str, _named_in("lr_schedule", "LR_SCHEDULES")] = "constant"
     """``constant`` or ``cosine``, of both learning rates."""
     lr_warmup_iterations: NotNegativeInt = 0

@@ -18,6 +18,7 @@ from ray.rllib.core import (
     COMPONENT_RL_MODULE,
     DEFAULT_MODULE_ID,
 )
+from ray.rllib.core.learner.learner_group import LearnerGroup
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from ray.rllib.env.env_context import EnvContext
 from ray.rllib.utils import from_config
@@ -47,6 +48,7 @@ from rllib_distrl.algorithm.restoring import (
     saved_settings,
 )
 from rllib_distrl.algorithm.scaling import check_scale
+from rllib_distrl.algorithm.sharded_learners import ShardedLearnerGroup
 from rllib_distrl.algorithm.validation import (
     check_attributes,
     check_branching_fits,
@@ -210,6 +212,19 @@ class DistRLConfig(AlgorithmConfig):
     def get_default_learner_class(self) -> type:
         """`DistRLLearner`."""
         return DistRLLearner
+
+    def build_learner_group(
+        self,
+        *,
+        env: Any = None,
+        spaces: Any = None,
+        rl_module_spec: Any = None,
+        placement_group: Any = None,
+    ) -> LearnerGroup:
+        """RLlib's group of learners; with ``sharding`` one that asks all for their state."""
+        spec = rl_module_spec or self.get_multi_rl_module_spec(env=env, spaces=spaces)
+        group = LearnerGroup if self.sharding == "none" else ShardedLearnerGroup
+        return group(config=self.copy(), module_spec=spec, placement_group=placement_group)
 
     def build_learner_connector(
         self, input_observation_space: Any, input_action_space: Any, device: Any = None

@@ -17,9 +17,11 @@ from rllib_distrl.method.critic import make_head
 from rllib_distrl.method.loss_terms import TEMPERATURE
 from rllib_distrl.method.pipeline import OPTIMISM, Method
 from rllib_distrl.method.registry import Stage, resolve, smallest_group
+from rllib_distrl.model.causal_lm import without_weights
 from rllib_distrl.model.critics import check_critic
 from rllib_distrl.model.loading import load_config
 from rllib_distrl.model.lora import check_lora
+from rllib_distrl.model.sharding import blocks_of
 from rllib_distrl.recipe_schema import nearest
 from rllib_distrl.rllib_traps import given_model_config
 from rllib_distrl.settings import (
@@ -91,6 +93,7 @@ def validate_distrl(config: Any) -> None:
     _check_pretraining(config)
     _check_method(config)
     _check_batches(config)
+    _check_sharding(config)
     _check_runners(config)
     _check_dynamic_sampling(config)
     _check_segments(config)
@@ -293,6 +296,27 @@ def _check_batches(config: Any) -> None:
         raise ValueError(
             f"micro_batch_tokens={budget} cannot hold one sequence: a "
             f"completion alone may have {rollout.max_completion_tokens} tokens. Raise it."
+        )
+
+
+def _check_sharding(config: Any) -> None:
+    if config.sharding == "none":
+        return
+    what = f"sharding is {config.sharding!r}"
+    if config.num_learners < 2:
+        raise ValueError(
+            f"{what}, but num_learners is {config.num_learners}: one learner holds everything "
+            "anyway. Set num_learners >= 2 in [learners], or leave sharding out."
+        )
+    if Method.from_config(config).imitates:
+        raise ValueError(
+            f"{what}, but policy_loss is {config.policy_loss!r}: learners would not all have "
+            "solutions to imitate at the same time. Leave one of them out."
+        )
+    if not blocks_of(without_weights(load_config(config.model_config["model"]))):
+        raise ValueError(
+            f"{what}, but Transformers marks no blocks of {config.model_config['model']!r}, so "
+            "the model would be gathered whole. Leave sharding out."
         )
 
 

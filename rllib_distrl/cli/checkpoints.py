@@ -115,6 +115,8 @@ def restored(
     # Only the learner's state is needed: no actors.
     config.env_runners(num_env_runners=0)
     config.learners(num_learners=0)
+    if getattr(config, "sharding", "none") != "none":
+        config.training(sharding="none")
     config.evaluation(evaluation_interval=None, evaluation_num_env_runners=0)
     with ray_session(config, interrupts):
         algo = config.build_algo()

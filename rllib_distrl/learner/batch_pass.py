@@ -275,7 +275,7 @@ def model_columns(
         "head_gradient": module.policy.get_output_embeddings().weight.shape[1],
     }
     found: dict[str, Tensor] = {}
-    with torch.no_grad():
+    with torch.no_grad(), module.gathered():
         for index in module.micro_batches(sequences):
             parts = _read(module, reference, sequences.rows(index), needs, features)
             for name, part in parts.items():

@@ -44,6 +44,7 @@ from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.loss_terms import Controllers
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.sequences import from_columns
+from rllib_distrl.model.sharding import optimizer_shares, whole_optimizer_state
 from rllib_distrl.rllib_traps import leave_memory_unfilled
 from rllib_distrl.settings import TrainingSettings, micro_batch_budget
 
@@ -157,6 +158,30 @@ class DistRLLearner(TorchLearner):
     def _rates(self) -> dict[str, Any]:
         return learning_rates(self.config.lr, self.config.critic_lr)
 
+    @property
+    def _sharded(self) -> bool:
+        return self.config.sharding != "none"
+
+    def _map_module_to_device(self, module: Any) -> None:
+        if self._sharded:
+            module[DEFAULT_MODULE_ID].shard(self._device)
+        super()._map_module_to_device(module)
+
+    def _make_modules_ddp_if_necessary(self) -> None:
+        if not self._sharded:
+            super()._make_modules_ddp_if_necessary()
+
+    def _set_optimizer_state(self, state: dict[str, Any]) -> None:
+        if self._sharded:
+            state = {
+                name: {
+                    **each,
+                    "state": optimizer_shares(self._named_optimizers[name], each["state"]),
+                }
+                for name, each in state.items()
+            }
+        super()._set_optimizer_state(state)
+
     def configure_optimizers_for_module(self, module_id: str, config: Any = None) -> None:
         """Adam for the policy, and one of its own for what only the critic uses."""
         for owned in make_optimizers(self.module[module_id], self._rates):
@@ -167,6 +192,8 @@ class DistRLLearner(TorchLearner):
                 params=owned.parameters,
                 lr_or_lr_schedule=owned.schedule,
             )
+            if self._sharded:
+                owned.optimizer.register_state_dict_post_hook(whole_optimizer_state)
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Takes over ``state``, also one that is older than the present weights.
@@ -186,10 +213,15 @@ class DistRLLearner(TorchLearner):
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state, and that of our own parts."""
+        """RLlib's state, and that of our own parts.
+
+        With ``sharding`` all learners are asked at once, and only the first one has an answer.
+        """
         state = super().get_state(components, not_components=not_components, **kwargs)
         if components is None:
             state.update({name: part.get_state() for name, part in self._stateful_parts.items()})
+        if self._sharded and torch.distributed.get_rank():
+            return {}  # The first learner has it.
         return state
 
     @_one_at_a_time
@@ -376,20 +408,29 @@ class DistRLLearner(TorchLearner):
         learners = max(self.config.num_learners, 1)
         budget = micro_batch_budget(self.settings.micro_batch_tokens)
         parts = self.policy_module.micro_batches(from_columns(whole), budget)
-        loss_per_module: dict[str, Tensor] = {}
+        left = len(whole[ROLLOUTS])
         if DEMONSTRATIONS in whole and not step.critic_only:
             self._accumulate_demonstrations({**whole[DEMONSTRATIONS], STEP: step}, budget)
         for number, rows in enumerate(parts):
-            part = {DEFAULT_MODULE_ID: micro_batch(whole, rows)}
+            part = micro_batch(whole, rows)
+            # DDP and FSDP average gradients; the weights already divide by all learners' tokens.
+            factor, left = learners, left - len(rows)
+            if left < 0:  # A row again, because another learner has more micro-batches.
+                part[STEP], factor = Step(step.coefficients, critic_only=step.critic_only), 0
             with self._gradient_sync(last=number == len(parts) - 1):
-                if step.forward is not None:
-                    fwd_out = {DEFAULT_MODULE_ID: step.forward}
-                else:
-                    fwd_out = self.module.forward_train(part)
-                loss_per_module = self.compute_losses(fwd_out=fwd_out, batch=part)
-                # DDP averages gradients; the weights already divide by all learners' tokens.
-                (loss_per_module[DEFAULT_MODULE_ID] * learners).backward()
-        return loss_per_module
+                loss = self.policy_module.differentiable(functools.partial(self._loss_of, part))
+                (loss * factor).backward()
+        return {DEFAULT_MODULE_ID: loss}
+
+    def _loss_of(self, part: dict[str, Any]) -> Tensor:
+        """The share of a micro-batch in its minibatch's loss."""
+        batch = {DEFAULT_MODULE_ID: part}
+        forward = part[STEP].forward
+        if forward is None:
+            fwd_out = self.module.forward_train(batch)
+        else:
+            fwd_out = {DEFAULT_MODULE_ID: forward}
+        return self.compute_losses(fwd_out=fwd_out, batch=batch)[DEFAULT_MODULE_ID]
 
     def _accumulate_demonstrations(self, shown: dict[str, Any], budget: int) -> None:
         """Before the sampled rows: the last backward pass is then one that every learner has."""
@@ -400,7 +441,7 @@ class DistRLLearner(TorchLearner):
                 (loss * max(self.config.num_learners, 1)).backward()
 
     def _gradient_sync(self, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if self._alone or last:
+        if self._alone or self._sharded or last:
             return contextlib.nullcontext()
         return self._module[DEFAULT_MODULE_ID].no_sync()
 

@@ -1,5 +1,6 @@
 """Teaching the critic before the policy moves, from completions of the initial policy."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -72,9 +73,10 @@ def pretrain_critic(
             whole = minibatch(columns, rollouts, chosen, learner.method.aggregation)
             optimizer.zero_grad()
             losses.append(_backward(learner, whole))
-            for parameter in parameters:
-                assert parameter.grad is not None
-                parameter.grad = rollouts.all_reduce(parameter.grad)
+            if module.sharding is None:
+                for parameter in parameters:
+                    assert parameter.grad is not None
+                    parameter.grad = rollouts.all_reduce(parameter.grad)
             if config.grad_clip:
                 torch.nn.utils.clip_grad_norm_(parameters, config.grad_clip)
             optimizer.step()
@@ -96,16 +98,26 @@ def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> 
 
 def _backward(learner: DistRLLearner, whole: dict[str, Any]) -> float:
     """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
-    module, total = learner.policy_module, 0.0
+    module, total, left = learner.policy_module, 0.0, len(whole[ROLLOUTS])
+    # FSDP averages gradients over learners; without it their sum is taken afterwards.
+    learners = 1 if module.sharding is None else learner.config.num_learners
     budget = micro_batch_budget(learner.settings.micro_batch_tokens)
     for rows in module.micro_batches(from_columns(whole), budget):
-        part = micro_batch(whole, rows)
-        outputs = module.value_outputs({}, module.critic_states(from_columns(part)))
-        losses = critic_loss(learner.method.head, outputs, part[ROLLOUTS])
-        loss = weighted_sum(losses, part[CRITIC_WEIGHTS])
-        loss.backward()
+        left -= len(rows)
+        counts = left >= 0  # or it is there because another learner has more micro-batches
+        compute = functools.partial(_loss_of, learner, micro_batch(whole, rows))
+        loss = module.differentiable(compute) * counts
+        (loss * learners).backward()
         total += float(loss.detach())
     return total
+
+
+def _loss_of(learner: DistRLLearner, part: dict[str, Any]) -> torch.Tensor:
+    """The share of a micro-batch in the critic's loss."""
+    module = learner.policy_module
+    outputs = module.value_outputs({}, module.critic_states(from_columns(part)))
+    losses = critic_loss(learner.method.head, outputs, part[ROLLOUTS])
+    return weighted_sum(losses, part[CRITIC_WEIGHTS])
 
 
 def _explained(
@@ -115,10 +127,15 @@ def _explained(
     kept_out: torch.Tensor,
 ) -> float:
     """Explained variance over this learner's kept-out rows; NaN where there are none."""
-    if not bool(kept_out.any()):
+    any_kept = bool(kept_out.any())
+    if module.sharding is None and not any_kept:
         return float("nan")
-    some = {name: column[kept_out] for name, column in columns.items()}
+    # Of shards no learner may stay away.
+    chosen = kept_out if any_kept else torch.ones_like(kept_out)
+    some = {name: column[chosen] for name, column in columns.items()}
     values = module.compute_values(some)
+    if not any_kept:
+        return float("nan")
     mask = some[Columns.LOSS_MASK]
     return explained_variance(
         values, rollouts.column("target_quantiles")[kept_out].squeeze(-1), mask

@@ -30,6 +30,8 @@ class Reference:
             module: `CausalLMModule`, on its device.
         """
         self._module = module
+        self._gathered: Any = nullcontext
+        self._hash = ""
         self.policy: Any = module.policy
         if module.lora is None:
             device = next(module.parameters()).device
@@ -37,11 +39,18 @@ class Reference:
             self.policy.requires_grad_(False)
             if packs_rows(module.policy):
                 let_pack_rows(self.policy)
+            self._shard(module.sharding)
+
+    def _shard(self, sharding: Any) -> None:
+        if sharding is not None:
+            self._hash = content_hash(self.policy.state_dict())  # No learner has all of it later.
+            self._gathered = sharding.shard_beside(self.policy)
 
     def logp(self, sequences: Sequences) -> torch.Tensor:
         """(B, T) logps of the completion tokens at the sampling temperature; 0 in the padding."""
         policy = self.policy
-        with adapters_off(policy) if policy is self._module.policy else nullcontext():
+        off = adapters_off(policy) if policy is self._module.policy else nullcontext()
+        with off, self._gathered():
             states = self._module.states(policy, sequences)
             return self._module.sampled_tokens(policy, states, sequences)[..., 0]
 
@@ -49,7 +58,7 @@ class Reference:
         """What a checkpoint must hold: the content hash of the copy; nothing without one."""
         if self.policy is self._module.policy:
             return {}
-        return {"hash": content_hash(self.policy.state_dict())}
+        return {"hash": self._hash or content_hash(self.policy.state_dict())}
 
     def set_state(self, state: dict[str, str]) -> None:
         """Checks that the run goes on with the reference it began with.

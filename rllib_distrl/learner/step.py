@@ -21,6 +21,7 @@ from rllib_distrl.maths.statistics import AllReduce, identity
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.critic import Head
 from rllib_distrl.method.pipeline import IMPORTANCE_WEIGHTS, SAMPLER_LOGP, Method
+from rllib_distrl.model.sharding import local
 from rllib_distrl.settings import TrainingSettings
 
 LR_SCHEDULES = ("constant", "cosine")
@@ -418,7 +419,7 @@ class Refusals:
             all_reduce: Sum over learners.
         """
         total = torch.as_tensor(step.losses.total_loss).detach()
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        gradients = [local(p.grad) for p in module.parameters() if p.grad is not None]
         # One number that is not finite makes the norm of its tensor so; so do finite ones whose
         # squares are not, which would stay in Adam's second moments for ever.
         finite = torch.isfinite(torch.stack([total, *(g.norm() for g in gradients)])).all()
@@ -442,7 +443,8 @@ class Refusals:
                 row = int(rollouts.column(EPISODE)[~finite_rows][0])
                 return f"{name} of {self._names[row]}"
         for name, parameter in module.named_parameters():
-            if parameter.grad is not None and not bool(torch.isfinite(parameter.grad).all()):
+            gradient = None if parameter.grad is None else local(parameter.grad)
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
                 return f"the gradient of {name}"
         return f"the loss {float(step.losses.total_loss)}"
 

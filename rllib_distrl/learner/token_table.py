@@ -107,17 +107,18 @@ def policy_columns(module: Any, columns: dict[str, Tensor], n_top: int) -> dict[
         "top_ids": torch.zeros(rows, steps, n_top, dtype=torch.long, device=head.weight.device),
         "top_logps": torch.zeros(rows, steps, n_top, device=head.weight.device),
     }
-    for index in module.micro_batches(sequences):
-        part = sequences.rows(index)
-        states = module.states(module.policy, part)
-        width = part.actions.shape[1]
-        outputs = module.sampled_tokens(module.policy, states, part)
-        found["logp"][index, :width], found["entropy"][index, :width] = outputs.unbind(-1)
-        ids, logps = _likeliest(states[part.mask], module, n_top)
-        inside = torch.zeros(len(index), steps, dtype=torch.bool, device=ids.device)
-        inside[:, :width] = part.mask
-        where = index[inside.nonzero()[:, 0]], inside.nonzero()[:, 1]
-        found["top_ids"][where], found["top_logps"][where] = ids, logps
+    with module.gathered():
+        for index in module.micro_batches(sequences):
+            part = sequences.rows(index)
+            states = module.states(module.policy, part)
+            width = part.actions.shape[1]
+            outputs = module.sampled_tokens(module.policy, states, part)
+            found["logp"][index, :width], found["entropy"][index, :width] = outputs.unbind(-1)
+            ids, logps = _likeliest(states[part.mask], module, n_top)
+            inside = torch.zeros(len(index), steps, dtype=torch.bool, device=ids.device)
+            inside[:, :width] = part.mask
+            where = index[inside.nonzero()[:, 0]], inside.nonzero()[:, 1]
+            found["top_ids"][where], found["top_logps"][where] = ids, logps
     return found
 
 

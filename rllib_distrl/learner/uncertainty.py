@@ -10,7 +10,7 @@ from torch import Tensor
 from rllib_distrl.maths.advantages import returns_to_go
 from rllib_distrl.maths.optimism import elliptical_distance, second_moment
 from rllib_distrl.maths.packing import split_by_token_budget
-from rllib_distrl.maths.statistics import masked_mean
+from rllib_distrl.maths.statistics import AllReduce, masked_mean
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.model.critics import Ensemble
 from rllib_distrl.model.sequences import Sequences, from_columns
@@ -88,7 +88,7 @@ class Disagreement:
     ):
         """Draws the members; equal on all learners."""
         self._settings = settings
-        self._embed = module.policy.get_input_embeddings()
+        self._embed, self._gathered = module.policy.get_input_embeddings(), module.gathered
         self._budget, self._minibatch = module.micro_batch_tokens, minibatch_size
         self._gamma = gamma
         self._ensemble = Ensemble(
@@ -105,7 +105,7 @@ class Disagreement:
         """(B, T), disagreement in each state, in units of the return; zeros in the padding."""
         sequences = from_columns(columns)
         found = torch.zeros_like(rollouts.action_logp)
-        with torch.no_grad():
+        with torch.no_grad(), self._gathered():
             for rows in split_by_token_budget(sequences.lengths, self._budget):
                 spread = self._values(sequences.rows(rows)).std(0, correction=0)
                 found[rows, : spread.shape[1]] = spread
@@ -123,26 +123,30 @@ class Disagreement:
             self._ensemble.start_at(
                 float(masked_mean(returns, rollouts.loss_mask, rollouts.all_reduce))
             )
-        losses = []
-        for rows in torch.arange(len(rollouts), device=returns.device).split(
-            self._minibatch or len(rollouts)
-        ):
-            part, y = sequences.rows(rows), returns[rows]
-            tokens = rollouts.all_reduce(part.mask.sum().to(y.dtype))
-            self._optimizer.zero_grad()
-            total = y.new_zeros(())
-            for index in split_by_token_budget(part.lengths, self._budget):
-                few = part.rows(index)
-                error = self._values(few) - y[index, : few.mask.shape[1]]
-                loss = torch.where(few.mask, error, 0.0).square().sum() / tokens
-                loss.backward()
-                total += loss.detach()
-            for parameter in self._ensemble.members.parameters():
-                assert parameter.grad is not None
-                parameter.grad = rollouts.all_reduce(parameter.grad)
-            self._optimizer.step()
-            losses.append(float(rollouts.all_reduce(total)) / self._settings.size)
+        every = torch.arange(len(rollouts), device=returns.device)
+        with self._gathered():
+            losses = [
+                self._step(sequences.rows(rows), returns[rows], rollouts.all_reduce)
+                for rows in every.split(self._minibatch or len(rollouts))
+            ]
         return {"ensemble_loss": sum(losses) / len(losses)}
+
+    def _step(self, part: Sequences, y: Tensor, all_reduce: AllReduce) -> float:
+        """One optimiser step on rows with their returns (B, T); returns a member's mean loss."""
+        tokens = all_reduce(part.mask.sum().to(y.dtype))
+        self._optimizer.zero_grad()
+        total = y.new_zeros(())
+        for index in split_by_token_budget(part.lengths, self._budget):
+            few = part.rows(index)
+            error = self._values(few) - y[index, : few.mask.shape[1]]
+            loss = torch.where(few.mask, error, 0.0).square().sum() / tokens
+            loss.backward()
+            total += loss.detach()
+        for parameter in self._ensemble.members.parameters():
+            assert parameter.grad is not None
+            parameter.grad = all_reduce(parameter.grad)
+        self._optimizer.step()
+        return float(all_reduce(total)) / self._settings.size
 
     def _values(self, sequences: Sequences) -> Tensor:
         """(K, B, T), before each token."""

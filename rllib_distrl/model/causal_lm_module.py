@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import numpy as np
@@ -48,6 +48,7 @@ from rllib_distrl.model.sequences import (
     from_incremental_obs,
     from_prompts,
 )
+from rllib_distrl.model.sharding import Sharding, share_of
 from rllib_distrl.settings import (
     CRITIC_TRUNKS,
     NUMBERS_FOR_CRITICS,
@@ -103,6 +104,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         self.lora = None if self.inference_only else self.model_config.get("lora")
         self.action_dist_cls = SampledTokenDistribution
         self.logit_map = logit_map_of(self.policy)
+        self.sharding: Sharding | None = None
         if not self.inference_only:
             prepare_policy(self)
             self._prepare_training()
@@ -153,6 +155,18 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def _new_value_head(self, n_inputs: int) -> nn.Linear:
         return nn.Linear(n_inputs, self.n_value_outputs)
+
+    def shard(self, device: torch.device) -> None:
+        """Shares the parameters out among all learners; from then on passes run in step."""
+        self.sharding = Sharding(self, device, self.precision)
+
+    def gathered(self) -> contextlib.AbstractContextManager[None]:
+        """Within it the module may run without gradients; all learners enter it at once."""
+        return contextlib.nullcontext() if self.sharding is None else self.sharding.gathered()
+
+    def differentiable(self, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A loss that ``compute`` makes of the module, on all learners at once."""
+        return compute() if self.sharding is None else self.sharding.differentiable(compute)
 
     @contextlib.contextmanager
     def at_temperature(self, temperature: float) -> Iterator[None]:
@@ -284,12 +298,16 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
             budget: tokens; None: the module's own ``micro_batch_tokens``.
 
         Returns:
-            Index tensors that together hold every row once.
+            Index tensors that together hold every row once. Behind them, where parameters are
+            sharded, the first row as often as another learner has more micro-batches.
 
         Raises:
             ValueError: if one row alone exceeds the budget.
         """
-        budget = budget or self.micro_batch_tokens
+        parts = self._own_micro_batches(sequences, budget or self.micro_batch_tokens)
+        return parts if self.sharding is None else self.sharding.in_step(parts)
+
+    def _own_micro_batches(self, sequences: Sequences, budget: int) -> list[torch.Tensor]:
         if self.critic_observation == "text":
             sequences = sequences.behind_text  # the longer of the rows that are computed
         if not packs_rows(self.policy):
@@ -395,7 +413,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """
         sequences = self.sequences(batch)
         logps = torch.zeros(sequences.actions.shape, device=sequences.actions.device)
-        with torch.no_grad():
+        with torch.no_grad(), self.gathered():
             for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
                 states = self.states(self.policy, rows)
@@ -466,7 +484,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         outputs = sequences.actions.new_zeros(
             *sequences.actions.shape, self.n_value_outputs, dtype=self.value_head.weight.dtype
         )
-        with torch.no_grad():
+        with torch.no_grad(), self.gathered():
             for index in self.micro_batches(sequences):
                 rows = sequences.rows(index)
                 values = self.value_outputs({}, self.critic_states(rows))
@@ -552,7 +570,8 @@ class DistRLModule(CausalLMModule):
     def initialise_values(self, value: float) -> None:
         """Lets every state's law start around ``value``, in units of the return."""
         with torch.no_grad():
-            self.value_head.bias.copy_(self.head.start(value))
+            bias = self.value_head.bias
+            bias.copy_(share_of(self.head.start(value), bias))
             self.value_initialised.fill_(True)
 
     def compute_law(self, batch: dict[str, Any], embeddings: torch.Tensor | None = None) -> Law:

@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import _CHECKPOINT_PREFIX
 
 from rllib_distrl.model.causal_lm import is_causal_lm, trunk_of, without_weights
+from rllib_distrl.model.sharding import whole
 from rllib_distrl.recipe_schema import nearest
 
 if TYPE_CHECKING:
@@ -164,7 +165,8 @@ def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
     }
     with torch.no_grad():
         for name, layer in _adapted(model).items():
-            state[f"{name}.weight"] = state[f"{name}.weight"] + layer.get_delta_weight(_ADAPTER)
+            delta = whole(layer.get_delta_weight(_ADAPTER))
+            state[f"{name}.weight"] = state[f"{name}.weight"] + delta
     return state
 
 

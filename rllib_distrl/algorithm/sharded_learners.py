@@ -1,0 +1,28 @@
+"""A group of learners of which none has the whole state."""
+
+from typing import Any
+
+from ray.rllib.core import COMPONENT_LEARNER
+from ray.rllib.core.learner.learner_group import LearnerGroup
+
+
+class ShardedLearnerGroup(LearnerGroup):
+    """Asks all learners at once for what RLlib's own group (Ray 2.60) asks the first one for."""
+
+    def get_state(
+        self, components: Any = None, *, not_components: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """RLlib's state, put together by all learners."""
+        if not self._check_component(COMPONENT_LEARNER, components, not_components):
+            return {}
+        wanted = self._get_subcomponents(COMPONENT_LEARNER, components)
+        unwanted = self._get_subcomponents(COMPONENT_LEARNER, not_components)
+        results = self.foreach_learner(
+            lambda learner: learner.get_state(wanted, not_components=unwanted, **kwargs)
+        )
+        states = self._get_results(results)
+        return {COMPONENT_LEARNER: next(filter(None, states))}
+
+    def save_to_path(self, path: Any = None, *, state: Any = None, **kwargs: Any) -> str:
+        """Writes what `get_state` gives; the first learner alone could not."""
+        return super().save_to_path(path, state=state or self.get_state(), **kwargs)

@@ -1,0 +1,110 @@
+"""Learners that share out weights, gradients and moments learn what one learns."""
+
+import gymnasium
+import pytest
+import ray
+import torch
+from ray.rllib.core import (
+    COMPONENT_LEARNER,
+    COMPONENT_OPTIMIZER,
+    COMPONENT_RL_MODULE,
+    DEFAULT_MODULE_ID,
+)
+from ray.rllib.core.rl_module.rl_module import RLModuleSpec
+
+from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION
+from tests.helpers import COUNTDOWN
+from tests.learner.double_precision import DoubleModule
+from tests.learner.rig import hot_config, sample
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("ray_session"),
+]
+
+GENERATIONS = 3
+KL = {"regularisers": [{"name": "kl", "coeff": 0.1}]}
+SMALL = {"micro_batch_tokens": 80, "num_epochs": 2}
+"""Micro-batches of which the two learners have different numbers."""
+
+
+@pytest.fixture(scope="module")
+def episodes():
+    return sample(hot_config(), prompts=4, generations=GENERATIONS)
+
+
+@pytest.fixture
+def group_of():
+    """Builds groups of learners of configurations, and stops them after the test."""
+    built = []
+
+    def make(config, learners):
+        config = config.copy(copy_frozen=False).learners(num_learners=learners)
+        config.training(sharding="fsdp" if learners > 1 else "none")
+        config.validate()
+        env = gymnasium.make(COUNTDOWN, disable_env_checker=True, **config.env_config)
+        spaces = {DEFAULT_MODULE_ID: (env.observation_space, env.action_space)}
+        built.append(config.build_learner_group(spaces=spaces))
+        return built[-1]
+
+    yield make
+    for group in built:
+        group.shutdown()
+
+
+def learn(group, episodes, k=1):
+    """One update; the learners get unequal rows, but equal numbers of groups."""
+    groups = [episodes[i : i + GENERATIONS] for i in range(0, len(episodes), GENERATIONS)]
+    ranks = max(len(group), 1)
+    shards = [[e for each in groups[rank::ranks] for e in each] for rank in range(ranks)]
+    batch = (
+        {"episodes_refs": [ray.put(shard) for shard in shards]}
+        if len(group)
+        else {"episodes": shards[0]}
+    )
+    return group.update(
+        **batch,
+        timesteps={TRAINING_ITERATION: k},
+        num_epochs=group.config.num_epochs,
+        shuffle_batch_per_epoch=False,
+    )
+
+
+def flat(state):
+    """Weights and moments of a learner's state by name."""
+    learner = state[COMPONENT_LEARNER]
+    found = {f"weight {n}": x for n, x in learner[COMPONENT_RL_MODULE][DEFAULT_MODULE_ID].items()}
+    for optimizer, each in learner[COMPONENT_OPTIMIZER].items():
+        for number, moments in each["state"]["state"].items():
+            found |= {f"{optimizer} {number} {name}": x for name, x in moments.items()}
+    return {name: torch.as_tensor(x).double() for name, x in found.items()}
+
+
+def difference(one, other):
+    assert one.keys() == other.keys()
+    assert {name: x.shape for name, x in one.items()} == {n: x.shape for n, x in other.items()}
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"critic": "separate", "aggregation": "sequence_mean"},
+        {"critic": "shared", **KL, **SMALL, "entropy_coeff": 0.01},
+        {"critic": "detached", **KL, **SMALL, "activation_checkpointing": True},
+    ],
+    ids=["separate", "shared", "detached"],
+)
+def test_two_sharded_learners_take_ones_steps_in_float64(group_of, episodes, settings):
+    config = hot_config(init_value=0.5, **settings)
+    config.rl_module(rl_module_spec=RLModuleSpec(module_class=DoubleModule))
+    one, two = group_of(config, 0), group_of(config, 2)
+    before = flat(one.get_state())
+    assert difference(before, flat(two.get_state())) == 0.0
+    for group in (one, two):
+        learn(group, episodes)
+    after = flat(one.get_state())
+    weights = [name for name in before if name.startswith("weight ")]
+    assert max(float((before[n] - after[n]).abs().max()) for n in weights) > 1e-3
+    assert difference(after, flat(two.get_state())) < 1e-10
