@@ -15,6 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from rllib_distrl.algorithm.estimates import ACTIVATIONS, learner_memory, model_shape, size
 from rllib_distrl.cli.explain import markdown
 from rllib_distrl.experiments.decisions import Decisions, decide
 from rllib_distrl.experiments.pages import (
@@ -27,6 +28,7 @@ from rllib_distrl.experiments.pages import (
 )
 from rllib_distrl.experiments.results import Record, Results, arrange, read_records
 from rllib_distrl.experiments.sweep import at_equal_average
+from rllib_distrl.model.lora import count_adapter_parameters
 from rllib_distrl.runs.log import read_progress
 
 ROOT = Path(__file__).parents[1]
@@ -200,6 +202,55 @@ def search() -> str:
     return f"```text\n{printed}\n```"
 
 
+SEVEN_BILLION = {
+    "vocab_size": 152_064, "hidden_size": 3_584, "intermediate_size": 18_944,
+    "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+SEVEN_BILLION_LORA = {"r": 16, "alpha": 32}
+PARTS = {
+    "weights": ("policy weights", "critic weights", "reference weights"),
+    "gradients and moments": ("gradients", "Adam moments"),
+    "gathered or sent": ("bfloat16 weights", "gathered weights", "gradients that are sent"),
+    "activations and logits": (ACTIVATIONS, "logits of a chunk"),
+}
+
+
+def sharded_memory() -> str:
+    """What each learner of a model of seven billion parameters needs, by the estimate."""
+    from transformers import Qwen2Config
+
+    model_config = Qwen2Config(**SEVEN_BILLION)
+    shape = model_shape(model_config)
+    adapters = count_adapter_parameters(SEVEN_BILLION_LORA, model_config)
+    columns = {
+        "DDP": {"learners": 8},
+        "FSDP2, 2 learners": {"learners": 2, "sharded": True},
+        "FSDP2, 8": {"learners": 8, "sharded": True},
+        "LoRA, DDP": {"learners": 8, "adapter_parameters": adapters},
+        "LoRA, FSDP2, 8": {"learners": 8, "adapter_parameters": adapters, "sharded": True},
+    }
+    lines = []
+    for critic in ("shared", "separate"):
+        found = [
+            learner_memory(
+                shape,
+                critic=critic,
+                critic_outputs=16,
+                micro_batch_tokens=16_384,
+                precision="bf16",
+                activation_checkpointing=True,
+                reference=True,
+                **settings,
+            )
+            for settings in columns.values()
+        ]
+        lines.append([f"**{critic} critic**", *(f"**{size(sum(x.values()))}**" for x in found)])
+        for name, parts in PARTS.items():
+            lines.append([name, *(size(sum(x.get(part, 0) for part in parts)) for x in found)])
+    return Table(["of each learner", *columns], lines).to_markdown()
+
+
 TABLES = {
     (ROOT / "README.md", "main job"): main_job,
     (ROOT / "README.md", "comparisons"): lambda: comparisons(SHORT),
@@ -213,6 +264,7 @@ TABLES = {
     (ROOT / "docs" / "law.md", "sao"): lambda: comparisons(SAO),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
     (ROOT / "docs" / "methods.md", "methods"): markdown,
+    (ROOT / "docs" / "memory.md", "sharded"): sharded_memory,
 }
 
 

@@ -38,6 +38,12 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 ACTIVATIONS = "activations of a micro-batch"
+# What FSDP2 leaves a share of to each learner. Beside it a learner has what is in no block (the
+# embeddings, the head), the block that runs and the next one, and, twice, the gradients of the
+# former two, as they are made and as they are sent (our count; PyTorch 2.13).
+_SHARED_OUT = (
+    "policy weights", "critic weights", "gradients", "Adam moments", "reference weights"
+)  # fmt: skip
 _LOGITS_COPIES = 2  # logits and softmax of one chunk
 _FLOAT32 = 4  # bytes of a number that learns, whatever type the model was saved in
 _ENGINE_BYTES = {"float32": 4, "bfloat16": 2}
@@ -92,6 +98,11 @@ class ModelShape:
     intermediate: int
     kv_width: int
     vocabulary: int
+
+    @property
+    def block_parameters(self) -> int:
+        """Those of one block, about: of the trunk without its embeddings."""
+        return (self.trunk_parameters - self.vocabulary * self.hidden) // self.layers
 
 
 def count_updates(config: Any, rollout: RolloutSettings) -> Updates:
@@ -181,6 +192,8 @@ def learner_memory(
     activation_checkpointing: bool = False,
     adapter_parameters: int | None = None,
     reference: bool = False,
+    learners: int = 1,
+    sharded: bool = False,
 ) -> dict[str, int]:
     """Estimates one learner's memory by part, in bytes.
 
@@ -194,6 +207,8 @@ def learner_memory(
         activation_checkpointing: Whether blocks keep their inputs alone.
         adapter_parameters: Of one trunk's LoRA adapters; None: all parameters learn.
         reference: Whether a reference policy is kept; with adapters it needs no memory.
+        learners: How many there are.
+        sharded: Whether each of them holds its share alone, and not a copy.
     """
     from rllib_distrl.maths.lm_head import CHUNK_LOGITS
 
@@ -208,6 +223,8 @@ def learner_memory(
         policy = shape.parameters + adapter_parameters
         own = head + own_trunks * adapter_parameters
         trained = own + adapter_parameters
+        if sharded:  # A trunk beside the policy's then has frozen blocks of its own.
+            own += own_trunks * shape.layers * shape.block_parameters
     block = _block_activations(shape, each if precision == "fp32" else each // 2, each)
     kept = shape.layers * block
     if activation_checkpointing:
@@ -222,10 +239,23 @@ def learner_memory(
         * 4
         * min(CHUNK_LOGITS, micro_batch_tokens * shape.vocabulary),
     }
-    if precision == "bf16":
-        parts["bfloat16 weights"] = shape.trunk_parameters * trunks * each // 2
     if reference and adapter_parameters is None:
         parts["reference weights"] = shape.parameters * each
+    if precision == "bf16" and not sharded:
+        parts["bfloat16 weights"] = shape.trunk_parameters * trunks * each // 2
+    if learners > 1 and not sharded:
+        parts["gradients that are sent"] = trained * each
+    if sharded:
+        held = {name: -(-parts[name] // learners) for name in _SHARED_OUT if name in parts}
+        block = each if precision == "fp32" else each // 2
+        embedded = trunks * shape.vocabulary * shape.hidden
+        outside = embedded + shape.parameters - shape.trunk_parameters + head
+        moved = outside + shape.block_parameters
+        if adapter_parameters is not None:
+            moved = head + adapter_parameters // shape.layers
+        parts |= held
+        parts["gathered weights"] = outside * each + 2 * shape.block_parameters * block
+        parts["gradients that are sent"] = 2 * moved * each
     return parts
 
 
@@ -365,6 +395,8 @@ class Needs:
             activation_checkpointing=settings.get("activation_checkpointing", False),
             adapter_parameters=_adapter_parameters(settings),
             reference=_keeps_reference(config),
+            learners=max(config.num_learners, 1),
+            sharded=getattr(config, "sharding", "none") != "none",
         )
         rows = min(rollout.max_batch_size, math.ceil(growth * updates.episodes))
         # Merged adapters, and what comes from a GPU, are copies.
@@ -504,7 +536,8 @@ def _learners_remedy(needs: Needs, memory: float) -> str:
     if fixed > memory:
         return (
             f"Weights, gradients and moments of one learner alone are {size(fixed)}: take a "
-            "smaller model, lora ([rl_module.model_config.lora]), critic = 'shared', or more room."
+            "smaller model, lora ([rl_module.model_config.lora]), critic = 'shared', more learners "
+            "with sharding = 'fsdp', or more room."
         )
     lower = "lower micro_batch_tokens"
     if needs.micro_batch_tokens <= needs.longest:

@@ -46,8 +46,8 @@ class Sharding:
             precision: "fp32"; or "bf16", whose blocks are gathered in bfloat16 and whose gradients
                 are summed in float32.
         """
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
+        if device.index is not None:
+            torch.cuda.set_device(device)  # The mesh takes each process's present device.
         self._device, self._depth = device, 0
         self._mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         self._of_blocks = MixedPrecisionPolicy(

@@ -105,6 +105,31 @@ def test_adapters_leave_moments_for_themselves_alone() -> None:
     assert parts["Adam moments"] == 8 * (1000 + 65 * 16)
 
 
+def test_learners_hold_shares_and_what_is_gathered_for_the_moment() -> None:
+    model = AutoModelForCausalLM.from_config(QWEN)
+    shape = model_shape(QWEN)
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    assert shape.block_parameters == pytest.approx(block, abs=shape.hidden)
+    settings = {"critic": "shared", "critic_outputs": 16, "micro_batch_tokens": 100}
+    one = learner_memory(shape, reference=True, **settings)
+    two = learner_memory(shape, reference=True, learners=2, **settings)
+    head = 65 * 16
+    assert two == {**one, "gradients that are sent": one["gradients"]}
+    shares = learner_memory(shape, reference=True, learners=4, sharded=True, **settings)
+    halved = ("policy weights", "critic weights", "gradients", "Adam moments", "reference weights")
+    assert [shares[name] for name in halved] == [one[name] / 4 for name in halved]
+    outside = shape.vocabulary * shape.hidden + head  # the head is the embedding
+    assert shares["gathered weights"] == 4 * (outside + 2 * shape.block_parameters)
+    assert shares["gradients that are sent"] == 8 * (outside + shape.block_parameters)
+    low = learner_memory(shape, precision="bf16", learners=4, sharded=True, **settings)
+    assert low["gathered weights"] == 4 * (outside + shape.block_parameters)
+    assert "bfloat16 weights" not in low
+    adapted = {"adapter_parameters": 300, "learners": 4, "sharded": True}
+    lora = learner_memory(shape, **{**settings, "critic": "separate"}, **adapted)
+    assert lora["gradients that are sent"] == 8 * (head + 100)
+    assert lora["critic weights"] == 300 + head + 3 * shape.block_parameters
+
+
 def test_logits_are_those_of_a_chunk_at_most() -> None:
     shape = replace(model_shape(QWEN), vocabulary=151_936)
     settings = {"critic": "none", "critic_outputs": 0, "micro_batch_tokens": 4_096}

@@ -13,8 +13,9 @@ from ray.rllib.core import (
 )
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
+from rllib_distrl.algorithm.estimates import learner_memory, shape_of
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION
-from tests.helpers import COUNTDOWN
+from tests.helpers import COUNTDOWN, TINY
 from tests.learner.double_precision import DoubleModule
 from tests.learner.rig import hot_config, sample
 
@@ -93,9 +94,16 @@ def difference(one, other):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"critic": "separate", "aggregation": "sequence_mean"},
-        {"critic": "shared", **KL, **SMALL, "entropy_coeff": 0.01},
-        {"critic": "detached", **KL, **SMALL, "activation_checkpointing": True},
+        {"critic": "separate", "aggregation": "sequence_mean", "grad_clip": None},
+        {"critic": "shared", **KL, **SMALL, "entropy_coeff": 0.01, "grad_clip": 0.1},
+        {
+            "critic": "detached",
+            **KL,
+            **SMALL,
+            "activation_checkpointing": True,
+            "grad_clip": 0.01,
+            "grad_clip_by": "norm",
+        },
     ],
     ids=["separate", "shared", "detached"],
 )
@@ -137,6 +145,13 @@ def test_each_learner_holds_half_of_everything(group_of, episodes):
         assert share + second[name][0] == total, name
         assert 0.5 * total <= share <= 0.51 * total, name
     assert first["weights"][1] == first["moments"][1] > 1.5 * first["reference"][1] > 0
+    estimated = learner_memory(
+        shape_of(TINY), critic="separate", critic_outputs=16, micro_batch_tokens=1,
+        reference=True, learners=2, sharded=True,
+    )  # fmt: skip
+    weights = estimated["policy weights"] + estimated["critic weights"]
+    assert weights == estimated["gradients"] == pytest.approx(4 * first["weights"][0], rel=0.01)
+    assert estimated["reference weights"] == pytest.approx(4 * first["reference"][0], rel=0.01)
 
 
 @pytest.mark.parametrize("learners", [(2, 0), (0, 2)], ids=["2 to 1", "1 to 2"])
