@@ -17,10 +17,11 @@ class ShardedLearnerGroup(LearnerGroup):
             return {}
         wanted = self._get_subcomponents(COMPONENT_LEARNER, components)
         unwanted = self._get_subcomponents(COMPONENT_LEARNER, not_components)
-        results = self.foreach_learner(
-            lambda learner: learner.get_state(wanted, not_components=unwanted, **kwargs)
-        )
-        states = self._get_results(results)
+
+        def answer(learner: Any, _: Any = None) -> Any:
+            return learner.get_state(wanted, not_components=unwanted, **kwargs)
+
+        states = self._get_results(self.foreach_learner(answer))
         return {COMPONENT_LEARNER: next(filter(None, states))}
 
     def save_to_path(self, path: Any = None, *, state: Any = None, **kwargs: Any) -> str:

@@ -111,7 +111,7 @@ def restored(
     from rllib_distrl.cli.session import ray_session
 
     hide_loading_bars()
-    config = run.recipe().build_config()
+    config: Any = run.recipe().build_config()
     # Only the learner's state is needed: no actors.
     config.env_runners(num_env_runners=0)
     config.learners(num_learners=0)

@@ -3,6 +3,8 @@
 Each learner holds its part of every parameter, of its gradient and of the optimiser's moments, and
 gathers a block while it computes with it (Rajbhandari et al. 2020, ZeRO stage 3, arXiv 1910.02054;
 Zhao et al. 2023, arXiv 2304.11277). Whatever gathers must be done by all learners at once.
+
+FSDP2 takes a second to import, so what is not sharded goes without it.
 """
 
 import contextlib
@@ -14,9 +16,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 
 class _Root(nn.Module):
@@ -46,6 +45,9 @@ class Sharding:
             precision: "fp32"; or "bf16", whose blocks are gathered in bfloat16 and whose gradients
                 are summed in float32.
         """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
         if device.index is not None:
             torch.cuda.set_device(device)  # The mesh takes each process's present device.
         self._device, self._depth = device, 0
@@ -58,6 +60,8 @@ class Sharding:
         self._root: Any = self._shard(module)
 
     def _shard(self, module: nn.Module) -> Any:
+        from torch.distributed.fsdp import fully_shard
+
         blocks = blocks_of(module)
         uses = Counter(id(weight) for block in blocks for weight in block.parameters())
         for block in blocks:
@@ -65,7 +69,7 @@ class Sharding:
             fully_shard(block, mesh=self._mesh, mp_policy=self._of_blocks)
         root = fully_shard(_Root(module), mesh=self._mesh)
         for part in module.modules():
-            if any(isinstance(weight, DTensor) for weight in part.parameters(recurse=False)):
+            if any(map(is_sharded, part.parameters(recurse=False))):
                 part.register_state_dict_post_hook(_make_whole)
                 part.register_load_state_dict_pre_hook(_take_shares)
         return root
@@ -138,17 +142,22 @@ def _copy_weights(block: nn.Module, shared: set[int]) -> None:
                 setattr(part, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))
 
 
-def local(tensor: Tensor) -> Tensor:
+def is_sharded(tensor: Any) -> bool:
+    """Whether this is a DTensor, of which each learner holds a share."""
+    return hasattr(tensor, "full_tensor")
+
+
+def local(tensor: Any) -> Tensor:
     """This learner's share of a tensor; one that is not sharded itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """A sharded tensor as a plain one on the CPU; asked by all learners at once.
 
     The first learner alone gets its numbers, the others zeros that take no memory.
     """
-    if not isinstance(tensor, DTensor):
+    if not is_sharded(tensor):
         return tensor
     full = tensor.detach().full_tensor()
     if dist.get_rank() == 0:
@@ -156,15 +165,17 @@ def whole(tensor: Tensor) -> Tensor:
     return torch.zeros((), dtype=full.dtype).expand(full.shape)
 
 
-def share_of(tensor: Tensor, parameter: Tensor) -> Tensor:
+def share_of(tensor: Tensor, parameter: Any) -> Tensor:
     """This learner's share of a plain tensor, sharded as ``parameter`` is; else the tensor itself.
 
     Args:
         tensor: the same on all learners, on any device.
         parameter: of the same shape; of one that is sharded the result has the device.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_sharded(parameter):
         return tensor
+    from torch.distributed.tensor import DTensor
+
     mesh, own = parameter.device_mesh, parameter.to_local()
     rows = math.ceil(len(tensor) / mesh.size())
     start = rows * mesh.get_local_rank()
