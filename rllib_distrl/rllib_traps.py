@@ -62,6 +62,7 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
         "_check_component",
         "_get_results",
         "_get_subcomponents",
+        "_worker_manager",
     ),
     # RLlib's own hooks, for all their names.
     "ray.rllib.core.rl_module.torch.torch_rl_module:TorchRLModule": (

@@ -12,9 +12,18 @@ class ShardedLearnerGroup(LearnerGroup):
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """RLlib's state, put together by all learners."""
+        """RLlib's state, put together by all learners.
+
+        Raises:
+            RuntimeError: where a learner is lost.
+        """
         if not self._check_component(COMPONENT_LEARNER, components, not_components):
             return {}
+        if lost := len(self) - self._worker_manager.num_healthy_actors():
+            raise RuntimeError(
+                f"{lost} of {len(self)} learners are lost, and with them their shares of the "
+                "weights. Go on from the last checkpoint."
+            )
         wanted = self._get_subcomponents(COMPONENT_LEARNER, components)
         unwanted = self._get_subcomponents(COMPONENT_LEARNER, not_components)
 

@@ -1,5 +1,7 @@
 """Learners that share out weights, gradients and moments learn what one learns."""
 
+import os
+
 import gymnasium
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rllib_distrl.algorithm.estimates import learner_memory, shape_of
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION
+from rllib_distrl.model.sequences import from_columns
 from tests.helpers import COUNTDOWN, TINY
 from tests.learner.double_precision import DoubleModule
-from tests.learner.rig import hot_config, sample
+from tests.learner.rig import hot_config, make_learner, sample
 
 pytestmark = [
     pytest.mark.slow,
@@ -57,11 +60,14 @@ def group_of():
         group.shutdown()
 
 
+def shards_of(episodes, ranks):
+    """Whole groups: all for one learner; of two the first gets one, and the second all others."""
+    return [episodes] if ranks == 1 else [episodes[:GENERATIONS], episodes[GENERATIONS:]]
+
+
 def learn(group, episodes, k=1):
-    """One update; the learners get unequal rows, but equal numbers of groups."""
-    groups = [episodes[i : i + GENERATIONS] for i in range(0, len(episodes), GENERATIONS)]
-    ranks = max(len(group), 1)
-    shards = [[e for each in groups[rank::ranks] for e in each] for rank in range(ranks)]
+    """One update."""
+    shards = shards_of(episodes, max(len(group), 1))
     batch = (
         {"episodes_refs": [ray.put(shard) for shard in shards]}
         if len(group)
@@ -152,6 +158,20 @@ def test_each_learner_holds_half_of_everything(group_of, episodes):
     weights = estimated["policy weights"] + estimated["critic weights"]
     assert weights == estimated["gradients"] == pytest.approx(4 * first["weights"][0], rel=0.01)
     assert estimated["reference weights"] == pytest.approx(4 * first["reference"][0], rel=0.01)
+
+
+def test_learners_of_these_tests_have_unequal_numbers_of_micro_batches(episodes):
+    learner = make_learner(hot_config(critic="shared", **SMALL))
+    sequences = [from_columns(learner.columns(shard)) for shard in shards_of(episodes, 2)]
+    few, many = (len(learner.policy_module.micro_batches(rows)) for rows in sequences)
+    assert few < many
+
+
+def test_a_lost_learner_is_an_error_not_a_wait(group_of):
+    group = group_of(hot_config(), 2)
+    group.foreach_learner(lambda learner: os._exit(1), remote_actor_ids=[1])
+    with pytest.raises(RuntimeError, match="1 of 2 learners are lost"):
+        group.get_weights()
 
 
 @pytest.mark.parametrize("learners", [(2, 0), (0, 2)], ids=["2 to 1", "1 to 2"])
