@@ -9,6 +9,8 @@ from ray.rllib.core.learner.learner_group import LearnerGroup
 class ShardedLearnerGroup(LearnerGroup):
     """Asks all learners at once for what RLlib's own group (Ray 2.60) asks the first one for."""
 
+    _worker_manager: Any
+
     def get_state(
         self, components: Any = None, *, not_components: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
