@@ -342,8 +342,9 @@ class DistRL(Algorithm):
             self._explain_dead_runners(error)
             raise
         self._sync_weights()
-        if self.eval_env_runner is not None:
-            self.eval_env_runner.share_engine(self.env_runner, self.weight_sync.latest[0])
+        evaluation: Any = self.eval_env_runner
+        if evaluation is not None:
+            evaluation.share_engine(self.env_runner, self.weight_sync.latest[0])
         self.between_iterations = True
 
     @cached_property
