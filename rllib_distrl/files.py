@@ -1,6 +1,7 @@
 """Files and folders that are replaced as a whole: a kill at any moment leaves the old or the new.
 
-What is being written has a hidden name beside its place, `.tmp-NAME`, until it is renamed.
+What is being written has a hidden name beside its place, `.tmp-NAME`, until it is renamed. At the
+end the folders of the user's cache: built once, checked, shared between processes.
 """
 
 from __future__ import annotations

@@ -55,7 +55,8 @@ OF_TARGETS = {
 # Read whatever is chosen, or refused by checks of their own.
 ALWAYS = {
     "importance_correction", "micro_batch_tokens", "max_nonfinite_steps", "max_sampling_rounds",
-    "precision", "activation_checkpointing", "lr_schedule", "lr_warmup_iterations", "critic",
+    "precision", "activation_checkpointing", "sharding", "lr_schedule", "lr_warmup_iterations",
+    "critic",
     "whiten_advantages", "reward_transforms", "advantage", "shapers", "policy_loss",
     "regularisers", "controllers", "prompt_sampler", "allocator", "branching",
 }  # fmt: skip

@@ -315,6 +315,6 @@ def test_work_goes_on_when_the_terminal_is_gone(tmp_path: Path) -> None:
     process = start(8, terminal)
     os.close(terminal)
     assert b"ready" in os.read(controller, 100)
-    os.close(controller)  # from now on every write is an error
-    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGHUP)  # as the system does, before it is noticed in writing
+    os.close(controller)  # from now on every write there is an error
     assert process.wait(20) == 7
