@@ -19,13 +19,15 @@ COMPARISONS = {
     "sao": "law-sao",
     "unruly-both": "law-both",
     "unruly-clean": "law-clean",
+    "unruly-glitches": "law-glitches",
+    "unruly-scales": "law-scales",
     "wide-law": "law-wide",
 }
 
 
 # A table of comparisons decides half a dozen pages and more: that takes its time.
 MADE = [
-    pytest.param(page, name, marks=[pytest.mark.slow] if name == "comparisons" else [])
+    pytest.param(page, name, marks=[pytest.mark.slow] if name in ("comparisons", "law") else [])
     for page, name in TABLES
 ]
 
