@@ -11,6 +11,7 @@ from tune.tables import IGNORANCE, MAIN_JOB, RESULTS, ROOT, TABLES
 
 COMPARISONS = {
     "ablation": "ablation",
+    "critic-batches": "law-batches",
     "headline-countdown": "headline-countdown",
     "headline-graded": "headline-graded",
     "headline-graph-path": "headline-graph-path",

@@ -78,13 +78,12 @@ UNRULY = {
     "unruly-glitches": "glitches",
     "unruly-both": "two scales, glitches",
 }
-INFORMATION = "information-32"
+INFORMATION, BATCHES = "information-32", "critic-batches"
+
+
 # What docs/law.md asks of each.
-TOLD = tuple(
-    (INFORMATION, name, "none", metric, AFTER)
-    for name in ("state", "text", "placebo", "no-critic")
-    for metric in ("avg@32", "pass@32")
-)
+# What a critic is told: folder and ending of a recipe's name by completions an iteration.
+TOLD = {"16": (BATCHES, "-16"), "32": (INFORMATION, ""), "256": (BATCHES, "-256")}
 WIDE = tuple(
     ("wide-law", name, "scalar", metric, AFTER)
     for name in ("quantiles", "utility-4", "utility-4-mean", "utility-16", "maxk-16",
@@ -107,7 +106,6 @@ TASKS = {
     GRAPH: "Graph path",
     GRADED: "Countdown, partial credit",
     **{folder: f"Rewards: {cell}" for folder, cell in UNRULY.items()},
-    INFORMATION: "Countdown",
     "wide-law": "Steps' worth",
     "sao": "Countdown",
 }
@@ -160,17 +158,43 @@ def unruly_differences() -> str:
     """`rank` less each other, in points of %, with intervals; clear ones in bold."""
 
     def cell(name: str, folder: str) -> str:
-        if name == "rank":
-            return ""
-        results, decisions = read(folder, name)
-        row = next(row for row in results.rows if row.name == "rank")
-        test = decisions.after(row, "avg@8")
-        if test is None:
-            return ""
-        found = tested("avg@8", test).partition(", p")[0]
-        return f"**{found}**" if test.clear else found
+        return "" if name == "rank" else _difference(folder, "rank", name, "avg@8")
 
     return _by_rewards(cell)
+
+
+def told() -> str:
+    """What telling the critic something is worth, by the size of the batch and lambda."""
+    lines = []
+    for name, baseline, lambda_ in (
+        *((name, "none", "") for name in ("state", "text", "placebo", "no-critic")),
+        ("state", "none", "-0.95"),
+    ):
+        at = f", lambda {lambda_[1:]}" if lambda_ else ""
+        for metric in ("avg@32", "pass@32"):
+            cells = [
+                _difference(
+                    folder, f"{name}{batch}{lambda_}", f"{baseline}{batch}{lambda_}", metric
+                )
+                for folder, batch in TOLD.values()
+            ]
+            lines.append([f"`{name}` over `{baseline}`{at}", metric, *cells])
+    return Table(
+        ["compared", "read", *(f"batches of {size}" for size in TOLD)], lines
+    ).to_markdown()
+
+
+def _difference(folder: str, name: str, baseline: str, metric: str) -> str:
+    """After training, in bold where it is clear; nothing where one of them was not run."""
+    if name not in read_about(RESULTS / folder).names:
+        return ""
+    results, decisions = read(folder, baseline)
+    row = next(row for row in results.rows if row.name == name)
+    test = decisions.after(row, metric)
+    if test is None:
+        return ""
+    found = tested(metric, test).partition(", p")[0]
+    return f"**{found}**" if test.clear else found
 
 
 def _by_rewards(cell: Callable[[str, str], str]) -> str:
@@ -283,7 +307,7 @@ TABLES = {
     (ROOT / "docs" / "headline.md", "longer completions"): longer_completions,
     (ROOT / "docs" / "law.md", "unruly"): unruly,
     (ROOT / "docs" / "law.md", "law"): unruly_differences,
-    (ROOT / "docs" / "law.md", "told"): lambda: comparisons(TOLD),
+    (ROOT / "docs" / "law.md", "told"): told,
     (ROOT / "docs" / "law.md", "wide"): lambda: comparisons(WIDE),
     (ROOT / "docs" / "law.md", "sao"): lambda: comparisons(SAO),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
