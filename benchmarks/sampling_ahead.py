@@ -6,7 +6,7 @@ The main job's model and SAO, 128 completions an iteration, two runners beside t
 runner has sampled is graded at once, or in a fourth of the cases a second later. How fast runners
 are changes nothing in what is learned, so curves by tokens (docs/law.md) times these seconds are
 curves by time. Rounds are interleaved; a ratio is that of two runs of the same round, by the wall
-clock. Writes benchmarks/results/sampling_ahead.json.
+clock. Writes benchmarks/results/sampling_ahead.json and renews the table of docs/learner.md.
 """
 
 import argparse
@@ -19,14 +19,15 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.run import RESULTS, about
+from benchmarks.run import RESULTS, ROOT, about
 from distrl_envs.task import Grade, Problem
 from distrl_envs.tasks.countdown import CountdownTask
 from rllib_distrl.algorithm.presets import SAOConfig
+from rllib_distrl.experiments.pages import renew_table
 
 STALENESS = 0, 1, 4
 SLOW_ONE_IN, SLOW_S = 4, 1.0
-OUT = RESULTS.with_name("sampling_ahead.json")
+OUT, PAGE = RESULTS.with_name("sampling_ahead.json"), ROOT / "docs" / "learner.md"
 
 
 class Verdicts(CountdownTask):
@@ -88,7 +89,7 @@ def measure(rounds: int, iterations: int) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """What is printed."""
+    """As it stands in docs/learner.md."""
     lines = [
         "| verdicts | `max_staleness` | seconds of an iteration | of those without | spread |",
         "|---|---|---|---|---|",
@@ -113,6 +114,7 @@ def main() -> None:
     print(table(results))
     if not chosen.dry:
         OUT.write_text(json.dumps(results, indent=1) + "\n")
+        renew_table(PAGE, table(results), "ahead")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import memory, pretrained
+from benchmarks import memory, pretrained, sampling_ahead
 from benchmarks.ratios import RATIOS, Ratio, summary
 from benchmarks.run import PAGES, RESULTS
 from rllib_distrl.experiments.pages import table_of
@@ -66,3 +66,10 @@ def test_the_page_on_a_pretrained_model_shows_the_committed_results():
     assert table_of(pretrained.PAGE, "cost") == pretrained.table(results)
     assert f"{results['smollm2_peak_memory_gib']:.1f} GiB" in pretrained.PAGE.read_text()
     assert len(results["commit"].rstrip("+")) >= 7
+
+
+def test_the_page_on_sampling_ahead_shows_the_committed_results():
+    results = json.loads(sampling_ahead.OUT.read_text())
+    assert table_of(sampling_ahead.PAGE, "ahead") == sampling_ahead.table(results)
+    assert len(results["seconds"]) >= 3
+    assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
