@@ -13,7 +13,6 @@ and renews the table of docs/pretrained.md.
 """
 
 import argparse
-import json
 import os
 import resource
 import subprocess
@@ -28,9 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 import torch
 
-from benchmarks.run import RESULTS, ROOT, about
+from benchmarks.run import RESULTS, ROOT, about, keep
 from benchmarks.workload import Stopwatch
-from rllib_distrl.experiments.pages import renew_table
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.recipe import load_recipe
@@ -161,8 +159,7 @@ def main() -> None:
     results = {**about(), "smollm2_peak_memory_gib": peak, "cases": cases}
     print(table(results), f"\npeak memory {peak:.1f} GiB")
     if not arguments.dry:
-        OUT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        renew_table(PAGE, table(results), "cost")
+        keep(results, table(results), OUT, PAGE, "cost")
 
 
 if __name__ == "__main__":

@@ -154,6 +154,12 @@ def about() -> dict:
     }
 
 
+def keep(results: dict, made: str, out: Path, page: Path, name: str) -> None:
+    """Writes a record, and the table that is made of it into its page."""
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    renew_table(page, made, name)
+
+
 def measure(groups: list[str], repeats: int, warmup: int, environments: Path) -> dict:
     """Measures the ratios of some groups."""
     record = about()

@@ -10,7 +10,6 @@ clock. Writes benchmarks/results/sampling_ahead.json and renews the table of doc
 """
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from random import Random
@@ -19,11 +18,11 @@ from typing import Any
 import numpy as np
 import ray
 
-from benchmarks.run import RESULTS, ROOT, about
+from benchmarks.run import RESULTS, ROOT, about, keep
 from distrl_envs.task import Grade, Problem
 from distrl_envs.tasks.countdown import CountdownTask
 from rllib_distrl.algorithm.presets import SAOConfig
-from rllib_distrl.experiments.pages import renew_table
+from rllib_distrl.experiments.pages import Table
 
 STALENESS = 0, 1, 4
 SLOW_ONE_IN, SLOW_S = 4, 1.0
@@ -90,18 +89,15 @@ def measure(rounds: int, iterations: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """As it stands in docs/learner.md."""
-    lines = [
-        "| verdicts | `max_staleness` | seconds of an iteration | of those without | spread |",
-        "|---|---|---|---|---|",
-    ]
+    lines = []
     for speed in ("quick", "slow"):
         for k in map(str, STALENESS):
             took = [one[speed][k] for one in results["seconds"]]
             share = [one[speed][k] / one[speed]["0"] for one in results["seconds"]]
             spread = f"{min(share):.2f} to {max(share):.2f}" if k != "0" else ""
-            cells = speed, k, f"{np.median(took):.2f}", f"{np.median(share):.2f}", spread
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+            lines.append([speed, k, f"{np.median(took):.2f}", f"{np.median(share):.2f}", spread])
+    head = ["verdicts", "`max_staleness`", "seconds of an iteration", "of those without", "spread"]
+    return Table(head, lines).to_markdown()
 
 
 def main() -> None:
@@ -113,8 +109,7 @@ def main() -> None:
     results = measure(chosen.rounds, chosen.iterations)
     print(table(results))
     if not chosen.dry:
-        OUT.write_text(json.dumps(results, indent=1) + "\n")
-        renew_table(PAGE, table(results), "ahead")
+        keep(results, table(results), OUT, PAGE, "ahead")
 
 
 if __name__ == "__main__":

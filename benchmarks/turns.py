@@ -11,7 +11,6 @@ docs/performance.md.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from benchmarks.run import RESULTS, ROOT, about
+from benchmarks.run import RESULTS, ROOT, about, keep
 from benchmarks.task import WordTask
 from benchmarks.workload import (
     GENERATIONS,
@@ -34,7 +33,6 @@ from benchmarks.workload import (
 )
 from distrl_envs import Draws, Grade, Problem, Reply, TokenEnv, Turn
 from rllib_distrl import DistRLConfig
-from rllib_distrl.experiments.pages import renew_table
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 
@@ -213,8 +211,7 @@ def main() -> None:
     results = measure(chosen.rounds)
     print(table(results))
     if not chosen.dry:
-        OUT.write_text(json.dumps(results, indent=1) + "\n")
-        renew_table(PAGE, table(results), "turns")
+        keep(results, table(results), OUT, PAGE, "turns")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from rllib_distrl.experiments.pages import (
     with_baseline,
 )
 from rllib_distrl.experiments.results import Record, Results, arrange, read_records
+from rllib_distrl.experiments.statistics import PairedTest
 from rllib_distrl.experiments.sweep import at_equal_average
 from rllib_distrl.model.lora import count_adapter_parameters
 from rllib_distrl.runs.log import read_progress
@@ -125,14 +126,19 @@ def read(folder: str, baseline: str) -> tuple[Results, Decisions]:
     return results, decide(results)
 
 
+def paired(folder: str, name: str, baseline: str, metric: str, where: str) -> PairedTest | None:
+    """A recipe's difference to another; None where the metric has none."""
+    results, decisions = read(folder, baseline)
+    row = next(row for row in results.rows if row.name == name)
+    find = decisions.after if where == AFTER else decisions.at_equal_average
+    return find(row, metric)
+
+
 def comparisons(asked: tuple[tuple[str, str, str, str, str], ...]) -> str:
     """A line per comparison: difference, interval, p, and whether that is clear."""
     lines = []
     for folder, name, baseline, metric, where in asked:
-        results, decisions = read(folder, baseline)
-        row = next(row for row in results.rows if row.name == name)
-        find = decisions.after if where == AFTER else decisions.at_equal_average
-        test = find(row, metric)
+        test = paired(folder, name, baseline, metric, where)
         clear = "yes" if test is not None and test.clear else "no"
         compared = f"`{name}` over `{baseline}`"
         lines.append([TASKS[folder], compared, f"{metric} {where}", tested(metric, test), clear])
@@ -166,19 +172,17 @@ def unruly_differences() -> str:
 def told() -> str:
     """What telling the critic something is worth, by the size of the batch and lambda."""
     lines = []
-    for name, baseline, lambda_ in (
-        *((name, "none", "") for name in ("state", "text", "placebo", "no-critic")),
-        ("state", "none", "-0.95"),
+    for name, lambda_ in (
+        *((name, "") for name in ("state", "text", "placebo", "no-critic")),
+        ("state", "-0.95"),
     ):
         at = f", lambda {lambda_[1:]}" if lambda_ else ""
         for metric in ("avg@32", "pass@32"):
             cells = [
-                _difference(
-                    folder, f"{name}{batch}{lambda_}", f"{baseline}{batch}{lambda_}", metric
-                )
+                _difference(folder, f"{name}{batch}{lambda_}", f"none{batch}{lambda_}", metric)
                 for folder, batch in TOLD.values()
             ]
-            lines.append([f"`{name}` over `{baseline}`{at}", metric, *cells])
+            lines.append([f"`{name}` over `none`{at}", metric, *cells])
     return Table(
         ["compared", "read", *(f"batches of {size}" for size in TOLD)], lines
     ).to_markdown()
@@ -188,9 +192,7 @@ def _difference(folder: str, name: str, baseline: str, metric: str) -> str:
     """After training, in bold where it is clear; nothing where one of them was not run."""
     if name not in read_about(RESULTS / folder).names:
         return ""
-    results, decisions = read(folder, baseline)
-    row = next(row for row in results.rows if row.name == name)
-    test = decisions.after(row, metric)
+    test = paired(folder, name, baseline, metric, AFTER)
     if test is None:
         return ""
     found = tested(metric, test).partition(", p")[0]

@@ -31,9 +31,13 @@ def policy_state(algo: Any) -> dict[str, Any]:
 
     The learner is asked because ``algo.get_module()`` may lag behind it (Ray 2.60).
     """
+    return {name: tensor.clone() for name, tensor in _lent_policy(algo).items()}
+
+
+def _lent_policy(algo: Any) -> dict[str, Any]:
+    """What `policy_state` copies; in one process the learner's own tensors."""
     update, _ = runner_weights(algo.learner_group)
-    policy = hugging_face_names(update[COMPONENT_RL_MODULE])
-    return {name: tensor.clone() for name, tensor in policy.items()}
+    return hugging_face_names(update[COMPONENT_RL_MODULE])
 
 
 def nonfinite_weights(algo: Any) -> list[str]:
@@ -55,7 +59,7 @@ def export_policy(algo: Any, path: str | Path) -> None:
     """
     name = algo.config.model_config["model"]
     model = load_model(name)
-    model.load_state_dict(policy_state(algo))
+    model.load_state_dict(_lent_policy(algo))  # copies
     with _generation_config_apart(model, Path(path)):
         model.save_pretrained(path)
     load_tokenizer(name).save_pretrained(path)
