@@ -23,6 +23,7 @@ from rllib_distrl.learner.minibatches import (
     ROLLOUTS,
     STEP,
     micro_batch,
+    micro_batches,
     minibatches,
     row_orders,
 )
@@ -408,18 +409,15 @@ class DistRLLearner(TorchLearner):
         learners = max(self.config.num_learners, 1)
         budget = micro_batch_budget(self.settings.micro_batch_tokens)
         parts = self.policy_module.micro_batches(from_columns(whole), budget)
-        left = len(whole[ROLLOUTS])
         if DEMONSTRATIONS in whole and not step.critic_only:
             self._accumulate_demonstrations({**whole[DEMONSTRATIONS], STEP: step}, budget)
-        for number, rows in enumerate(parts):
-            part = micro_batch(whole, rows)
-            # DDP and FSDP average gradients; the weights already divide by all learners' tokens.
-            factor, left = learners, left - len(rows)
-            if left < 0:  # A row again, because another learner has more micro-batches.
-                part[STEP], factor = Step(step.coefficients, critic_only=step.critic_only), 0
+        for number, (part, counts) in enumerate(micro_batches(whole, parts)):
+            if not counts:  # Its metrics go nowhere.
+                part[STEP] = Step(step.coefficients, critic_only=step.critic_only)
             with self._gradient_sync(last=number == len(parts) - 1):
                 loss = self.policy_module.differentiable(functools.partial(self._loss_of, part))
-                (loss * factor).backward()
+                # DDP and FSDP average gradients; weights already divide by all learners' tokens.
+                (loss * (learners * counts)).backward()
         return {DEFAULT_MODULE_ID: loss}
 
     def _loss_of(self, part: dict[str, Any]) -> Tensor:

@@ -152,6 +152,22 @@ def micro_batch(whole: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     return {**part, STEP: whole[STEP]} if STEP in whole else part
 
 
+def micro_batches(
+    whole: dict[str, Any], parts: Sequence[Tensor]
+) -> Iterator[tuple[dict[str, Any], bool]]:
+    """The micro-batches of a minibatch, and whether each of them counts.
+
+    Args:
+        whole: The minibatch.
+        parts: Of `CausalLMModule.micro_batches`. Beyond the last row of the minibatch, they repeat
+            rows because another learner has more micro-batches, and count nothing.
+    """
+    left = len(whole[ROLLOUTS])
+    for rows in parts:
+        left -= len(rows)
+        yield micro_batch(whole, rows), left >= 0
+
+
 def model_inputs(sequences: Sequences) -> dict[str, Tensor]:
     """What `CausalLMModule` reads of a batch."""
     of_critic = {

@@ -14,7 +14,7 @@ from rllib_distrl.learner.minibatches import (
     CRITIC_WEIGHTS,
     ROLLOUTS,
     generator,
-    micro_batch,
+    micro_batches,
     minibatch,
 )
 from rllib_distrl.learner.step import critic_loss
@@ -98,14 +98,13 @@ def _steps(rows: torch.Tensor, settings: PretrainingSettings, learners: int) -> 
 
 def _backward(learner: DistRLLearner, whole: dict[str, Any]) -> float:
     """Adds up the gradient of a minibatch, by micro-batches; returns this learner's loss."""
-    module, total, left = learner.policy_module, 0.0, len(whole[ROLLOUTS])
+    module, total = learner.policy_module, 0.0
     # FSDP averages gradients over learners; without it their sum is taken afterwards.
     learners = 1 if module.sharding is None else learner.config.num_learners
     budget = micro_batch_budget(learner.settings.micro_batch_tokens)
-    for rows in module.micro_batches(from_columns(whole), budget):
-        left -= len(rows)
-        counts = left >= 0  # or it is there because another learner has more micro-batches
-        compute = functools.partial(_loss_of, learner, micro_batch(whole, rows))
+    parts = module.micro_batches(from_columns(whole), budget)
+    for part, counts in micro_batches(whole, parts):
+        compute = functools.partial(_loss_of, learner, part)
         loss = module.differentiable(compute) * counts
         (loss * learners).backward()
         total += float(loss.detach())
