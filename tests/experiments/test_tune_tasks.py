@@ -8,8 +8,10 @@ import torch
 
 from distrl_envs.task import Problem
 from distrl_envs.tasks.countdown import CountdownTask
+from distrl_envs.token_env import TokenEnv
 from rllib_distrl.method.batch import SequenceBatch
-from tune.placebo import Placebo
+from rllib_distrl.method.registry import resolve
+from tune.placebo import Placebo, Shaped, mean_of_others, other_of_two
 from tune.unruly import Unruly, clipped, group_rank, normalised, true_result
 
 
@@ -89,3 +91,41 @@ def test_a_placebo_tells_how_the_answer_stands_to_another_problem():
     assert found[-1][0] == 1.0  # right there,
     assert task.critic_observation(here, (), texts)[-1][0] == 0.0  # and wrong here
     assert told.grade(other, answer).score == 1.0
+
+
+def test_shaping_pays_the_difference_of_the_potential_at_each_token():
+    env = TokenEnv(Shaped(), max_completion_tokens=24)
+    task = env.task
+    for row, answer in ((3, task.solution(task.problem(3), np.random.default_rng(0))), (3, "1 + 1")):
+        _, info = env.reset(options={"row": row})
+        ids = [*env.tokenizer.encode(answer, add_special_tokens=False), env.eos_token_id]
+        rewards = [env.step(token)[1] for token in ids]
+        texts = [env.tokenizer.decode(ids[:length]) for length in range(len(ids))]
+        chances = [state[2] for state in task.critic_observation(task.problem(row), (), texts)]
+        score = task.grade(task.problem(row), answer).score
+        # What is to go from each token on is the score less the root of the chance there.
+        to_go = np.cumsum(rewards[::-1])[::-1]
+        assert to_go == pytest.approx([score - chance**0.5 for chance in chances])
+        assert chances[0] > 0 and info["row"] == row
+    cut = TokenEnv(Shaped(max_completion_tokens=3), max_completion_tokens=3)
+    _, info = cut.reset(options={"row": 3})
+    ids = cut.tokenizer.encode(task.solution(task.problem(3), np.random.default_rng(0)))[:3]
+    assert sum(cut.step(token)[1] for token in ids) == pytest.approx(-(chance_at_the_start() ** 0.5))
+    assert not Shaped("test").has_step_reward
+
+
+def chance_at_the_start():
+    task = CountdownTask()
+    return task.critic_observation(task.problem(3), (), [""])[0][2]
+
+
+def test_two_of_a_group_are_learned_from_and_the_others_are_the_baseline():
+    # Two prompts of four, mixed.
+    mixed = batch([1.0, 0.0, 1.0, 4.0, 0.0, 2.0, 1.0, 6.0], [0, 0, 1, 1, 0, 0, 1, 1])
+    thirds = [1 - 2 / 3, 0 - 3 / 3, 1 - 11 / 3, 4 - 8 / 3]
+    assert mean_of_others(mixed).flatten().tolist() == pytest.approx([*thirds, 0, 0, 0, 0])
+    assert other_of_two(mixed).flatten().tolist() == [1.0, -1.0, -3.0, 3.0, 0, 0, 0, 0]
+    aggregation = resolve("aggregation", "tune.placebo:first_two")
+    aggregation.prepare(mixed)
+    shuffled = mixed[torch.tensor([7, 2, 0, 4, 3, 1, 5, 6])]
+    assert aggregation(shuffled).flatten().tolist() == [0, 0.25, 0.25, 0, 0.25, 0.25, 0, 0]
