@@ -96,27 +96,24 @@ def test_a_placebo_tells_how_the_answer_stands_to_another_problem():
 def test_shaping_pays_the_difference_of_the_potential_at_each_token():
     env = TokenEnv(Shaped(), max_completion_tokens=24)
     task = env.task
-    for row, answer in ((3, task.solution(task.problem(3), np.random.default_rng(0))), (3, "1 + 1")):
-        _, info = env.reset(options={"row": row})
+    right = task.solution(task.problem(3), np.random.default_rng(0))
+    for answer in (right, "1 + 1"):
+        _, info = env.reset(options={"row": 3})
+        assert info["row"] == 3
         ids = [*env.tokenizer.encode(answer, add_special_tokens=False), env.eos_token_id]
         rewards = [env.step(token)[1] for token in ids]
         texts = [env.tokenizer.decode(ids[:length]) for length in range(len(ids))]
-        chances = [state[2] for state in task.critic_observation(task.problem(row), (), texts)]
-        score = task.grade(task.problem(row), answer).score
+        chances = [state[2] for state in task.critic_observation(task.problem(3), (), texts)]
+        score = task.grade(task.problem(3), answer).score
         # What is to go from each token on is the score less the root of the chance there.
         to_go = np.cumsum(rewards[::-1])[::-1]
         assert to_go == pytest.approx([score - chance**0.5 for chance in chances])
-        assert chances[0] > 0 and info["row"] == row
+        assert chances[0] > 0
     cut = TokenEnv(Shaped(max_completion_tokens=3), max_completion_tokens=3)
-    _, info = cut.reset(options={"row": 3})
-    ids = cut.tokenizer.encode(task.solution(task.problem(3), np.random.default_rng(0)))[:3]
-    assert sum(cut.step(token)[1] for token in ids) == pytest.approx(-(chance_at_the_start() ** 0.5))
+    cut.reset(options={"row": 3})
+    ids = cut.tokenizer.encode(right)[:3]
+    assert sum(cut.step(token)[1] for token in ids) == pytest.approx(-(chances[0] ** 0.5))
     assert not Shaped("test").has_step_reward
-
-
-def chance_at_the_start():
-    task = CountdownTask()
-    return task.critic_observation(task.problem(3), (), [""])[0][2]
 
 
 def test_two_of_a_group_are_learned_from_and_the_others_are_the_baseline():
