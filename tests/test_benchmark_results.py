@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks import memory, pretrained, sampling_ahead
+from benchmarks import memory, pretrained, sampling_ahead, sizes
 from benchmarks.ratios import RATIOS, Ratio, summary
 from benchmarks.run import PAGES, RESULTS
 from rllib_distrl.experiments.pages import table_of
@@ -73,3 +73,15 @@ def test_the_page_on_sampling_ahead_shows_the_committed_results():
     assert table_of(sampling_ahead.PAGE, "ahead") == sampling_ahead.table(results)
     assert len(results["seconds"]) >= 3
     assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
+
+
+def test_what_a_token_costs_by_its_place_and_by_how_much_more_per_thousand():
+    # 8 rows. A token costs 1 ms and a millisecond more per thousand before it: n tokens cost
+    # n + n^2 / 2,000 ms a row. The first repeat was disturbed.
+    seconds = {
+        f"8 x {n}": [9e9, *[8 * (n + n * n / 2000) / 1000] * 2] for n in (64, 128, 256, 512, 1024)
+    }
+    places = sizes.by_place(seconds)
+    assert places == pytest.approx({96: 1.096, 192: 1.192, 384: 1.384, 768: 1.768})
+    assert sizes.slope(places) == pytest.approx(1.0)
+    assert sizes.by_rows({"8 x 64": [0.5, 2.0, 1.0]}) == {8: 512.0}

@@ -84,7 +84,15 @@ INFORMATION, BATCHES = "information-32", "critic-batches"
 
 # What docs/law.md asks of each.
 # What a critic is told: folder and ending of a recipe's name by completions an iteration.
-TOLD = {"16": (BATCHES, "-16"), "32": (INFORMATION, ""), "256": (BATCHES, "-256")}
+TOLD = {
+    "16": (BATCHES, "-16"),
+    "32": (INFORMATION, ""),
+    "64": (BATCHES, "-64"),
+    "256": (BATCHES, "-256"),
+}
+PROMPT_MEAN = tuple(
+    ("prompt-baseline", "prompt-mean", "pair", metric, AFTER) for metric in ("avg@32", "pass@32")
+)
 WIDE = tuple(
     ("wide-law", name, "scalar", metric, AFTER)
     for name in ("quantiles", "utility-4", "utility-4-mean", "utility-16", "maxk-16",
@@ -95,6 +103,17 @@ SAO = tuple(
     ("sao", name, "sao", metric, AFTER)
     for name in ("critic-once", "attention-learns", "quantiles", "lambda-1", "lambda-0.95", "rank",
                  "clip", "grpo")
+    for metric in ("avg@32", "pass@32")
+)  # fmt: skip
+# By how many updates completions may be old.
+STALE = tuple(
+    ("sao", name, baseline, metric, AFTER)
+    for name, baseline in (
+        ("sao-1", "sao"), ("sao-8", "sao"), ("clip-1", "clip"), ("clip-8", "clip"),
+        ("grpo-1", "grpo"), ("grpo-8", "grpo"),
+        ("sao-1", "clip-1"), ("sao-8", "clip-8"), ("sao-8", "corrected-8"),
+        ("sao-1", "grpo-1"), ("sao-8", "grpo-8"),
+    )
     for metric in ("avg@32", "pass@32")
 )  # fmt: skip
 SEARCHED = (
@@ -109,6 +128,7 @@ TASKS = {
     **{folder: f"Rewards: {cell}" for folder, cell in UNRULY.items()},
     "wide-law": "Steps' worth",
     "sao": "Countdown",
+    "prompt-baseline": "Countdown",
 }
 
 
@@ -173,8 +193,9 @@ def told() -> str:
     """What telling the critic something is worth, by the size of the batch and lambda."""
     lines = []
     for name, lambda_ in (
-        *((name, "") for name in ("state", "text", "placebo", "no-critic")),
+        *((name, "") for name in ("state", "text", "placebo", "shaped", "no-critic")),
         ("state", "-0.95"),
+        ("shaped", "-0.95"),
     ):
         at = f", lambda {lambda_[1:]}" if lambda_ else ""
         for metric in ("avg@32", "pass@32"):
@@ -311,7 +332,9 @@ TABLES = {
     (ROOT / "docs" / "law.md", "law"): unruly_differences,
     (ROOT / "docs" / "law.md", "told"): told,
     (ROOT / "docs" / "law.md", "wide"): lambda: comparisons(WIDE),
+    (ROOT / "docs" / "law.md", "prompt mean"): lambda: comparisons(PROMPT_MEAN),
     (ROOT / "docs" / "law.md", "sao"): lambda: comparisons(SAO),
+    (ROOT / "docs" / "law.md", "stale"): lambda: comparisons(STALE),
     (ROOT / "docs" / "uncertainty.md", "ignorance"): ignorance,
     (ROOT / "docs" / "methods.md", "methods"): markdown,
     (ROOT / "docs" / "memory.md", "sharded"): sharded_memory,
