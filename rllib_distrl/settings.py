@@ -638,7 +638,7 @@ class TrainingSettings(Settings):
     n_quantiles: Count = 16
     """N; 1 is a scalar critic with RLlib's own value loss. Of other heads the quantiles of their
     law that targets are made of."""
-    quantile_huber_kappa: Positive = 0.02
+    quantile_huber_kappa: Positive = 0.001
     """Width of the quadratic part, in units of the return. A wide one narrows the law."""
     quantile_loss: Annotated[str, _named_in("quantiles", "PAIRINGS")] = "pairwise"
     """Each quantile against every target, or ``matched``: against its own."""

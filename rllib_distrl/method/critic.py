@@ -98,7 +98,7 @@ class Quantile(_Fixed):
         n_quantiles: int = 16,
         head_center: str = "mean",
         init_spread: float = 0.1,
-        quantile_huber_kappa: float = 0.1,
+        quantile_huber_kappa: float = 0.001,
         quantile_loss: str = "pairwise",
         vf_clip_param: float = 10.0,
     ) -> None:
