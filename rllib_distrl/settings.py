@@ -596,8 +596,8 @@ class TrainingSettings(Settings):
     sharding: Literal["none", "fsdp"] = "none"
     """``fsdp``: every learner holds a share of weights, gradients, moments and reference (FSDP2)
     instead of a copy."""
-    lr_schedule: Annotated[str, _named_in("lr_schedule", "LR_SCHEDULES")] = "constant"
-    """``constant`` or ``cosine``, of both learning rates."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Of both learning rates."""
     lr_warmup_iterations: NotNegativeInt = 0
     """Iterations over which they rise linearly; 0: none."""
     lr_decay_iterations: Count | None = None

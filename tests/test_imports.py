@@ -46,6 +46,20 @@ def test_the_environments_import_neither_ray_nor_the_plugin():
         assert not roots & {"ray", "rllib_distrl"}, path
 
 
+def test_modules_that_are_named_in_strings_are_of_the_layers_below():
+    """An import that is made of a string is seen only when it runs: by all settings at once."""
+    code = (
+        "import sys; from rllib_distrl.settings import TrainingSettings\n"
+        "TrainingSettings(**TrainingSettings.defaults()); print(*sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {name for name in done.stdout.split() if name.startswith("rllib_distrl.")}
+    assert "rllib_distrl.maths.optimism" in loaded
+    for name in loaded:
+        assert RANK[name.split(".")[1]] <= RANK["settings"], name
+        assert name.removeprefix("rllib_distrl.") not in moved.MODULES, name
+
+
 def test_pure_maths_imports_only_torch_and_itself():
     for folder in ("maths", "method"):
         for path in (ROOT / "rllib_distrl" / folder).rglob("*.py"):

@@ -24,8 +24,6 @@ from rllib_distrl.method.pipeline import IMPORTANCE_WEIGHTS, SAMPLER_LOGP, Metho
 from rllib_distrl.model.sharding import local
 from rllib_distrl.settings import TrainingSettings
 
-LR_SCHEDULES = ("constant", "cosine")
-
 
 def lr_factor(
     k: int,
@@ -54,8 +52,8 @@ def lr_factor(
     Raises:
         ValueError: For an unknown schedule, or "cosine" without a K above w.
     """
-    if schedule not in LR_SCHEDULES:
-        raise ValueError(f"lr_schedule is {schedule!r}; it must be one of {LR_SCHEDULES}.")
+    if schedule not in ("constant", "cosine"):
+        raise ValueError(f"lr_schedule is {schedule!r}; it must be one of constant, cosine.")
     if k < warmup_iterations:
         return k / warmup_iterations
     if schedule == "constant":
