@@ -92,7 +92,7 @@ MODULES = {
     "learners.controllers": "method.loss_terms",
     "learners.losses": "learner.step",
     "learners.method": "method.pipeline",
-    "learners.probes": "learner.token_table",
+    "learners.probes": "algorithm.weight_sync",
     "learners.refusals": "learner.step",
     "maths.aggregation": "maths.losses",
     "maths.best_of_k": "maths.laws",

@@ -1,18 +1,20 @@
 """From the learner's policy to the runners' engines, and the proof that it has arrived."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_RL_MODULE, DEFAULT_MODULE_ID
+from ray.rllib.core.columns import Columns
 from ray.rllib.utils.metrics import WEIGHTS_SEQ_NO
 from ray.rllib.utils.torch_utils import convert_to_torch_tensor
 
 from rllib_distrl.engine.weights import Probe, check_probe, content_hash
-from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.method.registry import resolve
 from rllib_distrl.model.causal_lm_module import POLICY_PREFIX
+from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS
 from rllib_distrl.rollout.fleet import EnvRunnerFleet
 from rllib_distrl.rollout.groups import check_weights
 from rllib_distrl.settings import RolloutSettings
@@ -152,6 +154,30 @@ def _temperature_of(learner: Any) -> Any:
 def _stamp_of(learner: Any) -> Any:
     """Changes with the module's weights; RLlib's own learners have none."""
     return getattr(learner, "weights_stamp", None)
+
+
+def score_probes(learner: Any, *, probes: Sequence[Probe]) -> list[np.ndarray]:
+    """Logps (T,) of each probe's tokens under this learner's policy."""
+    width = max(len(probe.prompt_ids) + len(probe.tokens) for probe in probes)
+    steps = max(len(probe.tokens) for probe in probes)
+    ids = torch.zeros(len(probes), width, dtype=torch.long)
+    actions = torch.zeros(len(probes), steps, dtype=torch.long)
+    mask = torch.zeros(len(probes), steps, dtype=torch.bool)
+    for row, probe in enumerate(probes):
+        whole = torch.tensor([*probe.prompt_ids, *probe.tokens.tolist()])
+        ids[row, : len(whole)] = whole
+        actions[row, : len(probe.tokens)] = whole[len(probe.prompt_ids) :]
+        mask[row, : len(probe.tokens)] = True
+    columns = {
+        INPUT_IDS: ids,
+        PROMPT_LENS: torch.tensor([len(probe.prompt_ids) for probe in probes]),
+        Columns.ACTIONS: actions,
+        Columns.LOSS_MASK: mask,
+    }
+    module = learner.module[DEFAULT_MODULE_ID].unwrapped()
+    device = next(module.parameters()).device
+    logps = module.compute_logps({name: x.to(device) for name, x in columns.items()})
+    return [row[marked].cpu().numpy() for row, marked in zip(logps, mask, strict=True)]
 
 
 class ProbeCheck:

@@ -13,13 +13,12 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
 
-from rllib_distrl.engine.weights import Probe
 from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import DistRLLearner
 from rllib_distrl.maths.advantages import gae, whiten
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
-from rllib_distrl.model.sequences import INPUT_IDS, PROMPT_LENS, from_columns
+from rllib_distrl.model.sequences import from_columns
 
 # Logits held at once while the likeliest tokens are picked.
 _LOGITS = 2**24
@@ -200,29 +199,6 @@ def _unshaped(method: Method, rollouts: SequenceBatch) -> tuple[Tensor, Tensor |
             bonus = shaped - advantages
         advantages = shaped
     return raw, bonus
-
-
-def score_probes(learner: TorchLearner, *, probes: Sequence[Probe]) -> list[np.ndarray]:
-    """Logps (T,) of each probe's tokens under this learner's policy."""
-    width = max(len(probe.prompt_ids) + len(probe.tokens) for probe in probes)
-    steps = max(len(probe.tokens) for probe in probes)
-    ids = torch.zeros(len(probes), width, dtype=torch.long)
-    actions = torch.zeros(len(probes), steps, dtype=torch.long)
-    mask = torch.zeros(len(probes), steps, dtype=torch.bool)
-    for row, probe in enumerate(probes):
-        whole = torch.tensor([*probe.prompt_ids, *probe.tokens.tolist()])
-        ids[row, : len(whole)] = whole
-        actions[row, : len(probe.tokens)] = whole[len(probe.prompt_ids) :]
-        mask[row, : len(probe.tokens)] = True
-    columns = {
-        INPUT_IDS: ids,
-        PROMPT_LENS: torch.tensor([len(probe.prompt_ids) for probe in probes]),
-        Columns.ACTIONS: actions,
-        Columns.LOSS_MASK: mask,
-    }
-    module = _module(learner)
-    logps = module.compute_logps({name: x.to(_device(module)) for name, x in columns.items()})
-    return [row[marked].cpu().numpy() for row, marked in zip(logps, mask, strict=True)]
 
 
 def _module(learner: TorchLearner) -> Any:

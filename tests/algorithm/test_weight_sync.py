@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from rllib_distrl.algorithm.export import policy_state
-from rllib_distrl.algorithm.weight_sync import MismatchWarning
+from rllib_distrl.algorithm.weight_sync import MismatchWarning, score_probes
 from rllib_distrl.engine.torch_engine import TorchEngine
 from rllib_distrl.engine.weights import PROBE_TOKENS, Probe, check_probe, content_hash
-from rllib_distrl.learner.token_table import score_probes
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 from rllib_distrl.rollout.groups import RunnersLostError
 from tests.helpers import distrl_config, local_learner, with_model_config
