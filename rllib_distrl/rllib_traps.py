@@ -70,8 +70,11 @@ PRIVATE_NAMES: Mapping[str, tuple[str, ...]] = {
         "_forward_exploration",
         "_forward_inference",
     ),
-    # Ray takes SIGTERM while it starts, and never looks at what an upload to W&B has returned.
+    # Ray takes SIGTERM while it starts, ends its own processes with it, and never looks at what an
+    # upload to W&B has returned.
     "ray._private.utils": ("set_sigterm_handler",),
+    "ray._private.worker": ("global_worker",),
+    "ray._private.node:Node": ("all_processes",),
     "ray.air.integrations.wandb:WandbLoggerCallback": ("_trial_logging_futures",),
     # Time limits of wrappers.
     "gymnasium.wrappers:TimeLimit": ("_max_episode_steps",),
