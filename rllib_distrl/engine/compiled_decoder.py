@@ -120,7 +120,7 @@ class PagedCache:
 
 
 # Prompts are computed in chunks of this many tokens: their activations stay in a core's cache.
-_PREFILL_TOKENS = 256
+PREFILL_TOKENS = 256
 # The table of rotations grows by at least this many positions at a time.
 _POSITION_STEP = 64
 
@@ -433,11 +433,11 @@ class CompiledDecoder:
         ends = np.cumsum(lengths)
         positions = np.arange(len(rows)) + (start - ends + lengths)[rows]
         last = torch.empty(len(more), self.shape.hidden, dtype=self.dtype)
-        for first in range(0, len(rows), _PREFILL_TOKENS):
-            part = slice(first, first + _PREFILL_TOKENS)
+        for first in range(0, len(rows), PREFILL_TOKENS):
+            part = slice(first, first + PREFILL_TOKENS)
             buffers = self._room(len(rows[part]))
             self._compute(buffers, tokens[part], positions[part], rows[part], tables)
-            done = np.nonzero((ends > first) & (ends <= first + _PREFILL_TOKENS))[0]
+            done = np.nonzero((ends > first) & (ends <= first + PREFILL_TOKENS))[0]
             last[torch.from_numpy(done)] = buffers.normed[torch.from_numpy(ends[done] - first - 1)]
         return torch.mm(last, self._head)
 

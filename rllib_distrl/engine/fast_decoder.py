@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # Prompts are computed in chunks of about this many tokens, which bounds activations.
-_PREFILL_TOKENS = 16384
+PREFILL_TOKENS = 16384
 # The table of rotations grows by at least this many positions at a time.
 _POSITION_STEP = 64
 # Graphs are recorded for multiples of so many rows, and for powers of two below.
@@ -308,7 +308,7 @@ class FastDecoder:
         return F.linear(self._norm(x, self.weights.norm), self.weights.head)
 
     def _prefill_next(self, prompts: Sequence[Prompt]) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """Computes the next prompts, about _PREFILL_TOKENS tokens; remembers the last one.
+        """Computes the next prompts, about PREFILL_TOKENS tokens; remembers the last one.
 
         Returns:
             How many prompts (U), their keys and values (layers, 2, P, U, kv_heads, D) aligned
@@ -318,7 +318,7 @@ class FastDecoder:
             return 1, self._kept[1], self._kept[2]
         width = chunk = 0
         for prompt in prompts:
-            if chunk and (chunk + 1) * max(width, len(prompt)) > _PREFILL_TOKENS:
+            if chunk and (chunk + 1) * max(width, len(prompt)) > PREFILL_TOKENS:
                 break
             width, chunk = max(width, len(prompt)), chunk + 1
         kv, logits = self.prefill(prompts[:chunk], width)

@@ -8,7 +8,6 @@ is whole, or is none. Every other file is replaced by a rename.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow
 from pyarrow import fs
 
-from rllib_distrl.files import TEMPORARY
+from rllib_distrl.files import TEMPORARY, replaced_folder
 from rllib_distrl.recipe import Recipe
 from rllib_distrl.runs.checkpoints import (
     MANIFEST,
@@ -120,20 +119,17 @@ class RunStorage:
             mode: Whether the best has the highest or the lowest score.
             report: Called with a sentence for each checkpoint that is passed over.
         """
-        folder = target.with_name(f"{TEMPORARY}{target.name}")
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        for entry in self._list(self._root):
-            if not entry.base_name.startswith(("checkpoints", TEMPORARY)):
-                self._fetch(entry.path, folder / entry.base_name)
-        scores = self._scores()
-        best = best_iteration(scores, mode)
-        for number in sorted(scores, reverse=True):
-            if self._download_checkpoint(number, folder / "checkpoints", report):
-                break
-        if best is not None and not (folder / "checkpoints" / checkpoint_name(best)).exists():
-            self._download_checkpoint(best, folder / "checkpoints", report)
-        os.rename(folder, target)
+        with replaced_folder(target) as folder:
+            for entry in self._list(self._root):
+                if not entry.base_name.startswith(("checkpoints", TEMPORARY)):
+                    self._fetch(entry.path, folder / entry.base_name)
+            scores, checkpoints = self._scores(), folder / "checkpoints"
+            best = best_iteration(scores, mode)
+            for number in sorted(scores, reverse=True):
+                if self._download_checkpoint(number, checkpoints, report):
+                    break
+            if best is not None and not (checkpoints / checkpoint_name(best)).exists():
+                self._download_checkpoint(best, checkpoints, report)
 
     def _upload_checkpoint(self, path: Path) -> None:
         target = f"{self._root}/checkpoints/{path.name}"

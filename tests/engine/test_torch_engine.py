@@ -144,7 +144,7 @@ def test_prompts_in_several_chunks(decoder, monkeypatch):
     model, requests = make_model("llama-mha"), make_requests(longest=40)
     requests = [requests[i] for i in np.random.default_rng(1).permutation(len(requests))]
     want = tokens_of(make_engine(model, decoder=decoder).generate(requests, SAMPLED))
-    monkeypatch.setattr(f"rllib_distrl.engine.{decoder}_decoder._PREFILL_TOKENS", 17)
+    monkeypatch.setattr(f"rllib_distrl.engine.{decoder}_decoder.PREFILL_TOKENS", 17)
     assert tokens_of(make_engine(model, decoder=decoder).generate(requests, SAMPLED)) == want
 
 
