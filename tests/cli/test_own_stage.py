@@ -26,6 +26,7 @@ env = "distrl_envs:distrl/Countdown-v0"
 num_learners = 2
 [training]
 lr = 1e-3
+head = "my_stages:Head"
 target = "my_stages:target"
 bonus_stat = { name = "my_stages:bonus_stat", scale = 2.0 }
 aggregation = "my_stages:aggregation"
@@ -42,6 +43,7 @@ prompt_sampler = { name = "my_stages:Sampler" }
 STAGES = """
 import os
 
+from rllib_distrl.method.critic import Quantile
 from rllib_distrl.method.loss_terms import AdaptiveEntropy
 from rllib_distrl.method.prompt_samplers import WithoutReplacement
 from rllib_distrl.method.registry import register
@@ -114,6 +116,12 @@ def regulariser(logp, batch):
     return 0.1 * logp.square()
 
 
+class Head(Quantile):
+    def loss(self, outputs, targets, loss_mask):
+        seen("head", len(targets))
+        return super().loss(outputs, targets, loss_mask)
+
+
 class Controller(AdaptiveEntropy):
     def update(self, entropy):
         seen("controller")
@@ -128,7 +136,7 @@ class Sampler(WithoutReplacement):
 ON_LEARNERS = {
     "reward", "prepare", "advantage", "shaper", "target", "read_out", "bonus_stat",
     "prepare_bonus_stat", "aggregation", "importance_correction", "policy_loss", "regulariser",
-    "controller",
+    "controller", "head",
 }  # fmt: skip
 
 
