@@ -28,7 +28,6 @@ from rllib_distrl.recipe_schema import (
     is_none,
     nearest,
 )
-from rllib_distrl.runs.log import check_trackers
 from rllib_distrl.settings import EvalTable, RolloutSettings, RunSettings
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def recipe_from_tables(tables: Mapping[str, Any], name: str) -> Recipe:
         _check_table(table, values)
     run = RunSettings(**tables.get("run", {}))
     run = run.model_copy(update={"name": run.name or name})
-    check_trackers(run.trackers)
+    run.check_machine()
     rollout = RolloutSettings(**tables.get("rollout", {}))
     rollout.check_machine()
     evaluation = EvalTable(**tables.get("eval", {}))

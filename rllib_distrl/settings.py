@@ -58,6 +58,11 @@ CRITIC_TRUNKS = {"separate": 1, TWIN: 2}
 """How many trunks of its own a ``critic`` has; others read the policy's states."""
 MOST_MICRO_BATCH_TOKENS = 16_384
 """``micro_batch_tokens`` where memory allows (our choice)."""
+TRACKERS = {
+    "mlflow": "ray.air.integrations.mlflow.MLflowLoggerCallback",
+    "wandb": "ray.air.integrations.wandb.WandbLoggerCallback",
+}
+"""Names of `run.trackers` and Ray's callbacks behind them; the name is the package's, too."""
 
 _NO_VLLM = (
     "rollout.engine is 'vllm', but vLLM is not installed here. On a machine with a GPU: "
@@ -343,6 +348,31 @@ class RunSettings(Settings):
                 f"run.name: {self.name!r} cannot name a folder. Use letters, digits, '-', '_', '.'."
             )
         return self
+
+    @model_validator(mode="after")
+    def _trackers_known(self) -> "RunSettings":
+        names = [tracker.get("name") for tracker in self.trackers]
+        for name in names:
+            if not isinstance(name, str) or name not in TRACKERS:
+                raise ValueError(
+                    f"run.trackers: got the name {name!r}; known are {', '.join(TRACKERS)}. "
+                    'Write for example trackers = [{name = "wandb", project = "countdown"}].'
+                )
+            if names.count(name) > 1:
+                raise ValueError(f"run.trackers: {name} stands there {names.count(name)} times.")
+        return self
+
+    def check_machine(self) -> None:
+        """Checks what depends on the machine.
+
+        Raises:
+            ValueError: for a tracker that is not installed.
+        """
+        for tracker in self.trackers:
+            if find_spec(name := tracker["name"]) is None:
+                raise ValueError(
+                    f"run.trackers: {name} is not installed. pip install '{name}', or take it out."
+                )
 
 
 class EvalSettings(Settings):

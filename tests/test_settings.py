@@ -223,3 +223,23 @@ def test_tune_searches_rollout_settings():
         trial(variant)
     assert sorted(found) == [2, 4]
     assert RolloutSettings(num_generations=2).episodes_per_iteration == 64
+
+
+@pytest.mark.parametrize(
+    ("trackers", "message"),
+    [
+        ([{"project": "x"}], "got the name None; known are mlflow, wandb"),
+        ([{"name": "wanbd"}], "got the name 'wanbd'; known are mlflow, wandb"),
+        ([{"name": "mlflow"}, {"name": "mlflow"}], "mlflow stands there 2 times"),
+    ],
+)
+def test_bad_trackers_are_refused(trackers, message):
+    with pytest.raises(ValueError, match=message):
+        RunSettings(trackers=trackers)
+
+
+def test_a_trackers_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("rllib_distrl.settings.find_spec", lambda name: None)
+    run = RunSettings(trackers=[{"name": "wandb"}])
+    with pytest.raises(ValueError, match=r"wandb is not installed. pip install 'wandb'"):
+        run.check_machine()

@@ -11,7 +11,6 @@ import datetime
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from typing import IO, Any, Self
 import numpy as np
 
 from rllib_distrl.files import write_atomic
+from rllib_distrl.settings import TRACKERS, RunSettings
 
 # The pools of each problem of a validation: in the log alone, they are no metric.
 VALIDATED_PROBLEMS = "evaluation/problems"
@@ -252,51 +252,19 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-CALLBACKS = {
-    "mlflow": "ray.air.integrations.mlflow.MLflowLoggerCallback",
-    "wandb": "ray.air.integrations.wandb.WandbLoggerCallback",
-}
-"""Names of `run.trackers` and Ray's callbacks behind them; the name is the package's, too."""
-
 _UPLOAD_TIMEOUT_S = 600
-
-
-def check_trackers(trackers: Sequence[Mapping[str, Any]]) -> None:
-    """Checks the names, and that their packages are there.
-
-    Args:
-        trackers: `{name, ...}` each; what follows the name goes to Ray's callback.
-
-    Raises:
-        ValueError: For a tracker without a name, an unknown one, the same one twice, or a missing
-            package.
-    """
-    known = ", ".join(sorted(CALLBACKS))
-    names = [tracker.get("name") for tracker in trackers]
-    for name in names:
-        if not isinstance(name, str) or name not in CALLBACKS:
-            raise ValueError(
-                f"run.trackers: got the name {name!r}; known are {known}. "
-                'Write for example trackers = [{name = "wandb", project = "countdown"}].'
-            )
-        if names.count(name) > 1:
-            raise ValueError(f"run.trackers: {name} stands there {names.count(name)} times.")
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(
-                f"run.trackers: {name} is not installed. pip install '{name}', or take it out."
-            )
 
 
 def make_callbacks(trackers: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Returns Ray's callbacks, also for `tune.RunConfig(callbacks=...)`.
 
     Raises:
-        ValueError: See `check_trackers`; and for settings that a callback does not take.
+        ValueError: See `RunSettings`; and for settings that a callback does not take.
     """
-    check_trackers(trackers)
+    RunSettings(trackers=tuple(map(dict, trackers))).check_machine()
     callbacks = []
     for tracker in trackers:
-        module, _, attribute = CALLBACKS[tracker["name"]].rpartition(".")
+        module, _, attribute = TRACKERS[tracker["name"]].rpartition(".")
         settings = {key: value for key, value in tracker.items() if key != "name"}
         try:
             callbacks.append(getattr(importlib.import_module(module), attribute)(**settings))
