@@ -137,11 +137,6 @@ class Settings(BaseModel):
         }
 
     @classmethod
-    def docs(cls) -> dict[str, str]:
-        """{name: what it means}."""
-        return {name: field.description or "" for name, field in cls.model_fields.items()}
-
-    @classmethod
     def _sentence(cls, error: ValidationError) -> str:
         first = error.errors(include_url=False)[0]
         path = [part for part in first["loc"] if not isinstance(part, str) or part.isidentifier()]

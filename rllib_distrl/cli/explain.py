@@ -31,7 +31,7 @@ from rllib_distrl.algorithm.estimates import (
     too_large,
 )
 from rllib_distrl.cli.session import silence_libraries
-from rllib_distrl.method.registry import KINDS, Method, methods, resolve
+from rllib_distrl.method.registry import KINDS, Registered, methods, resolve
 from rllib_distrl.recipe import Recipe, load_recipe
 from rllib_distrl.runs.checkpoints import list_checkpoints
 from rllib_distrl.runs.folder import RunFolder
@@ -324,7 +324,7 @@ def entries(kind: str | None = None) -> list[Entry]:
     return [_entry(each) for each in shipped]
 
 
-def _entry(method: Method) -> Entry:
+def _entry(method: Registered) -> Entry:
     text = inspect.getdoc(method.function) or ""
     needs = {} if callable(method.needs) else method.needs
     settings = [

@@ -82,7 +82,7 @@ class _MethodSettings(Settings, use_attribute_docstrings=False):
 
 
 @dataclass(frozen=True)
-class Method:
+class Registered:
     """A registered function (or class, for a method with state) and what it declares."""
 
     kind: str
@@ -115,7 +115,7 @@ class Method:
 class Stage:
     """A method with its settings bound; call it with the data alone."""
 
-    method: Method
+    method: Registered
     params: Mapping[str, Any] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
     """Those of the settings that stand in the method's own table."""
@@ -173,7 +173,7 @@ class Stage:
         return self(batch, *data)
 
 
-_METHODS: dict[tuple[str, str], Method] = {}
+_METHODS: dict[tuple[str, str], Registered] = {}
 
 
 def register(
@@ -221,7 +221,7 @@ def register(
         taken = _METHODS.get((kind, name))
         if taken is not None and taken.function.__qualname__ != function.__qualname__:
             raise ValueError(f"{kind} {name!r} is already {taken.function.__qualname__}")
-        _METHODS[kind, name] = Method(
+        _METHODS[kind, name] = Registered(
             kind, name, function, reads, prepare, check, fits, ignores, frozenset(own_defaults)
         )
         return function
@@ -320,14 +320,14 @@ def _places(kind: str) -> tuple[str, ...]:
     return (kind, "group_loss") if kind == "policy_loss" else (kind,)
 
 
-def _named(kind: str, name: str) -> Method:
+def _named(kind: str, name: str) -> Registered:
     known = {known: place for place in _places(kind) for known in names(place)}
     if name not in known:
         raise ValueError(f"unknown {kind} {name!r}{_nearest(name, known)}")
     return _METHODS[known[name], name]
 
 
-def _imported(kind: str, name: str) -> Method:
+def _imported(kind: str, name: str) -> Registered:
     """A method of the user's own."""
     from distrl_envs.user_code import load_attribute
 
@@ -345,7 +345,7 @@ def _imported(kind: str, name: str) -> Method:
         raise ValueError(f"{kind}: {name!r} is registered as a {declared[0].kind}.")
     if not fitting:
         _check_positional(kind, name, function)
-    return fitting[0] if fitting else Method(kind, name, function)
+    return fitting[0] if fitting else Registered(kind, name, function)
 
 
 def _check_positional(kind: str, name: str, function: Callable[..., Any]) -> None:
@@ -379,7 +379,7 @@ def forget(kind: str, name: str) -> None:
     del _METHODS[kind, name]
 
 
-def methods(kind: str) -> list[Method]:
+def methods(kind: str) -> list[Registered]:
     """All methods of a kind, by name.
 
     Args:
