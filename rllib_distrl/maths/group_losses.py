@@ -186,7 +186,7 @@ def copg(
 DPG_DIVERGENCES = ("reverse_kl", "kl", "js", "tv", "chi_squared", "reverse_chi_squared")
 
 
-def divergence_slope(log_t: Tensor, divergence: str) -> Tensor:
+def divergence_slope(log_t: Float[Tensor, "..."], divergence: str) -> Float[Tensor, "..."]:
     """f'(t) at t = π/p, of D_f = Σ p f(t): what π is to be pushed down by, up to a constant.
 
     `reverse_kl` ln t + 1, `kl` −1/t, `js` ln 2 − ln(1 + 1/t), `tv` ½ sign(ln t), `chi_squared`

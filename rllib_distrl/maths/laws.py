@@ -34,12 +34,12 @@ class Law:
     Bernoulli law has the atoms 0 and 1, a categorical one those of its grid.
 
     Attributes:
-        atoms: z (…, N), in units of the return.
-        probs: p (…, N), not negative, of sum 1; None: 1/N each.
+        atoms: z, in units of the return.
+        probs: p, not negative, of sum 1; None: 1/N each.
     """
 
-    atoms: Tensor
-    probs: Tensor | None = None
+    atoms: Float[Tensor, "... N"]
+    probs: Float[Tensor, "... N"] | None = None
 
     def __getitem__(self, index: Any) -> "Law":
         """The laws of some states: indexes all axes but the last."""
@@ -54,15 +54,15 @@ class Law:
         return Law(self.atoms + by.unsqueeze(-1), self.probs)
 
     @property
-    def weights(self) -> Tensor:
-        """P (…, N), also where it is 1/N."""
+    def weights(self) -> Float[Tensor, "... N"]:
+        """P, also where it is 1/N."""
         if self.probs is not None:
             return self.probs
         return self.atoms.new_tensor(1 / self.atoms.shape[-1]).expand_as(self.atoms)
 
     @property
-    def edges(self) -> Tensor:
-        """Cumulative probabilities (…, N + 1), from 0 to 1."""
+    def edges(self) -> Float[Tensor, "... n_edges"]:
+        """The N + 1 cumulative probabilities, from 0 to 1."""
         if self.probs is None:
             n, like = self.atoms.shape[-1], self.atoms
             levels = torch.linspace(0, 1, n + 1, dtype=like.dtype, device=like.device)
@@ -72,13 +72,13 @@ class Law:
         return torch.cat([ends, total[..., :-1], ends + 1], dim=-1)
 
     @property
-    def mean(self) -> Tensor:
-        """Σ_i p_i z_i, (…)."""
+    def mean(self) -> Float[Tensor, "..."]:
+        """Σ_i p_i z_i."""
         return self.expectation(self.atoms)
 
     @property
-    def std(self) -> Tensor:
-        """√(Σ_i p_i (z_i − mean)²), (…)."""
+    def std(self) -> Float[Tensor, "..."]:
+        """√(Σ_i p_i (z_i − mean)²)."""
         if self.probs is None:
             return self.atoms.std(-1, correction=0)
         return self.expectation((self.atoms - self.mean.unsqueeze(-1)).square()).sqrt()
