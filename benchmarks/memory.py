@@ -24,7 +24,7 @@ from rllib_distrl.algorithm.estimates import learner_memory, model_shape, size
 from rllib_distrl.experiments.pages import renew_table
 from rllib_distrl.maths.lm_head import token_logps
 from rllib_distrl.model.lora import count_adapter_parameters
-from tests.helpers import distrl_config
+from tests.helpers import distrl_config, with_model_config
 from tests.learner.rig import make_learner, sample
 
 RESULTS, PAGE = ROOT / "benchmarks/results/memory.json", ROOT / "docs/memory.md"
@@ -89,14 +89,15 @@ def measure(model: str, settings: dict[str, Any]) -> dict[str, dict[str, int]]:
     )
     config.rollout(max_completion_tokens=64)
     if "lora" in settings:
-        config.rl_module(model_config={**config._model_config, "lora": settings["lora"]})
+        with_model_config(config, lora=settings["lora"])
     config.validate()
     learner = make_learner(config)
     episodes = sample(config, prompts=8, generations=16)
     learner.update(episodes=episodes, timesteps={"training_iteration": 1})
     module = learner.policy_module
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    states = [s for o in learner._named_optimizers.values() for s in o.state.values()]
+    optimizers = [optimizer for _, optimizer in learner.get_optimizers_for_module()]
+    states = [state for optimizer in optimizers for state in optimizer.state.values()]
     moments = [s[name] for s in states for name in ("exp_avg", "exp_avg_sq")]
     policy = list(module.policy.parameters())
     base = {id(p) for p in policy}

@@ -32,6 +32,7 @@ from benchmarks.workload import Stopwatch
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.recipe import load_recipe
+from tests.helpers import local_learner
 
 OUT, PAGE = RESULTS.with_name("pretrained.json"), ROOT / "docs" / "pretrained.md"
 RECIPES = {name: ROOT / "configs" / "smollm2" / f"{name}.toml" for name in ("sums", "sums_grpo")}
@@ -78,7 +79,7 @@ def products(learner: Any, places: int, tokens: int, dtype: torch.dtype) -> Call
 
 def contestants(algo: Any, dtype: str) -> tuple[dict[str, Callable[[], Any]], dict[str, int]]:
     """What takes turns in one type, and the sizes of the batch."""
-    learner, runner = algo.learner_group._learner, algo.env_runner
+    learner, runner = local_learner(algo), algo.env_runner
     prompts = [PromptRequest(row, 0) for row in range(PROMPTS)]
     report = runner.sample_prompts(prompts, GENERATIONS)
     assert report.error is None, report.error.text

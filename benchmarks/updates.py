@@ -10,6 +10,7 @@ from benchmarks.bare import Update
 from benchmarks.rollouts import Rollouts, fresh_prompts, make_config
 from benchmarks.workload import GENERATIONS, PROMPT_TOKENS, Stopwatch
 from rllib_distrl.model.loading import load_model
+from tests.helpers import local_learner
 
 N_QUANTILES = 16
 
@@ -34,7 +35,7 @@ class Updates:
         self.bare = Update(load_model(str(models / "fixed")), N_QUANTILES)
 
     def learn(self, name: str) -> dict:
-        learner, watch = self.algorithms[name].learner_group._learner, Stopwatch()
+        learner, watch = local_learner(self.algorithms[name]), Stopwatch()
         with watch.running():
             learner.update(episodes=self.episodes, timesteps={}, num_epochs=1)
         return watch.measured(sum(map(len, self.episodes)))
