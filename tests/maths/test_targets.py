@@ -240,16 +240,16 @@ def test_walk_pairwise_recovers_the_law(target, lambda_, bias):
 @pytest.mark.parametrize(
     ("target", "lambda_", "ratio"),
     [
-        ("comonotone", 1.0, 0.97),
-        ("comonotone", 0.95, 0.84),
-        ("comonotone", 0.8, 0.66),
-        ("sample_replacement", 0.95, 0.96),
-        ("sample_replacement", 0.5, 0.94),
-        ("mixture_mean", 0.5, 0.92),
+        ("comonotone", 1.0, 0.98),
+        ("comonotone", 0.95, 0.85),
+        ("comonotone", 0.8, 0.68),
+        ("sample_replacement", 0.95, 0.975),
+        ("sample_replacement", 0.5, 0.97),
+        ("mixture_mean", 0.5, 0.95),
     ],
 )
 def test_walk_law_keeps_its_spread_unless_targets_are_comonotone(target, lambda_, ratio):
-    law, p = trained_law(target, "pairwise", lambda_, kappa=0.02), success_probability()
+    law, p = trained_law(target, "pairwise", lambda_, kappa=0.001), success_probability()
     open_ = (p > 0) & (p < 1)
     true = (p * (1 - p)).sqrt()[open_].mean()
     found = law.std(-1, correction=0)[open_].mean() / true
