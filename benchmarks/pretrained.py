@@ -18,7 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.run import RESULTS, ROOT, about, keep
 from benchmarks.workload import Stopwatch
+from rllib_distrl.experiments.pages import Table
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.recipe import load_recipe
@@ -41,17 +42,25 @@ TYPES = {"float32": "fp32", "bfloat16": "bf16"}
 QUIET = ["eval.before=false", "eval.interval=0", "eval.problems=2", "eval.n=1", "eval.k=[1]"]
 
 
-def build(recipe: Path, dtype: str) -> Any:
+def build(recipe: Path, dtype: str, changed: Sequence[str] = ()) -> Any:
     """The algorithm of a recipe, whose batch is one optimiser step."""
     changed = [
         f"rollout.prompts_per_iteration={PROMPTS}", f"rollout.num_generations={GENERATIONS}",
         f"rollout.dtype={dtype}", f"training.precision={TYPES[dtype]}", "training.lr=1e-9",
+        *changed,
     ]  # fmt: skip
     return load_recipe(recipe, changed).build_config().build_algo()
 
 
-def products(learner: Any, places: int, tokens: int, dtype: torch.dtype) -> Callable[[], None]:
+def sizes(learner: Any, episodes: Sequence[Any]) -> dict[str, int]:
+    """Sampled tokens of a batch, and the places that its learner computes."""
+    packing = from_columns(learner.columns(episodes)).packing
+    return {"tokens": sum(map(len, episodes)), "places": len(packing.input_ids)}
+
+
+def products(learner: Any, episodes: Sequence[Any], dtype: torch.dtype) -> Callable[[], None]:
     """Every matrix of the policy with its tokens, in all passes, and for both gradients."""
+    tokens, places = sizes(learner, episodes).values()
     module, refers = learner.policy_module, learner.reference is not None
     trunk = [
         (places, m.in_features, m.out_features)
@@ -84,14 +93,12 @@ def contestants(algo: Any, dtype: str) -> tuple[dict[str, Callable[[], Any]], di
     report = runner.sample_prompts(prompts, GENERATIONS)
     assert report.error is None, report.error.text
     episodes = report.episodes
-    columns = learner.columns(episodes)
-    places, tokens = len(from_columns(columns).packing.input_ids), sum(map(len, episodes))
     return {
         "sampling": lambda: runner.sample_prompts(prompts, GENERATIONS),
         "weights into the engine": lambda: algo.weight_sync.send(),
         "update": lambda: learner.update(episodes=episodes, timesteps={}, num_epochs=1),
-        "products alone": products(learner, places, tokens, getattr(torch, dtype)),
-    }, {"tokens": tokens, "places": places}
+        "products alone": products(learner, episodes, getattr(torch, dtype)),
+    }, sizes(learner, episodes)
 
 
 def measure(recipe: Path, dtype: str, rounds: int) -> dict[str, Any]:
@@ -126,22 +133,19 @@ def peak_gib(recipe: Path) -> float:
 def table(results: dict[str, Any]) -> str:
     """As it stands in docs/pretrained.md."""
     columns = list(results["cases"])
-    lines = ["| | " + " | ".join(f"`{name}`" for name in columns) + " |", "|---|" + "--:|" * 4]
 
     def median(case: str, part: str) -> float:
         return float(np.median(results["cases"][case]["seconds"][part]))
 
-    parts = list(results["cases"][columns[0]]["seconds"])
-    lines += [
-        f"| {part}, s | " + " | ".join(f"{median(case, part):.1f}" for case in columns) + " |"
-        for part in parts
+    lines = [
+        [f"{part}, s", *(f"{median(case, part):.1f}" for case in columns)]
+        for part in results["cases"][columns[0]]["seconds"]
     ]
     shares = [median(case, "products alone") / median(case, "update") for case in columns]
-    lines.append("| products' share | " + " | ".join(f"{x:.2f}" for x in shares) + " |")
-    sizes = [results["cases"][case] for case in columns]
-    lines.append("| sampled tokens | " + " | ".join(f"{x['tokens']:,}" for x in sizes) + " |")
-    lines.append("| computed places | " + " | ".join(f"{x['places']:,}" for x in sizes) + " |")
-    return "\n".join(lines)
+    lines.append(["products' share", *(f"{share:.2f}" for share in shares)])
+    for what, of in (("sampled tokens", "tokens"), ("computed places", "places")):
+        lines.append([what, *(f"{results['cases'][case][of]:,}" for case in columns)])
+    return Table(["", *(f"`{name}`" for name in columns)], lines).to_markdown()
 
 
 def main() -> None:

@@ -1,7 +1,10 @@
 """Which ratios are measured, and what becomes of the measurements."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median, quantiles
+
+from rllib_distrl.experiments.pages import Table
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class Ratio:
 
 
 GRPO, GRPO_NATURAL, PPO = "trl_grpo_fixed", "trl_grpo_natural", "trl_ppo_fixed"
-STEP = "step"
+STEP, SMOLLM2 = "step", "smollm2_detached"
 RATIOS = (
     Ratio(
         "generation_vs_trl",
@@ -120,6 +123,46 @@ RATIOS = (
         "a whole iteration, separate critic, against a step of TRL's PPO, "
         "which also runs a reference and a reward model",
     ),
+    Ratio(
+        "smollm2_generation_vs_hf",
+        "smollm2",
+        (SMOLLM2, "generation", ""),
+        ("smollm2_transformers", "generation", ""),
+        2.5,
+        "engine against Transformers' `generate`",
+    ),
+    Ratio(
+        "smollm2_generation_vs_vllm",
+        "smollm2",
+        (SMOLLM2, "generation", ""),
+        ("smollm2_vllm", "generation", ""),
+        1.2,
+        "engine against vLLM on CPU, both with logps",
+    ),
+    Ratio(
+        "smollm2_update_vs_products",
+        "smollm2",
+        (SMOLLM2, "update", ""),
+        (SMOLLM2, "products", ""),
+        0.5,
+        "share of the update's time that its matrix products alone need",
+    ),
+    Ratio(
+        "smollm2_end_to_end_vs_trl_grpo",
+        "smollm2",
+        (SMOLLM2, "end_to_end", ""),
+        ("trl_grpo_smollm2", STEP, "end_to_end"),
+        2.0,
+        "a whole iteration, critic on the policy's states, against a step of TRL's GRPO",
+    ),
+    Ratio(
+        "smollm2_end_to_end_separate_vs_trl_grpo",
+        "smollm2",
+        ("smollm2_separate", "end_to_end", ""),
+        ("trl_grpo_smollm2", STEP, "end_to_end"),
+        1.0,
+        "a whole iteration, critic as large as the policy, against a step of TRL's GRPO",
+    ),
 )
 GROUPS = tuple(dict.fromkeys(ratio.group for ratio in RATIOS))
 
@@ -174,20 +217,31 @@ def reached(name: str, found: dict) -> bool:
 
 def short_table(results: dict) -> str:
     """The Markdown table of README.md."""
-    lines = ["| ratio | median | aim |", "|---|---|---|"]
-    for name, found in results["ratios"].items():
-        sign = "≤" if name == "token_reward_us" else "≥"
-        missed = "" if reached(name, found) else ", missed"
-        lines.append(f"| `{name}` | {found['median']:.2f} | {sign} {found['target']:g}{missed} |")
-    return "\n".join(lines)
+    ratios = results["ratios"]
+    lines = [
+        [f"`{name}`", f"{found['median']:.2f}", _aim(name, found)] for name, found in ratios.items()
+    ]
+    return _with_commits(["ratio", "median", "aim"], lines, ratios)
 
 
-def table(results: dict) -> str:
-    """The Markdown table of docs/performance.md."""
-    lines = ["| ratio | median | quartiles | aim | what |", "|---|---|---|---|---|"]
-    for name, found in results["ratios"].items():
-        sign = "≤" if name == "token_reward_us" else "≥"
-        aim = f"{sign} {found['target']:g}" + ("" if reached(name, found) else " (missed)")
+def table(results: dict, groups: Sequence[str]) -> str:
+    """A Markdown table of docs/performance.md."""
+    names = [ratio.name for ratio in RATIOS if ratio.group in groups]
+    ratios = {name: found for name, found in results["ratios"].items() if name in names}
+    lines = []
+    for name, found in ratios.items():
         spread = f"{found['low']:.2f} to {found['high']:.2f}"
-        lines.append(f"| `{name}` | {found['median']:.2f} | {spread} | {aim} | {found['what']} |")
-    return "\n".join(lines)
+        median = f"{found['median']:.2f}"
+        lines.append([f"`{name}`", median, spread, _aim(name, found), found["what"]])
+    return _with_commits(["ratio", "median", "quartiles", "aim", "what"], lines, ratios)
+
+
+def _aim(name: str, found: dict) -> str:
+    sign = "≤" if name == "token_reward_us" else "≥"
+    return f"{sign} {found['target']:g}" + ("" if reached(name, found) else " (missed)")
+
+
+def _with_commits(head: list[str], lines: list[list[str]], ratios: dict[str, dict]) -> str:
+    commits = dict.fromkeys(found["commit"] for found in ratios.values())
+    measured = f"Measured at {', '.join(commits) or 'no commit yet'}."
+    return f"{Table(head, lines).to_markdown()}\n\n{measured}"

