@@ -6,7 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from rllib_distrl.algorithm.distrl import DistRLConfig
+from rllib_distrl.model.loading import load_model, load_tokenizer
 from rllib_distrl.rllib_traps import given_model_config
 
 COUNTDOWN = "distrl_envs:distrl/Countdown-v0"
@@ -25,6 +28,18 @@ def distrl_config(model=TINY, prompts=4, generations=2, **training):
         .training(**{"lr": 1e-3, **training})
         .debugging(seed=1)
     )
+
+
+def save_untied(path):
+    """The tiny model, whose embedding is its head, with a head of its own, as a folder."""
+    model = load_model(TINY)
+    model.config.tie_word_embeddings = False
+    head = model.get_output_embeddings()
+    noise = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(0))
+    head.weight = torch.nn.Parameter(head.weight.detach() + 0.02 * noise)
+    model.save_pretrained(path)
+    load_tokenizer(TINY).save_pretrained(path)
+    return str(path)
 
 
 def start_python(

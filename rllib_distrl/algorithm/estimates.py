@@ -38,9 +38,7 @@ _CGROUP_LIMITS = (
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 ACTIVATIONS = "activations of a micro-batch"
-# What FSDP2 leaves a share of to each learner. Beside it a learner has what is in no block (the
-# embeddings, the head), the block that runs and the next one, and, twice, the gradients of the
-# former two, as they are made and as they are sent (our count; PyTorch 2.13).
+# What FSDP2 leaves a share of to each learner; beside it is what `_at_once` counts.
 _SHARED_OUT = (
     "policy weights", "critic weights", "gradients", "Adam moments", "reference weights"
 )  # fmt: skip
@@ -100,9 +98,19 @@ class ModelShape:
     vocabulary: int
 
     @property
+    def embedding_parameters(self) -> int:
+        """Those of the embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
     def block_parameters(self) -> int:
         """Those of one block, about: of the trunk without its embeddings."""
-        return (self.trunk_parameters - self.vocabulary * self.hidden) // self.layers
+        return (self.trunk_parameters - self.embedding_parameters) // self.layers
+
+    @property
+    def tied(self) -> bool:
+        """Whether the embedding is the language-model head too."""
+        return self.parameters == self.trunk_parameters
 
 
 def count_updates(config: Any, rollout: RolloutSettings) -> Updates:
@@ -223,8 +231,9 @@ def learner_memory(
         policy = shape.parameters + adapter_parameters
         own = head + own_trunks * adapter_parameters
         trained = own + adapter_parameters
-        if sharded:  # A trunk beside the policy's then has frozen blocks of its own.
+        if sharded:  # A trunk beside the policy's then has frozen weights of its own.
             own += own_trunks * shape.layers * shape.block_parameters
+            own += own_trunks * shape.embedding_parameters * (not shape.tied)
     block = _block_activations(shape, each if precision == "fp32" else each // 2, each)
     kept = shape.layers * block
     if activation_checkpointing:
@@ -247,16 +256,43 @@ def learner_memory(
         parts["gradients that are sent"] = trained * each
     if sharded:
         held = {name: -(-parts[name] // learners) for name in _SHARED_OUT if name in parts}
-        block = each if precision == "fp32" else each // 2
-        embedded = trunks * shape.vocabulary * shape.hidden
-        outside = embedded + shape.parameters - shape.trunk_parameters + head
-        moved = outside + shape.block_parameters
-        if adapter_parameters is not None:
-            moved = head + adapter_parameters // shape.layers
         parts |= held
-        parts["gathered weights"] = outside * each + 2 * shape.block_parameters * block
-        parts["gradients that are sent"] = 2 * moved * each
+        parts["gathered weights"], parts["gradients that are sent"] = _at_once(
+            shape, trunks, head, adapter_parameters, each if precision == "fp32" else each // 2
+        )
     return parts
+
+
+def _at_once(
+    shape: ModelShape, trunks: int, value_head: int, adapters: int | None, block_bytes: int
+) -> tuple[int, int]:
+    """Bytes of gathered weights and of whole gradients at the worst moment of a sharded pass.
+
+    Gathered are what is in no unit (the value head, and an embedding that is the head too) and the
+    unit that runs: with it the memory it has come in, or the next block. Its gradient is there
+    twice, as it is made and as it is sent; those of embeddings, and of what is in no unit, wait for
+    the end of the backward pass, where they are sent one by one (our count; PyTorch 2.13).
+    """
+    each, block = _FLOAT32, shape.block_parameters
+    head = shape.parameters - shape.trunk_parameters
+    embedding = learned = shape.embedding_parameters
+    learned_head, learned_block = head, block
+    if adapters is not None:
+        learned, learned_head, learned_block = 0, 0, adapters // shape.layers
+    outside = each * (value_head + (embedding if shape.tied else 0))
+    # Of a tied model a critic's own embedding is a unit, unless it is the policy's frozen one.
+    unit = 0 if shape.tied and (trunks == 1 or adapters is not None) else each * embedding
+    waiting = value_head + (trunks - 1 + shape.tied) * learned
+    moments = {
+        "forward": (outside + 2 * max(block_bytes * block, unit), 0),
+        "of the head": (
+            outside + each * head + block_bytes * block,
+            each * (waiting + 2 * learned_head),
+        ),
+        "of a block": (outside + 2 * block_bytes * block, each * (waiting + 2 * learned_block)),
+        "the end": (outside, each * (value_head + (trunks + 1) * learned)),
+    }
+    return max(moments.values(), key=sum)
 
 
 def _block_activations(shape: ModelShape, product_bytes: int, each: int) -> int:

@@ -12,6 +12,7 @@ from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.learner.torch.torch_learner import TorchLearner
 from torch import Tensor
+from torch.nn.functional import linear
 
 from rllib_distrl.learner.connector import SequencesFromEpisodes
 from rllib_distrl.learner.distrl_learner import DistRLLearner
@@ -19,6 +20,7 @@ from rllib_distrl.maths.advantages import gae, whiten
 from rllib_distrl.method.batch import SequenceBatch
 from rllib_distrl.method.pipeline import Method
 from rllib_distrl.model.sequences import from_columns
+from rllib_distrl.model.sharding import with_weights
 
 # Logits held at once while the likeliest tokens are picked.
 _LOGITS = 2**24
@@ -124,14 +126,20 @@ def policy_columns(module: Any, columns: dict[str, Tensor], n_top: int) -> dict[
 def _likeliest(hidden: Tensor, module: Any, n: int) -> tuple[Tensor, Tensor]:
     """Ids and logps (M, n) of the likeliest tokens after each of M states."""
     head = module.policy.get_output_embeddings()
-    ids, logps = [], []
-    for part in hidden.split(max(1, _LOGITS // head.weight.shape[0])):
-        logits = module.logit_map(head(part.to(head.weight.dtype)).float())
-        scores = logits / module.temperature
-        top = scores.topk(n, dim=-1)
-        ids.append(top.indices)
-        logps.append(top.values - scores.logsumexp(-1, keepdim=True))
-    return torch.cat(ids), torch.cat(logps)
+
+    def likeliest(hidden: Tensor) -> tuple[Tensor, Tensor]:
+        ids, logps = [], []
+        for part in hidden.split(max(1, _LOGITS // head.weight.shape[0])):
+            logits = module.logit_map(
+                linear(part.to(head.weight.dtype), head.weight, head.bias).float()
+            )
+            scores = logits / module.temperature
+            top = scores.topk(n, dim=-1)
+            ids.append(top.indices)
+            logps.append(top.values - scores.logsumexp(-1, keepdim=True))
+        return torch.cat(ids), torch.cat(logps)
+
+    return with_weights(head, likeliest, hidden)
 
 
 def _critic(learner: TorchLearner, columns: dict[str, Tensor], k: int) -> dict[str, Tensor]:

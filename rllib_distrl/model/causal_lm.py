@@ -110,7 +110,8 @@ def last_states(model: Any, **inputs: Any) -> Tensor:
         reached.append(arguments[0])
         raise _HeadReached
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(stop)
+    # Before all other hooks, so that a head which is sharded is not gathered.
+    handle = model.get_output_embeddings().register_forward_pre_hook(stop, prepend=True)
     try:
         model(**inputs)
     except _HeadReached:

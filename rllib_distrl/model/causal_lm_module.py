@@ -48,7 +48,7 @@ from rllib_distrl.model.sequences import (
     from_incremental_obs,
     from_prompts,
 )
-from rllib_distrl.model.sharding import Sharding, share_of
+from rllib_distrl.model.sharding import Sharding, share_of, with_weights
 from rllib_distrl.settings import (
     CRITIC_TRUNKS,
     NUMBERS_FOR_CRITICS,
@@ -158,7 +158,7 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
     def shard(self, device: torch.device) -> None:
         """Shares the parameters out among all learners; from then on passes run in step."""
-        self.sharding = Sharding(self, device, self.precision)
+        self.sharding = Sharding(self, [self.policy, *self.critics], device, self.precision)
 
     def gathered(self) -> contextlib.AbstractContextManager[None]:
         """Within it the module may run without gradients; all learners enter it at once."""
@@ -360,13 +360,17 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         head = policy.get_output_embeddings()
         if self.precision == "bf16":
             states = states.bfloat16()
-        return token_logps(
+        return with_weights(
+            head,
+            lambda states: token_logps(
+                states,
+                head.weight,
+                tokens,
+                bias=head.bias,
+                temperature=factor * self.temperature,
+                logit_map=self.logit_map,
+            ),
             states,
-            head.weight,
-            tokens,
-            bias=head.bias,
-            temperature=factor * self.temperature,
-            logit_map=self.logit_map,
         )
 
     def sampled_tokens(
@@ -386,13 +390,17 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
         """
         mask = sequences.mask
         head = self.policy.get_output_embeddings()
-        each = score_by_hidden(
+        each = with_weights(
+            head,
+            lambda states: score_by_hidden(
+                states,
+                head.weight,
+                sequences.actions[mask],
+                bias=head.bias,
+                temperature=self.temperature,
+                logit_map=self.logit_map,
+            ),
             states[mask],
-            head.weight,
-            sequences.actions[mask],
-            bias=head.bias,
-            temperature=self.temperature,
-            logit_map=self.logit_map,
         )
         owner = mask.nonzero()[:, 0]
         sums = each.new_zeros(len(mask), each.shape[1]).index_add_(0, owner, each)

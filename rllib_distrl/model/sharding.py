@@ -10,7 +10,7 @@ FSDP2 takes a second to import, so what is not sharded goes without it.
 import contextlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class _Root(nn.Module):
-    """What gathers the parameters outside of blocks: embeddings, heads, last norms."""
+    """What gathers the parameters that are in no unit: norms, value heads, tied embeddings."""
 
     def __init__(self, module: nn.Module):
         super().__init__()
@@ -32,15 +32,20 @@ class _Root(nn.Module):
 class Sharding:
     """Shares a module's parameters out among all learners.
 
-    Every block is gathered for itself while it runs, all that is in no block together. State dicts
-    of the module and of its parts are whole and plain; see `whole`.
+    Units are gathered for themselves while they run: each block, each embedding and each LM head.
+    All that is in no unit is gathered together, for a whole pass: there a weight stays that is
+    embedding and head in one. State dicts of the module and of its parts are whole and plain; see
+    `whole`.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device, precision: str):
-        """Shards ``module`` in place, block by block, on its way to ``device``.
+    def __init__(
+        self, module: nn.Module, models: Sequence[Any], device: torch.device, precision: str
+    ):
+        """Shards ``module`` in place, unit by unit, on its way to ``device``.
 
         Args:
             module: with weights that are the same on all learners.
+            models: the Hugging Face models in it.
             device: this learner's.
             precision: "fp32"; or "bf16", whose blocks are gathered in bfloat16 and whose gradients
                 are summed in float32.
@@ -57,16 +62,23 @@ class Sharding:
             reduce_dtype=torch.float32 if precision == "bf16" else None,
             cast_forward_inputs=False,
         )
-        self._root: Any = self._shard(module)
+        self._root: Any = self._shard(module, models)
 
-    def _shard(self, module: nn.Module) -> Any:
-        from torch.distributed.fsdp import fully_shard
+    def _shard(self, module: nn.Module, models: Sequence[Any]) -> Any:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-        blocks = blocks_of(module)
-        uses = Counter(id(weight) for block in blocks for weight in block.parameters())
-        for block in blocks:
-            _copy_weights(block, {key for key, count in uses.items() if count > 1})
-            fully_shard(block, mesh=self._mesh, mp_policy=self._of_blocks)
+        blocks, (embeddings, heads) = blocks_of(module), _untied_ends(models)
+        units = [*blocks, *embeddings, *heads]
+        uses = Counter(id(weight) for unit in units for weight in unit.parameters())
+        for unit in units:
+            _copy_weights(unit, {key for key, count in uses.items() if count > 1})
+            types = {"mp_policy": self._of_blocks} if unit in blocks else {}
+            fully_shard(unit, mesh=self._mesh, **types)
+        for embedding in embeddings:
+            embedding.set_unshard_in_backward(False)  # Its gradient needs no weights.
+        for head in heads:
+            head.run = _run
+            register_fsdp_forward_method(head, "run")
         root = fully_shard(_Root(module), mesh=self._mesh)
         for part in module.modules():
             if any(map(is_sharded, part.parameters(recurse=False))):
@@ -74,13 +86,13 @@ class Sharding:
                 part.register_load_state_dict_pre_hook(_take_shares)
         return root
 
-    def shard_beside(self, module: nn.Module) -> Callable[[], contextlib.AbstractContextManager]:
-        """Shards a frozen module too, before the first pass; returns what gathers it.
+    def shard_beside(self, model: Any) -> Callable[[], contextlib.AbstractContextManager]:
+        """Shards a frozen Hugging Face model too, before the first pass; returns what gathers it.
 
         Args:
-            module: runs within `gathered` alone.
+            model: runs within `gathered` alone.
         """
-        root = self._shard(module)
+        root = self._shard(model, [model])
         self._root.add_module("beside", root)
 
         @contextlib.contextmanager
@@ -95,7 +107,7 @@ class Sharding:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Within it the module may run, without gradients: what is in no block is gathered."""
+        """Within it the module may run, without gradients: what is in no unit is gathered."""
         if not self._depth:
             self._root(lambda: None)
         self._depth += 1
@@ -134,9 +146,29 @@ def blocks_of(module: nn.Module) -> list[nn.Module]:
     return [part for part in module.modules() if isinstance(part, GradientCheckpointingLayer)]
 
 
-def _copy_weights(block: nn.Module, shared: set[int]) -> None:
-    """Gives a block its own copy of weights that it shares: FSDP2 gathers a weight in one place."""
-    for part in block.modules():
+def _untied_ends(models: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+    """Embeddings and LM heads of models, without those of which one weight is both."""
+    embeddings = [model.get_input_embeddings() for model in models]
+    heads = [head for model in models if (head := model.get_output_embeddings()) is not None]
+    tied = {head.weight for head in heads} & {embedding.weight for embedding in embeddings}
+    return tuple([end for end in ends if end.weight not in tied] for ends in (embeddings, heads))
+
+
+def _run(compute: Callable[[Tensor], Any], states: Tensor) -> Any:
+    return compute(states)
+
+
+def with_weights(head: Any, compute: Callable[[Tensor], Any], states: Tensor) -> Any:
+    """``compute(states)``, which reads an LM head's weights and does not call it.
+
+    A head that is a unit is gathered for it, and again for the backward pass.
+    """
+    return getattr(head, "run", _run)(compute, states)
+
+
+def _copy_weights(unit: nn.Module, shared: set[int]) -> None:
+    """Gives a unit its own copy of weights that it shares: FSDP2 gathers a weight in one place."""
+    for part in unit.modules():
         for name, weight in list(part.named_parameters(recurse=False)):
             if id(weight) in shared:
                 setattr(part, name, nn.Parameter(weight.detach().clone(), weight.requires_grad))

@@ -12,6 +12,7 @@ from distrl_envs.tokenizers import VOCABULARY
 from rllib_distrl.algorithm import estimates
 from rllib_distrl.algorithm.estimates import (
     ACTIVATIONS,
+    ModelShape,
     Needs,
     Room,
     count_updates,
@@ -118,16 +119,57 @@ def test_learners_hold_shares_and_what_is_gathered_for_the_moment() -> None:
     shares = learner_memory(shape, reference=True, learners=4, sharded=True, **settings)
     halved = ("policy weights", "critic weights", "gradients", "Adam moments", "reference weights")
     assert [shares[name] for name in halved] == [one[name] / 4 for name in halved]
-    outside = shape.vocabulary * shape.hidden + head  # the head is the embedding
+    # While a block runs, with the next one and an embedding that is the head too.
+    outside = shape.vocabulary * shape.hidden + head
     assert shares["gathered weights"] == 4 * (outside + 2 * shape.block_parameters)
-    assert shares["gradients that are sent"] == 8 * (outside + shape.block_parameters)
+    assert shares["gradients that are sent"] == 4 * (outside + 2 * shape.block_parameters)
     low = learner_memory(shape, precision="bf16", learners=4, sharded=True, **settings)
     assert low["gathered weights"] == 4 * (outside + shape.block_parameters)
     assert "bfloat16 weights" not in low
     adapted = {"adapter_parameters": 300, "learners": 4, "sharded": True}
     lora = learner_memory(shape, **{**settings, "critic": "separate"}, **adapted)
-    assert lora["gradients that are sent"] == 8 * (head + 100)
+    assert lora["gradients that are sent"] == 4 * (head + 200)
     assert lora["critic weights"] == 300 + head + 3 * shape.block_parameters
+
+
+@pytest.mark.parametrize(
+    ("tied", "settings", "gathered", "gradients"),
+    [
+        # While the head runs: it, the value head and the last block. Its gradient as it is made
+        # and as it is sent; the embedding's of a trunk of its own is there already.
+        (False, {"critic": "shared"}, 11 + 1000 + 50, 11 + 2000),
+        (False, {"critic": "separate"}, 11 + 1000 + 50, 11 + 1000 + 2000),
+        # At the end: the embedding, which is the head, and gradients of as many as there are
+        # trunks, of which one is sent.
+        (True, {"critic": "shared"}, 11 + 1000, 11 + 2000),
+        (True, {"critic": "separate"}, 11 + 1000, 11 + 3000),
+        # No gradients: one unit, and the memory it has come in; tied ones stay for the pass.
+        (False, {"critic": "shared", "adapter_parameters": 6}, 11 + 2000, 0),
+        (True, {"critic": "separate", "adapter_parameters": 6}, 11 + 1000 + 100, 11 + 6),
+    ],
+)
+def test_an_embedding_and_a_head_of_their_own_are_gathered_one_at_a_time(
+    tied: bool, settings: dict, gathered: int, gradients: int
+) -> None:
+    shape = ModelShape(
+        parameters=1100 if tied else 2100, trunk_parameters=1100, layers=2, hidden=10,
+        intermediate=20, kv_width=10, vocabulary=100,
+    )  # fmt: skip
+    found = learner_memory(
+        shape, critic_outputs=1, micro_batch_tokens=1, learners=2, sharded=True, **settings
+    )
+    assert found["gathered weights"] == 4 * gathered
+    assert found["gradients that are sent"] == 4 * gradients
+
+
+def test_adapters_of_a_critic_have_a_frozen_trunk_of_their_own() -> None:
+    untied = ModelShape(
+        parameters=2100, trunk_parameters=1100, layers=2, hidden=10,
+        intermediate=20, kv_width=10, vocabulary=100,
+    )  # fmt: skip
+    settings = {"critic": "separate", "critic_outputs": 1, "micro_batch_tokens": 1}
+    lora = {"adapter_parameters": 6, "learners": 2, "sharded": True}
+    assert learner_memory(untied, **settings, **lora)["critic weights"] == 2 * (11 + 6 + 1100)
 
 
 def test_logits_are_those_of_a_chunk_at_most() -> None:

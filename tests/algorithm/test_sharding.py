@@ -6,7 +6,7 @@ import torch
 from rllib_distrl.algorithm.export import export_critic, policy_state
 from rllib_distrl.algorithm.inspection import inspect_policy
 from rllib_distrl.rllib_traps import optimizer_steps
-from tests.helpers import distrl_config, with_model_config
+from tests.helpers import distrl_config, save_untied, with_model_config
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -41,22 +41,25 @@ def moved(one, other):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("settings", "model_config", "plain", "bound"),
+    ("tied", "settings", "model_config", "plain", "bound"),
     [
-        ({"critic": "separate", "bonus_stat": "ensemble", **KL}, {}, 0, 2e-5),
-        ({"critic": "separate", **KL}, LORA, 0, 2e-5),
+        (False, {"critic": "separate", "bonus_stat": "ensemble", **KL}, {}, 0, 2e-5),
+        (False, {"critic": "separate", **KL}, LORA, 0, 2e-5),
         # Pretraining draws the minibatches of each learner.
-        ({"critic": "detached", "critic_pretraining": PRETRAINING, "bonus_stat": "distance"}, {},
-         2, 2e-5),
-        ({"critic": "shared", "precision": "bf16", "activation_checkpointing": True}, {}, 0, 2e-4),
+        (True, {"critic": "detached", "critic_pretraining": PRETRAINING, "bonus_stat": "distance"},
+         {}, 2, 2e-5),
+        (True, {"critic": "shared", "precision": "bf16", "activation_checkpointing": True}, {},
+         0, 2e-4),
     ],
     ids=["ensemble", "lora", "pretraining", "bf16"],
 )  # fmt: skip
 def test_a_run_goes_on_with_plain_learners_and_back(
-    build, tmp_path, settings, model_config, plain, bound
+    build, tmp_path, tied, settings, model_config, plain, bound
 ):
     """Bounds are of float noise, which Adam turns into steps; a step is 1e-3 here."""
     config = with_model_config(small(micro_batch_tokens=100, **settings), **model_config)
+    if not tied:
+        config = with_model_config(config, model=save_untied(tmp_path / "untied"))
     one, two = build(with_learners(config, plain)), build(with_learners(config, 2, "fsdp"))
     start = policy_state(one)
     assert mean_difference(start, policy_state(two)) == 0.0

@@ -18,7 +18,8 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from rllib_distrl.algorithm.estimates import learner_memory, shape_of
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION
 from rllib_distrl.model.sequences import from_columns
-from tests.helpers import COUNTDOWN, TINY
+from rllib_distrl.model.sharding import blocks_of, is_sharded
+from tests.helpers import COUNTDOWN, TINY, save_untied
 from tests.learner.double_precision import DoubleModule
 from tests.learner.rig import hot_config, make_learner, sample
 
@@ -39,6 +40,11 @@ SMALL = {"micro_batch_tokens": 80, "num_epochs": 2}
 @pytest.fixture(scope="module")
 def episodes():
     return sample(hot_config(), prompts=4, generations=GENERATIONS)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    return save_untied(tmp_path_factory.mktemp("untied"))
 
 
 @pytest.fixture
@@ -113,8 +119,11 @@ def difference(one, other):
     ],
     ids=["separate", "shared", "detached"],
 )
-def test_two_sharded_learners_take_ones_steps_in_float64(group_of, episodes, settings):
-    config = hot_config(init_value=0.5, **settings)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_two_sharded_learners_take_ones_steps_in_float64(
+    group_of, episodes, untied, tied, settings
+):
+    config = hot_config(model=TINY if tied else untied, init_value=0.5, **settings)
     config.rl_module(rl_module_spec=RLModuleSpec(module_class=DoubleModule))
     one, two = group_of(config, 0), group_of(config, 2)
     before = flat(one.get_state())
@@ -125,6 +134,33 @@ def test_two_sharded_learners_take_ones_steps_in_float64(group_of, episodes, set
     weights = [name for name in before if name.startswith("weight ")]
     assert max(float((before[n] - after[n]).abs().max()) for n in weights) > 1e-3
     assert difference(after, flat(two.get_state())) < ROUNDED
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_an_embedding_and_a_head_of_their_own_are_gathered_for_themselves(
+    group_of, episodes, untied, tied
+):
+    group = group_of(hot_config(model=TINY if tied else untied, critic="separate"), 2)
+
+    def watch(learner):
+        module, learner.seen = learner.policy_module, set()
+
+        def look(block, arguments, output):
+            named = module.named_parameters()
+            learner.seen |= {name for name, weight in named if not is_sharded(weight)}
+
+        for block in blocks_of(module):
+            block.register_forward_hook(look)
+
+    group.foreach_learner(watch)
+    learn(group, episodes)
+    results = group.foreach_learner(lambda learner: learner.seen).result_or_errors
+    outside = {
+        "policy.model.norm.weight", "critic.norm.weight", "value_head.weight", "value_head.bias"
+    }  # fmt: skip
+    if tied:  # The policy's; the critic's is no head.
+        outside.add("policy.model.embed_tokens.weight")
+    assert [result.get() for result in results] == [outside, outside]
 
 
 def test_each_learner_holds_half_of_everything(group_of, episodes):
