@@ -48,7 +48,7 @@ from rllib_distrl.model.sequences import (
     from_incremental_obs,
     from_prompts,
 )
-from rllib_distrl.model.sharding import Sharding, share_of, with_weights
+from rllib_distrl.model.sharding import Sharding, share_of, whole, with_weights
 from rllib_distrl.settings import (
     CRITIC_TRUNKS,
     NUMBERS_FOR_CRITICS,
@@ -206,18 +206,19 @@ class CausalLMModule(TorchRLModule, ValueFunctionAPI, TargetNetworkAPI, Inferenc
 
         These get the module's own memory where it lends it, and of merged weights in any case.
         """
-        if not inference_only or not (self.lends_weights or self.lora is not None):
+        apart = self.lends_weights or self.lora is not None or self.sharding is not None
+        if not inference_only or not apart:
             return super().get_state(*args, inference_only=inference_only, **kwargs)
-        unread = self.get_non_inference_attributes()
-        state = {
-            name: tensor
-            for name, tensor in self.state_dict().items()
-            if name.partition(".")[0] not in unread
-        }
+        unread, state = {*self.get_non_inference_attributes()}, {}
         if self.lora is not None:
-            merged = {f"{POLICY_PREFIX}{name}": x for name, x in merged_state(self.policy).items()}
-            rest = {name: x for name, x in state.items() if not name.startswith(POLICY_PREFIX)}
-            state = {**rest, **merged}
+            unread.add("policy")
+            merged = merged_state(self.policy)
+            state |= {f"{POLICY_PREFIX}{name}": tensor for name, tensor in merged.items()}
+        for name, part in self.named_children():
+            if name not in unread:  # Of shards nothing is gathered that nobody reads.
+                part.state_dict(destination=state, prefix=f"{name}.")
+        own = (*self.named_parameters(recurse=False), *self.named_buffers(recurse=False))
+        state |= {name: whole(tensor) for name, tensor in own if name not in unread}
         return {name: _as_array(tensor) for name, tensor in state.items()}
 
     def set_state(self, state: dict[str, Any]) -> None:

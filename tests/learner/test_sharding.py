@@ -16,10 +16,13 @@ from ray.rllib.core import (
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from rllib_distrl.algorithm.estimates import learner_memory, shape_of
+from rllib_distrl.algorithm.weight_sync import runner_weights
 from rllib_distrl.learner.distrl_learner import TRAINING_ITERATION
+from rllib_distrl.model.loading import load_config
+from rllib_distrl.model.lora import count_adapter_parameters
 from rllib_distrl.model.sequences import from_columns
 from rllib_distrl.model.sharding import blocks_of, is_sharded
-from tests.helpers import COUNTDOWN, TINY, save_untied
+from tests.helpers import COUNTDOWN, TINY, save_untied, with_model_config
 from tests.learner.double_precision import DoubleModule
 from tests.learner.rig import hot_config, make_learner, sample
 
@@ -161,6 +164,34 @@ def test_an_embedding_and_a_head_of_their_own_are_gathered_for_themselves(
     if tied:  # The policy's; the critic's is no head.
         outside.add("policy.model.embed_tokens.weight")
     assert [result.get() for result in results] == [outside, outside]
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "alpha": 8}], ids=["all", "lora"])
+def test_for_env_runners_the_policy_alone_is_gathered(group_of, lora):
+    config = with_model_config(hot_config(critic="separate"), lora=lora)
+    group = group_of(config, 2)
+
+    def count(learner):
+        from torch.distributed.tensor import DTensor
+
+        gather, learner.gathered = DTensor.full_tensor, 0
+
+        def counted(tensor):
+            learner.gathered += tensor.numel()
+            return gather(tensor)
+
+        DTensor.full_tensor = counted
+
+    group.foreach_learner(count)
+    update, _ = runner_weights(group)
+    sent = update[COMPONENT_RL_MODULE]
+    assert {name.partition(".")[0] for name in sent} == {"policy"}
+    numbers = sum(array.size for array in sent.values())
+    if lora:  # Adapters too, and their products, of the shape of what these are added to.
+        numbers += sum(x.size for name, x in sent.items() if name.endswith("_proj.weight"))
+        numbers += count_adapter_parameters(lora, load_config(TINY))
+    results = group.foreach_learner(lambda learner: learner.gathered).result_or_errors
+    assert [result.get() for result in results] == [numbers, numbers]
 
 
 def test_each_learner_holds_half_of_everything(group_of, episodes):
