@@ -65,15 +65,19 @@ class Sharding:
         self._root: Any = self._shard(module, models)
 
     def _shard(self, module: nn.Module, models: Sequence[Any]) -> Any:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
 
         blocks, (embeddings, heads) = blocks_of(module), _untied_ends(models)
         units = [*blocks, *embeddings, *heads]
         uses = Counter(id(weight) for unit in units for weight in unit.parameters())
         for unit in units:
             _copy_weights(unit, {key for key, count in uses.items() if count > 1})
-            types = {"mp_policy": self._of_blocks} if unit in blocks else {}
-            fully_shard(unit, mesh=self._mesh, **types)
+            types = self._of_blocks if unit in blocks else MixedPrecisionPolicy()
+            fully_shard(unit, mesh=self._mesh, mp_policy=types)
         for embedding in embeddings:
             embedding.set_unshard_in_backward(False)  # Its gradient needs no weights.
         for head in heads:
@@ -151,7 +155,10 @@ def _untied_ends(models: Sequence[Any]) -> tuple[list[Any], list[Any]]:
     embeddings = [model.get_input_embeddings() for model in models]
     heads = [head for model in models if (head := model.get_output_embeddings()) is not None]
     tied = {head.weight for head in heads} & {embedding.weight for embedding in embeddings}
-    return tuple([end for end in ends if end.weight not in tied] for ends in (embeddings, heads))
+    return (
+        [embedding for embedding in embeddings if embedding.weight not in tied],
+        [head for head in heads if head.weight not in tied],
+    )
 
 
 def _run(compute: Callable[[Tensor], Any], states: Tensor) -> Any:
