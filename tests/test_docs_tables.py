@@ -17,6 +17,7 @@ COMPARISONS = {
     "headline-graph-path": "headline-graph-path",
     "information-32": "law-information",
     "methods": "methods-compared",
+    "prompt-baseline": "law-prompt-mean",
     "sao": "law-sao",
     "unruly-both": "law-both",
     "unruly-clean": "law-clean",
