@@ -16,7 +16,6 @@ from distrl_envs.tasks.countdown import CountdownTask
 from rllib_distrl.maths.group_advantages import group_index, leave_one_out
 from rllib_distrl.maths.losses import token_weights
 from rllib_distrl.method.batch import SequenceBatch
-from rllib_distrl.method.registry import register
 
 
 class Placebo(CountdownTask):
@@ -63,35 +62,29 @@ class Shaped(CountdownTask):
         return sqrt(state[2])
 
 
-def _first_two(batch: SequenceBatch) -> Tensor:
-    """(B,), bool: whether a row is one of the first two of its group."""
-    index, _ = group_index(batch.group)
-    same = index.unsqueeze(0) == index.unsqueeze(1)
-    return same.tril(-1).sum(1) < 2
-
-
-@register("advantage", "mean_of_others", needs=("groups",))
 def mean_of_others(batch: SequenceBatch) -> Tensor:
     """R less the mean of all others of its prompt; for the first two completions of each."""
-    advantages = leave_one_out(batch.returns, batch.group)
-    return batch.at_tokens(advantages.where(_first_two(batch), 0.0))
+    kept = _keep_two(batch)
+    return batch.at_tokens(leave_one_out(batch.returns, batch.group).where(kept, 0.0))
 
 
-@register("advantage", "other_of_two", needs=("groups",))
 def other_of_two(batch: SequenceBatch) -> Tensor:
     """R less that of the other one, of the first two completions of each prompt."""
-    kept = _first_two(batch)
+    kept = _keep_two(batch)
     advantages = torch.zeros_like(batch.returns)
     advantages[kept] = leave_one_out(batch.returns[kept], batch.group[kept])
     return batch.at_tokens(advantages)
 
 
-def _mark(batch: SequenceBatch) -> None:
-    batch.extras["learned_from"] = _first_two(batch)
+def _keep_two(batch: SequenceBatch) -> Tensor:
+    """(B,), bool: the first two rows of each group, which `first_two` then finds marked."""
+    index, _ = group_index(batch.group)
+    same = index.unsqueeze(0) == index.unsqueeze(1)
+    kept = batch.extras["learned_from"] = same.tril(-1).sum(1) < 2
+    return kept
 
 
-@register("aggregation", "first_two", prepare=_mark)
 def first_two(batch: SequenceBatch) -> Tensor:
-    """The mean over the tokens of the first two completions of each prompt, of no others."""
+    """The mean over the tokens of those of a minibatch that an advantage above has kept."""
     learned = batch.loss_mask & batch.column("learned_from").unsqueeze(1)
     return token_weights(learned, all_reduce=batch.all_reduce)

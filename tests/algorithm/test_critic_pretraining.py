@@ -86,7 +86,7 @@ def test_samples_of_other_problems_are_refused(build, samples):
         read_groups(algo, "nowhere.parquet")
 
 
-@pytest.mark.parametrize("n_quantiles", [1, 8])
+@pytest.mark.parametrize("n_quantiles", [1, 16])
 def test_what_can_be_known_is_learned(n_quantiles):
     config = hot_config(n_quantiles=n_quantiles, bonus_coeff=0.0, init_value=0.5)
     learner, episodes = make_learner(config), sample(config, prompts=64, generations=8)
