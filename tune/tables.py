@@ -87,6 +87,7 @@ INFORMATION, BATCHES = "information-32", "critic-batches"
 TOLD = {
     "16": (BATCHES, "-16"),
     "32": (INFORMATION, ""),
+    "64": (BATCHES, "-64"),
     "256": (BATCHES, "-256"),
 }
 PROMPT_MEAN = tuple(
