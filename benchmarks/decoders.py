@@ -45,10 +45,21 @@ def ours(
     model: Any, decoder: Any, dtype: torch.dtype, prompts: list[list[int]], group: int
 ) -> Callable[[], None]:
     """Samples with an engine; no token ends a completion."""
+    engine = make_engine(model, decoder, dtype)
+    return lambda: sample(engine, prompts, group, TOKENS)
+
+
+def make_engine(model: Any, decoder: Any, dtype: torch.dtype) -> TorchEngine:
+    """An engine with the model's weights, for which no token ends a completion."""
     engine = TorchEngine(model.config, (), dtype=dtype, decoder=decoder)
     engine.load_weights(model.state_dict(), 0)
+    return engine
+
+
+def sample(engine: TorchEngine, prompts: list[list[int]], group: int, tokens: int) -> None:
+    """Samples so many tokens for each row's prompt, which `group` rows share."""
     requests = [Request(ids, (0, row // group, row % group, 0)) for row, ids in enumerate(prompts)]
-    return lambda: void(engine.generate(requests, SamplingParams(TOKENS)))
+    engine.generate(requests, SamplingParams(tokens))
 
 
 def void(_: Any) -> None:

@@ -21,9 +21,8 @@ import torch
 from matplotlib.ticker import FuncFormatter, NullLocator
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.decoders import SMOLLM2, void
+from benchmarks.decoders import SMOLLM2, make_engine, sample
 from benchmarks.run import RESULTS, ROOT, about, keep
-from rllib_distrl.engine import Request, SamplingParams, TorchEngine
 from rllib_distrl.experiments.pages import Table
 from rllib_distrl.figures import chart, legend, line_style
 
@@ -62,34 +61,30 @@ def sampler(settings: dict[str, Any], dtype: str) -> Callable[[Case], None]:
     """Samples a case with an engine of its own weights."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(LlamaConfig(**settings))
-    engine = TorchEngine(model.config, (), dtype=getattr(torch, dtype), decoder="auto")
-    engine.load_weights(model.state_dict(), 0)
+    engine = make_engine(model, "auto", getattr(torch, dtype))
     prompts = torch.randint(settings["vocab_size"], (-(-max(ROWS) // GROUP), PROMPT)).tolist()
 
-    def sample(case: Case) -> None:
+    def sample_case(case: Case) -> None:
         rows, tokens = case
-        requests = [
-            Request(prompts[row // GROUP], (0, row // GROUP, row % GROUP, 0)) for row in range(rows)
-        ]
-        void(engine.generate(requests, SamplingParams(tokens)))
+        sample(engine, [prompts[row // GROUP] for row in range(rows)], GROUP, tokens)
 
-    return sample
+    return sample_case
 
 
 def measure(repeats: int, longest: float) -> dict[str, dict[str, list[float]]]:
     """CPU seconds of every repeat, by model and by `rows x tokens`."""
     samplers = {name: sampler(*model) for name, model in MODELS.items()}
     found: dict[str, dict[str, list[float]]] = {name: {} for name in MODELS}
-    for sample in samplers.values():
-        sample((AT_LENGTHS, 8))  # Compiles, loads and fills caches.
+    for work in samplers.values():
+        work((AT_LENGTHS, 8))  # Compiles, loads and fills caches.
     for _ in range(repeats):
         for case in CASES:
-            for name, sample in samplers.items():
+            for name, work in samplers.items():
                 seconds = found[name]
                 if _expected(seconds, case) > longest:
                     continue
                 started = time.process_time()
-                sample(case)
+                work(case)
                 seconds.setdefault(_key(case), []).append(time.process_time() - started)
                 print(name, _key(case), f"{seconds[_key(case)][-1]:.2f} s", flush=True)
     return found

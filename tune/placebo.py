@@ -50,16 +50,12 @@ class Shaped(CountdownTask):
 
     def step_reward(self, problem: Problem, completion_ids: Sequence[int]) -> float:
         """What the last token adds to the potential."""
-        ended = (
-            completion_ids[-1] == self._tokens.eos_token_id or len(completion_ids) == self._limit
-        )
-        after = 0.0 if ended else self._potential(problem, completion_ids)
-        return after - self._potential(problem, completion_ids[:-1])
-
-    def _potential(self, problem: Problem, completion_ids: Sequence[int]) -> float:
-        text = self._tokens.decode(completion_ids)
-        (state,) = self.critic_observation(problem, (), [text])
-        return sqrt(state[2])
+        last, length = completion_ids[-1], len(completion_ids)
+        texts = [self._tokens.decode(completion_ids[:n]) for n in (length - 1, length)]
+        states = self.critic_observation(problem, (), texts)
+        before, after = (sqrt(chance) for _, _, chance, *_ in states)
+        ended = last == self._tokens.eos_token_id or length == self._limit
+        return (0.0 if ended else after) - before
 
 
 def mean_of_others(batch: SequenceBatch) -> Tensor:

@@ -86,9 +86,13 @@ def test_samples_of_other_problems_are_refused(build, samples):
         read_groups(algo, "nowhere.parquet")
 
 
-@pytest.mark.parametrize("n_quantiles", [1, 16])
-def test_what_can_be_known_is_learned(n_quantiles):
-    config = hot_config(n_quantiles=n_quantiles, bonus_coeff=0.0, init_value=0.5)
+@pytest.mark.parametrize(
+    "head",
+    [{"n_quantiles": 1}, {"n_quantiles": 8, "quantile_huber_kappa": 0.02}, {"n_quantiles": 16}],
+    ids=["scalar", "8", "default"],
+)
+def test_what_can_be_known_is_learned(head):
+    config = hot_config(bonus_coeff=0.0, init_value=0.5, **head)
     learner, episodes = make_learner(config), sample(config, prompts=64, generations=8)
     for episode in episodes:
         # Known from the first token on: whether it is even.
